@@ -1,0 +1,53 @@
+"""The kernel library: KernelSpec -> TIR function for an ISA level.
+
+One module a family of operations. A module registers builders by name of the operation:
+
+    @kernel("layer_norm")
+    def layer_norm(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc: ...
+
+Its docstring lists the spec's parameters, the arguments in order, and what one block is. Modules import TVM inside
+`load_builders()` only, so that planning needs no TVM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from qgraph.codegen.isa import Isa
+from qgraph.codegen.spec import KernelSpec
+
+Builder = Callable[[KernelSpec, Isa, str], Any]
+BUILDERS: dict[str, Builder] = {}
+
+_MODULES = ("elementwise", "support")
+
+
+def kernel(op: str) -> Callable[[Builder], Builder]:
+    """Register the builder of operation `op`."""
+
+    def register(builder: Builder) -> Builder:
+        if op in BUILDERS:
+            raise ValueError(f"kernel '{op}' is registered twice")
+        BUILDERS[op] = builder
+        return builder
+
+    return register
+
+
+@cache
+def load_builders() -> dict[str, Builder]:
+    """Import TVM and every kernel module; return the table of builders."""
+    from qgraph.codegen.tvm_backend import load_tvm
+
+    load_tvm()
+    for module in _MODULES:
+        importlib.import_module(f"qgraph.codegen.kernels.{module}")
+    return BUILDERS
+
+
+def build_kernel(spec: KernelSpec, isa: Isa) -> Any:
+    """The TIR function of `spec` for `isa`, its symbol `spec.symbol`."""
+    return load_builders()[spec.op](spec, isa, spec.symbol)

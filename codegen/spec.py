@@ -1,0 +1,42 @@
+"""KernelSpec: what the planner asks of the kernel library, as plain data. Knows nothing of TVM."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(v) for v in value)
+    return value
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel to generate: an operation and its compile-time parameters.
+
+    Two equal specs are one kernel in the artifact. `params` holds only str, int, float, bool and nested tuples
+    of them, so that the symbol is a stable function of the content.
+    """
+
+    op: str
+    params: tuple[tuple[str, Any], ...]
+
+    @staticmethod
+    def make(op: str, **params: Any) -> KernelSpec:
+        return KernelSpec(op, tuple(sorted((k, _freeze(v)) for k, v in params.items())))
+
+    def __getitem__(self, name: str) -> Any:
+        for key, value in self.params:
+            if key == name:
+                return value
+        raise KeyError(name)
+
+    @property
+    def symbol(self) -> str:
+        """The C symbol: `qg_<op>_<12 hex digits of the parameters' hash>`."""
+        digest = hashlib.sha256(json.dumps([self.op, self.params]).encode()).hexdigest()
+        return f"qg_{self.op}_{digest[:12]}"

@@ -1,0 +1,114 @@
+"""TIR function -> relocatable object. The only module that drives TVM's compiler.
+
+TVM 0.27 is used from TIR down: its own entry point wraps kernels in a packed-call ABI that needs TVM's runtime,
+so this module runs a pass list of its own that leaves typed parameters alone and hands the result to the LLVM
+backend: one plain C function, with no reference to TVM.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from qgraph.codegen.isa import Isa
+
+
+def _cheap_stack(context: int = 1) -> list[inspect.FrameInfo]:
+    frame: FrameType | None = sys._getframe(1)
+    out = []
+    while frame is not None:
+        code = frame.f_code
+        out.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+        frame = frame.f_back
+    return out
+
+
+@cache
+def load_tvm() -> Any:
+    """Import TVM (seconds) and return the module. Call this, rather than `import tvm`, before any TVMScript."""
+    import tvm
+    from tvm.script.parser import core
+
+    # The script parser calls inspect.stack() for every function; the standard one rescans sys.modules for each
+    # frame, which takes over 50 ms a call in a large process. Only frames and names are read from it.
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("tvm.") and getattr(module, "inspect", None) is inspect:
+            module.inspect = _InspectProxy()  # type: ignore[attr-defined]
+    del core
+    return tvm
+
+
+class _InspectProxy:
+    """`inspect` with a cheap `stack`, given to TVM's modules only."""
+
+    stack = staticmethod(_cheap_stack)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(inspect, name)
+
+
+def llvm_target(isa: Isa) -> Any:
+    """TVM's Target of `isa`, its own host."""
+    tvm = load_tvm()
+    spec: dict[str, Any] = {"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.mcpu}
+    if isa.mattr:
+        spec["mattr"] = list(isa.mattr)
+    target = tvm.target.Target(spec)
+    return target.with_host(target)
+
+
+def _lower(mod: Any, target: Any) -> Any:
+    from tvm.ir.transform import Sequential
+    from tvm.s_tir import transform as s_tir
+    from tvm.tirx import transform as tirx
+
+    return Sequential(
+        [
+            tirx.BindTarget(target),
+            s_tir.LowerInitBlock(),
+            s_tir.PlanAndUpdateBufferAllocationLocation(),
+            s_tir.ConvertBlocksToOpaque(),
+            s_tir.CompactBufferAllocation(),
+            s_tir.LowerMatchBuffer(),
+            s_tir.StmtSimplify(),
+            s_tir.LowerOpaqueBlock(),
+            tirx.FlattenBuffer(),
+            tirx.BF16ComputeLegalize(),
+            tirx.NarrowDataType(64),
+            tirx.VectorizeLoop(True),
+            tirx.StorageRewrite(),
+            tirx.UnrollLoop(),
+            tirx.StmtSimplify(),
+            tirx.RemoveNoOp(),
+            tirx.CommonSubexprElim(),
+            tirx.FP8ComputeLegalize(),
+            tirx.LowerIntrin(),
+        ]
+    )(mod)
+
+
+def _build(functions: dict[str, Any], isa: Isa) -> Any:
+    tvm = load_tvm()
+    target = llvm_target(isa)
+    lowered = _lower(tvm.IRModule(functions), target)
+    return tvm.get_global_func("target.build.llvm")(lowered, target)
+
+
+def compile_object(functions: dict[str, Any], isa: Isa) -> bytes:
+    """Compile TIR functions (symbol -> PrimFunc) for `isa` into one ELF relocatable object."""
+    with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
+        path = Path(folder) / "kernels.o"
+        _build(functions, isa).write_to_file(str(path), "o")
+        return path.read_bytes()
+
+
+def compile_text(functions: dict[str, Any], isa: Isa, kind: str = "asm") -> str:
+    """The same as text: `asm` or `ll` (LLVM IR)."""
+    return str(_build(functions, isa).inspect_source(kind))
