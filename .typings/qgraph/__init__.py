@@ -1,0 +1,1 @@
+../../qgraph/__init__.py

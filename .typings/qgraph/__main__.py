@@ -1,0 +1,1 @@
+../../qgraph/__main__.py

@@ -1,0 +1,1 @@
+../../qgraph/atomic.py

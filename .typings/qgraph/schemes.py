@@ -1,0 +1,1 @@
+../../qgraph/schemes.py

@@ -1,0 +1,104 @@
+"""`qgraph doctor`: is everything here that qgraph needs, and does the runtime build and load?"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import click
+
+from qgraph.cli.console import print_json, table
+from qgraph.cli.options import json_option, standard_options
+from qgraph.errors import QGraphError, ResourceError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `ok` False means that qgraph does not work until it is mended."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+@click.command(short_help="")
+@json_option
+@standard_options
+def command(as_json: bool) -> None:
+    """Check this machine: versions, CPU features, C++ compiler, cache folder, and whether the runtime builds and
+    loads. Exits with 6 when something that qgraph needs is missing or broken."""
+    checks = list(_checks())
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        click.echo(table([("ok" if c.ok else "BROKEN", c.name, c.found) for c in checks]))
+    broken = [check.name for check in checks if not check.ok]
+    if broken:
+        raise ResourceError(f"{len(broken)} of {len(checks)} checks failed: {', '.join(broken)}")
+
+
+def _checks() -> Iterator[Check]:
+    version = platform.python_version()
+    yield Check("python", sys.version_info >= (3, 11), f"{version} ({sys.executable})")
+    yield from _packages()
+    yield from (_try(name, probe) for name, probe in _PROBES.items())
+
+
+def _packages() -> Iterator[Check]:
+    """Every requirement of the installed package, read from its metadata; in a bare checkout from nothing."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("qgraph") or []]
+    except metadata.PackageNotFoundError:
+        yield Check("qgraph", True, "running from a checkout: required versions are not checked")
+        return
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Check(requirement.name, False, f"missing: needs {requirement.specifier}")
+            continue
+        ok = requirement.specifier.contains(found, prereleases=True)
+        yield Check(requirement.name, ok, found if ok else f"{found}: needs {requirement.specifier}")
+
+
+def _try(name: str, probe: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, probe())
+    except QGraphError as error:
+        return Check(name, False, str(error))
+    except (ImportError, OSError) as error:
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def _cpu() -> str:
+    """The machine's features among those that kernels may ask for, and the code variant that would run."""
+    from qgraph.codegen.isa import ISAS
+
+    machine = platform.machine()
+    known = {feature for isa in ISAS.values() if isa.arch == machine for feature in isa.features}
+    if not known:
+        raise ResourceError(f"no code variant for {machine}: have {', '.join(sorted({i.arch for i in ISAS.values()}))}")
+    here = _cpu_flags() & known
+    runs = [isa.name for isa in ISAS.values() if isa.arch == machine and set(isa.features) <= here]
+    if not runs:
+        raise ResourceError(f"{machine} without {', '.join(sorted(known - here))}: no code variant fits")
+    return f"{machine}: {' '.join(sorted(here))}; runs {runs[0]}"
+
+
+def _cpu_flags() -> set[str]:
+    from pathlib import Path
+
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            return flags | ({"neon"} if "asimd" in flags else set())
+    raise ResourceError("/proc/cpuinfo names no CPU features")

@@ -1,0 +1,28 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Threads to compute with; 0 is one a core.  [default: 0]",
+)
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of generated inputs.")
+
+
+def standard_options(function: F) -> F:
+    """`--debug`, which `qgraph.cli.run` reads from the arguments itself, so that it holds for parsing, too."""
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(
+        function
+    )

@@ -1,0 +1,22 @@
+"""`qgraph schemes`: the table of schemes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from qgraph.cli.console import print_json, table
+from qgraph.cli.options import json_option, standard_options
+from qgraph.schemes import SCHEMES
+
+
+@click.command()
+@json_option
+@standard_options
+def command(as_json: bool) -> None:
+    """List the schemes that `--scheme` takes."""
+    if as_json:
+        print_json([asdict(scheme) for scheme in SCHEMES.values()])
+        return
+    print(table([(s.name, s.summary) for s in SCHEMES.values()], header=("scheme", "what it is")))

@@ -1,0 +1,122 @@
+"""`CompileConfig`: what the command line, a TOML file and Python all produce, checked in one place."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from qgraph.errors import InputError, UsageError
+
+ONNX_STYLES = ("function", "qdq")
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """How to compile a model.
+
+    Attributes:
+        scheme: a name of `qgraph.schemes.SCHEMES`.
+        solver: how the scheme's codes and scales are chosen; empty is the scheme's default.
+        include: patterns (shell wildcards) of the linear layers to quantize; empty is all that suit.
+        exclude: patterns of the linear layers to leave in float; stronger than `include`.
+        onnx_style: `function` writes a quantized MatMul as one node with a standard body, `qdq` writes the body in place.
+        onnx: whether the low-bit ONNX file is written.
+        target: the machine the artifact is for, a name of `qgraph.codegen.isa.TARGETS`.
+        verify: whether the artifact is run and compared with ONNX's reference evaluator on the low-bit model.
+        strict: whether a layer that was chosen but did not get a low-bit kernel is an error.
+        threads: threads of the verification; 0 is one a core.
+        seed: of the verification's inputs.
+
+    Raises UsageError, naming the field, when a value is not one of those.
+    """
+
+    scheme: str = "nvfp4"
+    solver: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    onnx_style: str = "function"
+    onnx: bool = True
+    target: str = "x86_64-linux"
+    verify: bool = True
+    strict: bool = False
+    threads: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            if isinstance(default, tuple):
+                if isinstance(value, str) or not all(isinstance(item, str) and item for item in _items(value)):
+                    raise UsageError(f"{field.name}: expected a list of patterns, got {value!r}")
+                object.__setattr__(self, field.name, tuple(value))
+            elif type(value) is not type(default):
+                raise UsageError(f"{field.name}: expected {type(default).__name__}, got {value!r}")
+        from qgraph.codegen.isa import TARGETS
+        from qgraph.schemes import get_scheme
+
+        scheme = get_scheme(self.scheme)
+        if not self.solver:
+            object.__setattr__(self, "solver", scheme.default_solver)
+        _one_of("solver", self.solver, scheme.solvers)
+        _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
+        _one_of("target", self.target, TARGETS)
+        for name in ("threads", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}: must not be negative, got {getattr(self, name)}")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> CompileConfig:
+        """A config of these fields, the rest default. Raises UsageError for a key that is no field."""
+        known = [field.name for field in fields(cls)]
+        for key in options:
+            if key not in known:
+                raise UsageError(f"unknown option '{key}'{did_you_mean(key, known)}")
+        return cls(**options)
+
+    def with_options(self, options: Mapping[str, Any]) -> CompileConfig:
+        """A copy with `options` in place of the same fields."""
+        return self.from_options({**asdict(self), **options})
+
+    def recipe(self) -> dict[str, Any]:
+        """The fields that decide the low-bit model: what an artifact records of how it was made."""
+        return {name: getattr(self, name) for name in ("scheme", "solver", "include", "exclude")}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`: did you mean 'x'?`, or the list of what is known when nothing is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean '{near[0]}'?" if near else f": choose from {', '.join(known)}"
+
+
+def _one_of(field: str, value: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        raise UsageError(f"unknown {field} '{value}'{did_you_mean(value, known)}")
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [None]
+
+
+def load_toml(text: str, name: str) -> dict[str, Any]:
+    """The options in TOML `text`; `name` is the file it came from. Raises InputError when it is not TOML."""
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{name}: not a TOML file: {error}") from error
+
+
+def dump_toml(config: CompileConfig) -> str:
+    """The config as TOML, every field written out."""
+
+    # For the types of our fields JSON's notation is TOML's, but for DEL, which TOML wants escaped.
+    def value(item: Any) -> str:
+        return json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    return "".join(f"{key} = {value(item)}\n" for key, item in asdict(config).items())
