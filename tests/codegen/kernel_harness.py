@@ -1,12 +1,12 @@
-"""Build one kernel, map its linked image and call it with numpy arrays: what the runtime does, in 150 lines of Python.
+"""Build one kernel, map its linked image and call it with numpy arrays, as the runtime does.
 
     kernel = compile_kernel(spec, isa)
-    kernel(y, x, codes, scale, gscale, 17, blocks=6)                    # one call, blocks [0, 6)
-    kernel(y, x, codes, scale, gscale, 17, blocks=6, split=(1, 3))      # calls of 1, 3, 1, 1 blocks, last range first
-    kernel(..., blocks=6, guard=True)                                   # in a child process, on guarded copies
+    kernel(y, x, codes, scale, gscale, 17, blocks=6)                # one call for blocks [0, 6)
+    kernel(y, x, codes, scale, gscale, 17, blocks=6, split=(1, 3))  # calls of 1, 3, 1, 1 blocks, last range first
+    kernel(..., blocks=6, guard=True)                               # in a child process, on guarded copies
 
-With `guard`, every array is copied to end flush with an inaccessible page and starts after canary bytes: an access
-past the end kills the child (GuardError here), a write before the start is found by the canary.
+With `guard`, every array is copied to end flush with an inaccessible page and starts after canary bytes: an
+access past the end kills the child (GuardError here), a write before the start is found by the canary.
 """
 
 from __future__ import annotations
