@@ -1,0 +1,136 @@
+"""The back end from top to bottom: lower, plan, compile for every ISA level, package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qgraph.codegen import package
+from qgraph.codegen.compile import compile_variant
+from qgraph.codegen.dims import size
+from qgraph.codegen.isa import get_target
+from qgraph.codegen.lowering import Lowering, lower
+from qgraph.codegen.plan import Plan, make_plan
+
+# How each matmul kernel computes, in the terms of the report.
+_COMPUTE = {"matmul_nvfp4": "W4A16: NVFP4 weights, float32 activations and sums", "matmul_f32": "float32"}
+
+
+@dataclass(frozen=True)
+class LayerKernel:
+    """What a node of the graph became: the kernel that runs it and how that computes."""
+
+    node_name: str
+    op: str
+    kernel: str
+    compute: str
+
+
+@dataclass
+class Artifact:
+    """A compiled model, ready to be written.
+
+    Attributes:
+        tensors: of the container, in file order.
+        metadata: of the container.
+        layers: the realised kernel of every matrix product, attention, norm and lookup.
+        isas: names of the code variants, best first.
+        code_bytes: size of each variant's code image.
+        plan: the plan, as written.
+    """
+
+    tensors: list[package.Tensor]
+    metadata: dict[str, str]
+    layers: list[LayerKernel]
+    isas: list[str]
+    code_bytes: dict[str, int]
+    plan: Plan = field(repr=False)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight tensors."""
+        return sum(t.data.nbytes for t in self.tensors if t.name.startswith("w/"))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return sum(len(piece) for piece in package.serialize(self.tensors, self.metadata))
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        return b"".join(package.serialize(self.tensors, self.metadata))
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all. Raises ResourceError when the disk refuses."""
+        package.write_path(path, self.tensors, self.metadata)
+
+
+def _layers(low: Lowering) -> list[LayerKernel]:
+    return [
+        LayerKernel(node.name or "", node.op_type, step.spec.op, _COMPUTE.get(step.spec.op, "float32"))
+        for node, step in low.layers
+    ]
+
+
+def build_artifact(
+    model: ir.Model,
+    *,
+    target: str = "x86_64-linux",
+    metadata: Mapping[str, str] | None = None,
+    on_kernel: Callable[[int, int, str], None] | None = None,
+) -> Artifact:
+    """Compile a prepared graph, float or low-bit.
+
+    Args:
+        model: what phase `prepare` (and `quantize`) left.
+        target: a key of `qgraph.codegen.isa.TARGETS`.
+        metadata: provenance, added to the container's `__metadata__`.
+        on_kernel: called with (done, total, symbol) before each kernel is compiled.
+
+    Raises:
+        UnsupportedError: an operator, data type or shape that has no kernel, named with its node.
+        UsageError: an unknown target.
+    """
+    isas = get_target(target)
+    low = lower(model.graph)
+    checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]
+    plan = make_plan(low, checks)
+    total = len(plan.kernels) * len(isas)
+    variants, code = [], []
+    for i, isa in enumerate(isas):
+        report = None
+        if on_kernel is not None:
+            base, call = i * len(plan.kernels), on_kernel
+
+            def report(
+                done: int, symbol: str, base: int = base, call: Callable[[int, int, str], None] = call
+            ) -> None:
+                call(base + done, total, symbol)
+
+        image = compile_variant(plan.kernels, isa, report)
+        code.append(package.raw_tensor(f"qgraph.code.{isa.name}", image.code))
+        variants.append(
+            {
+                "isa": isa.name,
+                "arch": isa.arch,
+                "features": list(isa.features),
+                "code": f"qgraph.code.{isa.name}",
+                "entries": [image.entries[spec.symbol] for spec in plan.kernels],
+            }
+        )
+    document = json.dumps({**plan.document, "variants": variants}, separators=(",", ":")).encode()
+    weights = [package.Tensor(b.name, b.dtype, b.data) for b in plan.weights]
+    tensors = [package.raw_tensor("qgraph.plan", document), *code, *weights]
+    full = {"qgraph.target": target, **(metadata or {})}
+    return Artifact(
+        tensors,
+        full,
+        _layers(low),
+        [isa.name for isa in isas],
+        {isa.name: t.data.nbytes for isa, t in zip(isas, code, strict=True)},
+        plan,
+    )

@@ -1,0 +1,107 @@
+"""Attention-23: one kernel that reads Q, K, V where they lie and never stores the scores."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+import sympy
+
+from qgraph.codegen.dims import Dim, ceildiv, product, static
+from qgraph.codegen.lowering.context import Arg, Lowering, lowers, unsupported
+from qgraph.codegen.memory import View
+from qgraph.codegen.spec import KernelSpec
+
+_Q_BLOCK = 16
+
+
+def _heads(low: Lowering, node: ir.Node, value: ir.Value, heads: int) -> View:
+    """Q, K or V as [batch, heads, length, head_dim] with neighbouring elements of a head side by side."""
+    view = low.view(value)
+    if view.rank == 3:
+        batch, length, width = view.shape
+        if not heads:
+            raise unsupported(node, "3-D inputs need the attributes q_num_heads and kv_num_heads")
+        split = view.reshape((batch, length, sympy.Integer(heads), sympy.expand(width / heads)))
+        if split is None:
+            return _heads_of_copy(low, view, heads, value)
+        view = split.transpose((0, 2, 1, 3))
+    if static(view.strides[-1]) != 1 and view.shape[-1] != 1:
+        view = low.copy(view, f"{value.name}/copy")
+    return view
+
+
+def _heads_of_copy(low: Lowering, view: View, heads: int, value: ir.Value) -> View:
+    batch, length, width = view.shape
+    dense = low.copy(view, f"{value.name}/copy")
+    split = dense.reshape((batch, length, sympy.Integer(heads), sympy.expand(width / heads)))
+    assert split is not None, "a dense view takes any shape"
+    return split.transpose((0, 2, 1, 3))
+
+
+@lowers("Attention")
+def attention(low: Lowering, node: ir.Node) -> None:
+    """Scaled dot-product attention over 3-D or 4-D inputs, grouped heads, a boolean or additive mask."""
+    attrs = node.attributes
+    inputs = list(node.inputs) + [None] * (6 - len(node.inputs))
+    q_value, k_value, v_value, mask_value = inputs[:4]
+    if q_value is None or k_value is None or v_value is None:
+        raise unsupported(node, "Q, K and V are needed")
+    if any(v is not None for v in inputs[4:]):
+        raise unsupported(node, "past key and value inputs are not supported yet")
+    for extra in node.outputs[1:]:
+        if low.uses[extra]:
+            raise unsupported(node, f"output '{extra.name}' is not supported yet")
+    if low.dtype(q_value) != "f32":
+        raise unsupported(node, f"data type {low.dtype(q_value)}; supported is f32")
+    flat = len(low.shape(q_value)) == 3
+    q = _heads(low, node, q_value, attrs.get_int("q_num_heads", 0))
+    k = _heads(low, node, k_value, attrs.get_int("kv_num_heads", 0))
+    v = _heads(low, node, v_value, attrs.get_int("kv_num_heads", 0))
+    batch, heads, sq, head_dim = q.shape
+    kv_heads, sk, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    d, dv, h, hkv = static(head_dim), static(value_dim), static(heads), static(kv_heads)
+    if d is None or dv is None or h is None or hkv is None or h % hkv:
+        raise unsupported(
+            node, f"head sizes must be constant and the {heads} query heads a multiple of {kv_heads}"
+        )
+    scale = attrs.get_float("scale", 0.0) or 1.0 / math.sqrt(d)
+
+    mask: list[Arg | View | Dim] = []
+    mask_strides: list[Dim] = []
+    kind = "none"
+    if mask_value is not None:
+        kind = low.dtype(mask_value)
+        if kind not in ("bool", "f32"):
+            raise unsupported(node, f"mask of type {kind}")
+        view = low.view(mask_value).expand((batch, heads, sq, sk))
+        mask, mask_strides = [view], list(view.strides)
+
+    # The heads of one token side by side: the transposition that follows then costs nothing.
+    y = low.temp("f32", (batch, sq, heads, value_dim))
+    if flat and node.outputs[0] in low.outputs:
+        y = View.of(low.outputs[node.outputs[0]])
+        reshaped = y.reshape((batch, sq, heads, value_dim))
+        assert reshaped is not None, "an output is dense"
+        y = reshaped
+    by_head = y.transpose((0, 2, 1, 3))
+    spec = KernelSpec.make(
+        "attention",
+        head_dim=d,
+        value_dim=dv,
+        mask=kind,
+        causal=bool(attrs.get_int("is_causal", 0)),
+        scale=float(scale),
+        softcap=float(attrs.get_float("softcap", 0.0)),
+        q_block=_Q_BLOCK,
+    )
+    args = [y, q, k, v, *mask, h, h // hkv, sq, sk, 0]
+    args += [*q.strides[:3], *k.strides[:3], *v.strides[:3], *mask_strides, *by_head.strides[:3]]
+    step = low.emit(node.name or "Attention", spec, args, product((batch, heads)) * ceildiv(sq, _Q_BLOCK))
+    low.layers.append((node, step))
+    if flat:
+        merged = y.reshape((batch, sq, sympy.expand(heads * value_dim)))
+        assert merged is not None, "a dense view takes any shape"
+        low.bind(node, merged)
+    else:
+        low.bind(node, by_head)

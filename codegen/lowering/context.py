@@ -1,0 +1,319 @@
+"""The state of a lowering: what each graph value has become, and the steps emitted so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import sympy
+
+from qgraph.codegen.dims import Dim, ceildiv, equal, is_one, product, size, static
+from qgraph.codegen.memory import ITEM_SIZE, Buffer, View, collapse
+from qgraph.codegen.spec import KernelSpec
+from qgraph.errors import QGraphError, UnsupportedError
+
+DTYPES = {
+    ir.DataType.FLOAT: "f32",
+    ir.DataType.INT64: "i64",
+    ir.DataType.INT32: "i32",
+    ir.DataType.BOOL: "bool",
+    ir.DataType.UINT8: "u8",
+    ir.DataType.INT8: "i8",
+}
+
+# Rows of an elementwise kernel handed to a thread at once hold at least this many elements.
+_GRAIN_ELEMENTS = 4096
+
+Arg = tuple[Any, ...]  # ("v", Buffer, byte offset) | ("i", size) | ("scratch", bytes) | ("status",)
+
+
+@dataclass
+class Step:
+    """One kernel call of the plan."""
+
+    name: str
+    spec: KernelSpec
+    args: list[Arg]
+    blocks: Dim
+    grain: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Pointwise:
+    """A value not computed yet: an expression over views, in the terms of the `elementwise` kernel."""
+
+    expr: tuple[Any, ...]
+    leaves: tuple[View, ...]
+    args: tuple[Dim, ...]
+    shape: tuple[Dim, ...]
+    dtype: str
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A matrix product not emitted yet, so that what follows it can become its epilogue."""
+
+    node: ir.Node
+    op: str  # kernel: matmul_nvfp4 | matmul_f32
+    x: View
+    k: int
+    n: int
+    weights: tuple[Buffer, ...]
+    shape: tuple[Dim, ...]
+    epilogue: tuple[str, ...] = ()
+    operands: tuple[View, ...] = ()  # of the epilogue: bias, residual
+
+
+Lazy = View | Pointwise | Linear
+Handler = Callable[["Lowering", ir.Node], None]
+HANDLERS: dict[tuple[str, str], Handler] = {}
+# Inputs that carry data. Others (target shapes, axes, pads) are known from shape inference.
+DATA_INPUTS: dict[tuple[str, str], tuple[int, ...]] = {}
+
+
+def lowers(*ops: str, domain: str = "", data: tuple[int, ...] | None = None) -> Callable[[Handler], Handler]:
+    """Register the lowering of operators; `data` lists the inputs it reads as data (default: all)."""
+
+    def register(handler: Handler) -> Handler:
+        for op in ops:
+            HANDLERS[domain, op] = handler
+            if data is not None:
+                DATA_INPUTS[domain, op] = data
+        return handler
+
+    return register
+
+
+def data_inputs(node: ir.Node) -> list[ir.Value]:
+    """The inputs of `node` that must be in memory when it runs."""
+    picked = DATA_INPUTS.get((node.domain, node.op_type))
+    inputs = node.inputs if picked is None else [node.inputs[i] for i in picked if i < len(node.inputs)]
+    return [v for v in inputs if v is not None]
+
+
+def unsupported(node: ir.Node, why: str) -> UnsupportedError:
+    """The error for a node that this version cannot lower."""
+    name = node.name or "(unnamed)"
+    return UnsupportedError(f"{node.op_type} node '{name}': {why}")
+
+
+@dataclass
+class Lowering:
+    """Turns a prepared graph into steps over buffers, node by node.
+
+    Attributes:
+        steps: in order of execution.
+        layers: (node name, op type, step) of every node that became a step of its own kernel, for the report.
+    """
+
+    graph: ir.Graph
+    steps: list[Step] = field(default_factory=list)
+    values: dict[ir.Value, Lazy] = field(default_factory=dict)
+    uses: Counter[ir.Value] = field(default_factory=Counter)
+    weights: dict[str, Buffer] = field(default_factory=dict)
+    inputs: list[Buffer] = field(default_factory=list)
+    outputs: dict[ir.Value, Buffer] = field(default_factory=dict)
+    layers: list[tuple[ir.Node, Step]] = field(default_factory=list)
+
+    # -- values ------------------------------------------------------------------------------------------------
+
+    def shape(self, value: ir.Value) -> tuple[Dim, ...]:
+        """The shape that inference found."""
+        if value.shape is None:
+            raise QGraphError(f"value '{value.name}' has no shape: the graph was not prepared")
+        return tuple(size(d) for d in value.shape)
+
+    def dtype(self, value: ir.Value) -> str:
+        """The element type in the plan's terms; UnsupportedError for types that have no kernels."""
+        if value.dtype not in DTYPES:
+            known = ", ".join(t.name for t in DTYPES)
+            name = value.dtype.name if value.dtype is not None else "unknown"
+            raise UnsupportedError(f"value '{value.name}' has data type {name}; supported are {known}")
+        return DTYPES[value.dtype]
+
+    def constant(self, value: ir.Value | None) -> np.ndarray | None:
+        """The content of an initializer, else None."""
+        if value is None or value.const_value is None:
+            return None
+        return value.const_value.numpy()
+
+    def weight(self, name: str, dtype: str, make: Callable[[], np.ndarray]) -> Buffer:
+        """The weight tensor `name` of the artifact, made on first use."""
+        if name not in self.weights:
+            data = np.ascontiguousarray(make())
+            shape = tuple(sympy.Integer(d) for d in data.shape)
+            self.weights[name] = Buffer("weight", dtype, shape, name=name, data=data)
+        return self.weights[name]
+
+    def get(self, value: ir.Value) -> Lazy:
+        """What `value` has become; an initializer becomes a weight in its own layout."""
+        if value not in self.values:
+            array = self.constant(value)
+            if array is None:
+                raise QGraphError(f"value '{value.name}' is read before it is computed")
+            dtype = self.dtype(value)
+            self.values[value] = View.of(self.weight(f"w/{value.name}", dtype, lambda: array))
+        return self.values[value]
+
+    def view(self, value: ir.Value) -> View:
+        """`value` in memory, computing it now if that was put off."""
+        lazy = self.get(value)
+        if isinstance(lazy, Linear):
+            lazy = self.emit_linear(lazy, self.allocate(value))
+        elif isinstance(lazy, Pointwise):
+            lazy = self.emit_pointwise(lazy, self.allocate(value))
+        self.values[value] = lazy
+        return lazy
+
+    def dense(self, value: ir.Value) -> View:
+        """`value` in memory, its elements in row-major order."""
+        view = self.view(value)
+        return view if view.is_dense() else self.copy(view, f"{value.name}/copy")
+
+    def copy(self, view: View, name: str, out: View | None = None) -> View:
+        """A dense copy of `view`, or a copy into `out`."""
+        return self.emit_pointwise(Pointwise(("in", 0), (view,), (), view.shape, view.dtype, name), out)
+
+    def allocate(self, value: ir.Value) -> View:
+        """Memory for a value: the caller's where it is an output of the graph, else a temporary."""
+        if value in self.outputs:
+            return View.of(self.outputs[value])
+        return self.temp(self.dtype(value), self.shape(value))
+
+    def temp(self, dtype: str, shape: Sequence[Dim]) -> View:
+        """A new temporary."""
+        return View.of(Buffer("temp", dtype, tuple(shape)))
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def pointer(view: View) -> Arg:
+        return ("v", view.buffer, sympy.expand(view.offset * ITEM_SIZE[view.dtype]))
+
+    def emit(
+        self, name: str, spec: KernelSpec, args: Sequence[Arg | View | Dim | int], blocks: Dim, grain: int = 1
+    ) -> Step:
+        """Append a step. Views become pointers, sizes become integers."""
+        plain: list[Arg] = []
+        for arg in args:
+            if isinstance(arg, View):
+                plain.append(self.pointer(arg))
+            elif isinstance(arg, tuple):
+                plain.append(arg)
+            else:
+                plain.append(("i", sympy.sympify(arg)))
+        step = Step(name, spec, plain, sympy.sympify(blocks), grain)
+        self.steps.append(step)
+        return step
+
+    def emit_linear(self, linear: Linear, out: View) -> View:
+        """Emit the matrix product with its epilogue into `out` (dense)."""
+        rows = product(linear.shape[:-1])
+        n_block, m_block = 32, 128
+        spec = KernelSpec.make(
+            linear.op, k=linear.k, n=linear.n, n_block=n_block, m_block=m_block, epilogue=linear.epilogue
+        )
+        # The kernel takes the bias before the residual, in whatever order they are applied.
+        operands = dict(
+            zip([e for e in linear.epilogue if e in ("bias", "residual")], linear.operands, strict=True)
+        )
+        extra = [operands[e] for e in ("bias", "residual") if e in operands]
+        weights = [View.of(w) for w in linear.weights]
+        blocks = ceildiv(rows, m_block) * ceildiv(linear.n, n_block)
+        step = self.emit(linear.node.name or "MatMul", spec, [out, linear.x, *weights, *extra, rows], blocks)
+        self.layers.append((linear.node, step))
+        return out
+
+    def emit_pointwise(self, pw: Pointwise, out: View | None = None) -> View:
+        """Emit an elementwise kernel for `pw` into `out` (default: a new temporary)."""
+        out = out if out is not None else self.temp(pw.dtype, pw.shape)
+        iotas = frozenset(_iota_axes(pw.expr))
+        operands = [out, *(leaf.expand(pw.shape) for leaf in pw.leaves)]
+        dims, strides = collapse(pw.shape, [v.strides for v in operands], iotas)
+        if not dims:
+            dims, strides = [(sympy.Integer(1), -1)], [[sympy.Integer(0)] for _ in operands]
+            strides[0] = [sympy.Integer(1)]
+        renumber = {axis: i for i, (_, axis) in enumerate(dims)}
+        modes: list[int | str] = []
+        numbers: list[Dim] = []
+        for operand in strides:
+            inner = static(operand[-1])
+            modes.append(inner if inner in (0, 1) else "s")
+            numbers += operand if modes[-1] == "s" else operand[:-1]
+        spec = KernelSpec.make(
+            "elementwise",
+            rank=len(dims),
+            inputs=tuple(v.dtype for v in operands[1:]),
+            in_inner=tuple(modes[1:]),
+            out=pw.dtype,
+            out_inner=modes[0],
+            args=len(pw.args),
+            expr=_renumber(pw.expr, renumber),
+        )
+        sizes = [d for d, _ in dims]
+        if len(sizes) == 1:
+            blocks, grain = ceildiv(sizes[0], 4096), 1
+        else:
+            inner = static(sizes[-1])
+            blocks, grain = product(sizes[:-1]), max(1, _GRAIN_ELEMENTS // (inner or 64))
+        self.emit(pw.name, spec, [*operands, *sizes, *numbers, *pw.args], blocks, grain)
+        return out
+
+    def same_shape(self, a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+
+    def leading(self, value: ir.Value, axis: int) -> tuple[Dim, Dim, Dim]:
+        """(product before axis, size of axis, product after)."""
+        shape = self.shape(value)
+        return product(shape[:axis]), shape[axis], product(shape[axis + 1 :])
+
+    def bind(self, node: ir.Node, *results: Lazy) -> None:
+        """Record what the outputs of `node` have become; an output of the graph is computed at once."""
+        for value, lazy in zip(node.outputs, results, strict=False):
+            self.values[value] = lazy
+            if value in self.outputs:
+                self.deliver(value)
+
+    def deliver(self, value: ir.Value) -> None:
+        """See that an output of the graph is in the caller's memory."""
+        view = self.view(value)
+        if view.buffer is not self.outputs[value]:
+            self.values[value] = self.copy(view, f"{value.name}/copy", View.of(self.outputs[value]))
+
+
+def _iota_axes(expr: Any) -> set[int]:
+    if not isinstance(expr, tuple) or not expr:
+        return set()
+    if expr[0] == "iota":
+        return {expr[1]}
+    return set().union(*(_iota_axes(e) for e in expr[1:]))
+
+
+def _renumber(expr: Any, axes: dict[int, int]) -> Any:
+    if not isinstance(expr, tuple) or not expr:
+        return expr
+    if expr[0] == "iota":
+        return ("iota", axes[expr[1]])
+    return (expr[0], *(_renumber(e, axes) for e in expr[1:]))
+
+
+def broadcast(shapes: Sequence[tuple[Dim, ...]], where: str) -> tuple[Dim, ...]:
+    """The shape that `shapes` broadcast to (ONNX rules); sizes that are not known to be 1 must be equal."""
+    rank = max(len(s) for s in shapes)
+    out: list[Dim] = []
+    for axis in range(rank):
+        result: Dim = sympy.Integer(1)
+        for s in shapes:
+            at = axis - rank + len(s)
+            if at < 0 or is_one(s[at]):
+                continue
+            if not is_one(result) and not equal(result, s[at]):
+                raise UnsupportedError(f"{where}: cannot broadcast size {s[at]} with {result}")
+            result = s[at]
+        out.append(result)
+    return tuple(out)

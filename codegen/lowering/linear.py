@@ -1,0 +1,97 @@
+"""Matrix products: quantized weights, float weights, and products of two activations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+import sympy
+
+from qgraph.codegen import packing
+from qgraph.codegen.dims import Dim, ceildiv, product
+from qgraph.codegen.lowering.context import Linear, Lowering, broadcast, lowers, unsupported
+from qgraph.codegen.memory import View, collapse
+from qgraph.codegen.spec import KernelSpec
+
+
+@lowers("QLinearNVFP4", domain="ai.qgraph", data=(0,))
+def qlinear_nvfp4(low: Lowering, node: ir.Node) -> None:
+    """`QLinearNVFP4(x, codes, block_scale, global_scale)`: the weight stays packed, as `nvfp4_n16k8`."""
+    x, codes, block_scale, global_scale = node.inputs
+    if x is None or codes is None:
+        raise unsupported(node, "an input is missing")
+    q, s, g = (low.constant(v) for v in (codes, block_scale, global_scale))
+    if q is None or s is None or g is None:
+        raise unsupported(node, "codes and scales must be initializers")
+    k, n = q.shape
+    name = f"w/{codes.name}"
+    packed: list[np.ndarray] = []
+
+    def pack(part: int) -> np.ndarray:
+        if not packed:
+            packed.extend(packing.pack_nvfp4_n16k8(q.view(np.uint8) & 0xF, s.view(np.uint8)))
+        return packed[part]
+
+    weights = (
+        low.weight(name, "u32", lambda: pack(0)),
+        low.weight(f"{name}/block_scale", "u8", lambda: pack(1)),
+        low.weight(f"{name}/global_scale", "f32", lambda: g.reshape(1).astype(np.float32)),
+    )
+    low.bind(node, Linear(node, "matmul_nvfp4", low.dense(x), k, n, weights, low.shape(node.outputs[0])))
+
+
+@lowers("MatMul")
+def matmul(low: Lowering, node: ir.Node) -> None:
+    """MatMul: by a constant matrix through packed weights, else the general product of two tensors."""
+    a, b = node.inputs
+    if a is None or b is None:
+        raise unsupported(node, "an input is missing")
+    w = low.constant(b)
+    if w is not None and w.ndim == 2 and len(low.shape(a)) >= 2 and low.dtype(a) == "f32":
+        weight = low.weight(f"w/{b.name}/f32_n16", "f32", lambda: packing.pack_f32_n16(w))
+        k, n = w.shape
+        low.bind(node, Linear(node, "matmul_f32", low.dense(a), k, n, (weight,), low.shape(node.outputs[0])))
+        return
+    if low.dtype(a) != "f32":
+        raise unsupported(node, f"operands of type {low.dtype(a)}; supported is f32")
+    _general(low, node, low.view(a), low.view(b))
+
+
+def _general(low: Lowering, node: ir.Node, a: View, b: View) -> None:
+    one = sympy.Integer(1)
+    # NumPy's rule for vectors: a row on the left, a column on the right; the added dim is not in the output.
+    if a.rank == 1:
+        a = replace(a, shape=(one, *a.shape), strides=(sympy.Integer(0), *a.strides))
+    if b.rank == 1:
+        b = replace(b, shape=(*b.shape, one), strides=(*b.strides, sympy.Integer(0)))
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    batch = broadcast([a.shape[:-2], b.shape[:-2]], f"MatMul '{node.name}'")
+    out = low.allocate(node.outputs[0])
+    y = out.reshape((*batch, m, n))
+    if y is None:
+        raise unsupported(node, "output is not dense")
+
+    def outer(view: View) -> tuple[Dim, ...]:
+        return View(view.buffer, view.shape[:-2], view.strides[:-2]).expand(batch).strides
+
+    dims, strides = collapse(batch, [outer(a), outer(b), y.strides[:-2]])
+    if len(dims) > 2:
+        a, b = (low.copy(replace(v.expand((*batch, *v.shape[-2:]))), f"{node.name}/copy") for v in (a, b))
+        dims, strides = collapse(batch, [outer(a), outer(b), y.strides[:-2]])
+    pad = 2 - len(dims)
+    (b0, b1) = (*(one,) * pad, *(d for d, _ in dims))
+    zero = sympy.Integer(0)
+    sa, sb, sy = ((*(zero,) * pad, *s) for s in strides)
+    spec = KernelSpec.make("matmul_dynamic", m_block=64, n_block=32)
+    args = [y, a, b, m, k, n, b1, *sa, *a.strides[-2:], *sb, *b.strides[-2:], *sy, y.strides[-2]]
+    blocks = product((b0, b1)) * ceildiv(m, 64) * ceildiv(n, 32)
+    step = low.emit(node.name or "MatMul", spec, args, blocks)
+    low.layers.append((node, step))
+    low.bind(node, out)
+
+
+@lowers("Gemm")
+def gemm(low: Lowering, node: ir.Node) -> None:
+    """Gemm is rewritten to MatMul by the prepare phase; one that is left has an operand that is not constant."""
+    raise unsupported(node, "Gemm with these operands was not rewritten to MatMul")

@@ -1,0 +1,275 @@
+"""Elementwise operators: they build expressions, which become kernels only where somebody needs them in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import onnx_ir as ir
+
+from qgraph.codegen.dims import Dim
+from qgraph.codegen.lowering.context import (
+    DTYPES,
+    Linear,
+    Lowering,
+    Pointwise,
+    broadcast,
+    lowers,
+    unsupported,
+)
+from qgraph.codegen.memory import View
+
+# An expression larger than this is computed before it is used further: kernels stay small and readable.
+_MAX_NODES = 48
+_MAX_LEAVES = 6
+
+_UNARY = {
+    "Neg": "neg",
+    "Abs": "abs",
+    "Sign": "sign",
+    "Sqrt": "sqrt",
+    "Reciprocal": "reciprocal",
+    "Exp": "exp",
+    "Log": "log",
+    "Erf": "erf",
+    "Tanh": "tanh",
+    "Sigmoid": "sigmoid",
+    "Relu": "relu",
+    "Softplus": "softplus",
+    "Floor": "floor",
+    "Ceil": "ceil",
+    "Round": "round",
+    "Sin": "sin",
+    "Cos": "cos",
+    "Not": "not",
+    "IsNaN": "isnan",
+}
+_BINARY = {
+    "Add": "add",
+    "Sub": "sub",
+    "Mul": "mul",
+    "Div": "div",
+    "Pow": "pow",
+    "Equal": "eq",
+    "Less": "lt",
+    "LessOrEqual": "le",
+    "Greater": "gt",
+    "GreaterOrEqual": "ge",
+    "And": "and",
+    "Or": "or",
+    "Xor": "xor",
+}
+_VARIADIC = {"Max": "max", "Min": "min", "Sum": "add"}
+
+
+def _nodes(expr: Any) -> int:
+    return 1 + sum(_nodes(e) for e in expr[1:] if isinstance(e, tuple))
+
+
+def _shift(expr: Any, leaf: int, arg: int, axes: int) -> Any:
+    """Renumber the leaves, arguments and axes of an expression that joins a larger one."""
+    if not isinstance(expr, tuple):
+        return expr
+    if expr[0] == "in":
+        return ("in", expr[1] + leaf)
+    if expr[0] == "arg":
+        return ("arg", expr[1] + arg)
+    if expr[0] == "iota":
+        return ("iota", expr[1] + axes)
+    return (expr[0], *(_shift(e, leaf, arg, axes) for e in expr[1:]))
+
+
+class _Operands:
+    """Collects the operands of one node: constants inline, single-use expressions merged, the rest as views."""
+
+    def __init__(self, low: Lowering, node: ir.Node) -> None:
+        self.low, self.node = low, node
+        self.leaves: list[View] = []
+        self.args: list[Dim] = []
+        self.nodes = 0
+        self.shape = broadcast(
+            [low.shape(v) for v in node.inputs if v is not None], f"{node.op_type} '{node.name}'"
+        )
+
+    def expr(self, value: ir.Value) -> Any:
+        low = self.low
+        const = low.constant(value)
+        if const is not None and const.size == 1:
+            return ("const", const.reshape(()).item(), low.dtype(value))
+        lazy = low.get(value)
+        if isinstance(lazy, Pointwise):
+            small = _nodes(lazy.expr) + self.nodes <= _MAX_NODES
+            few = len(lazy.leaves) + len(self.leaves) <= _MAX_LEAVES
+            # An expression without leaves (an iota, a size) costs nothing to compute twice.
+            if small and few and (low.uses[value] == 1 or not lazy.leaves):
+                axes = len(self.shape) - len(lazy.shape)
+                expr = _shift(lazy.expr, len(self.leaves), len(self.args), axes)
+                # Dims that this operand lacks or broadcasts stay out of its views by zero strides, and an iota
+                # along a broadcast dim is the index 0.
+                self.leaves += [leaf.expand(lazy.shape) for leaf in lazy.leaves]
+                self.args += lazy.args
+                self.nodes += _nodes(expr)
+                return _zero_iotas(expr, lazy.shape, axes)
+        view = low.view(value)
+        for i, leaf in enumerate(self.leaves):
+            if leaf is view:
+                return ("in", i)
+        self.leaves.append(view)
+        return ("in", len(self.leaves) - 1)
+
+    def result(self, expr: Any) -> Pointwise:
+        low, node = self.low, self.node
+        return Pointwise(
+            expr,
+            tuple(self.leaves),
+            tuple(self.args),
+            self.shape,
+            low.dtype(node.outputs[0]),
+            node.name or node.op_type,
+        )
+
+
+def _zero_iotas(expr: Any, shape: tuple[Dim, ...], axes: int) -> Any:
+    if not isinstance(expr, tuple):
+        return expr
+    if expr[0] == "iota" and shape[expr[1] - axes] == 1:
+        return ("const", 0, "i64")
+    return (expr[0], *(_zero_iotas(e, shape, axes) for e in expr[1:]))
+
+
+def _activation(node: ir.Node) -> str | None:
+    """The name of the matmul epilogue that computes `node`, if there is one."""
+    if node.op_type == "Gelu":
+        return "gelu_erf" if node.attributes.get_string("approximate", "none") == "none" else "gelu_tanh"
+    return {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Swish": "silu"}.get(node.op_type)
+
+
+def _extend_linear(low: Lowering, node: ir.Node) -> Linear | None:
+    """`node` as one more epilogue of the matrix product it follows, if the kernel can take it."""
+    if node.op_type == "Add":
+        for mine, other in ((0, 1), (1, 0)):
+            a, b = node.inputs[mine], node.inputs[other]
+            lazy = low.values.get(a)
+            if a is None or b is None or not isinstance(lazy, Linear) or low.uses[a] != 1 or a is b:
+                continue
+            shape = low.shape(b)
+            const = low.constant(b)
+            if (
+                const is not None
+                and const.size == lazy.n
+                and shape[-1] == lazy.n
+                and "bias" not in lazy.epilogue
+            ):
+                operand = low.view(b)
+                return _with(lazy, "bias", operand)
+            if (
+                low.same_shape(shape, lazy.shape)
+                and "residual" not in lazy.epilogue
+                and low.dtype(b) == "f32"
+            ):
+                return _with(lazy, "residual", low.dense(b))
+        return None
+    name = _activation(node)
+    value = node.inputs[0]
+    if name is None or value is None:
+        return None
+    lazy = low.values.get(value)
+    if isinstance(lazy, Linear) and low.uses[value] == 1:
+        return _with(lazy, name, None)
+    return None
+
+
+def _with(linear: Linear, name: str, operand: View | None) -> Linear:
+    operands = linear.operands if operand is None else (*linear.operands, operand)
+    return replace(linear, epilogue=(*linear.epilogue, name), operands=operands)
+
+
+def _build(ops: _Operands, node: ir.Node) -> Any:
+    """The kernel expression of one node over its operands."""
+    op = node.op_type
+    inputs = [v for v in node.inputs if v is not None]
+    args = [ops.expr(v) for v in inputs]
+    attrs = node.attributes
+    if op in _UNARY:
+        return (_UNARY[op], args[0])
+    if op == "Pow" and args[1][0] == "const":
+        exponent = float(args[1][1])
+        known = {0.5: ("sqrt", args[0]), 1.0: args[0], 2.0: ("mul", args[0], args[0])}
+        known |= {3.0: ("mul", args[0], ("mul", args[0], args[0])), -1.0: ("reciprocal", args[0])}
+        dtype = ops.low.dtype(node.outputs[0])
+        if exponent in known and (dtype == "f32" or exponent in (1.0, 2.0, 3.0)):
+            return known[exponent]
+        return ("pow", args[0], ("const", args[1][1], dtype))
+    if op in _BINARY:
+        return (_BINARY[op], *args)
+    if op in _VARIADIC:
+        expr = args[0]
+        for arg in args[1:]:
+            expr = (_VARIADIC[op], expr, arg)
+        return expr
+    if op == "Mean":
+        expr = args[0]
+        for arg in args[1:]:
+            expr = ("add", expr, arg)
+        return ("mul", expr, ("const", 1.0 / len(args), "f32"))
+    if op == "Where":
+        return ("where", *args)
+    if op == "Cast":
+        target = ir.DataType(attrs.get_int("to"))
+        if target not in DTYPES:
+            raise unsupported(node, f"cast to {target.name} has no kernel")
+        return ("cast", DTYPES[target], args[0])
+    if op == "Gelu":
+        return (_activation(node), args[0])
+    if op == "Swish":
+        alpha = attrs.get_float("alpha", 1.0)
+        scaled = args[0] if alpha == 1.0 else ("mul", ("const", alpha, "f32"), args[0])
+        return ("silu", args[0]) if alpha == 1.0 else ("mul", args[0], ("sigmoid", scaled))
+    if op == "HardSwish":
+        inner = ("add", ("mul", args[0], ("const", 1 / 6, "f32")), ("const", 0.5, "f32"))
+        return ("mul", args[0], ("max", ("min", inner, ("const", 1.0, "f32")), ("const", 0.0, "f32")))
+    if op == "LeakyRelu":
+        slope = ("const", attrs.get_float("alpha", 0.01), "f32")
+        return ("where", ("lt", args[0], ("const", 0.0, "f32")), ("mul", args[0], slope), args[0])
+    if op == "Clip":
+        low_value = node.inputs[1] if len(node.inputs) > 1 else None
+        high_value = node.inputs[2] if len(node.inputs) > 2 else None
+        expr, at = args[0], 1
+        if low_value is not None:
+            expr, at = ("max", expr, args[at]), at + 1
+        if high_value is not None:
+            expr = ("min", expr, args[at])
+        return expr
+    if op == "Mod":
+        if attrs.get_int("fmod", 0):
+            raise unsupported(node, "fmod=1 has no kernel")
+        return ("mod", *args)
+    if op == "IsInf":
+        return ("isinf", args[0])
+    raise unsupported(node, "no kernel")
+
+
+@lowers(
+    *_UNARY,
+    *_BINARY,
+    *_VARIADIC,
+    "Mean",
+    "Where",
+    "Cast",
+    "Gelu",
+    "Swish",
+    "HardSwish",
+    "LeakyRelu",
+    "Clip",
+    "Mod",
+    "IsInf",
+)
+def pointwise(low: Lowering, node: ir.Node) -> None:
+    """Any elementwise operator: an epilogue of the matrix product before it, or an expression."""
+    if low.dtype(node.outputs[0]) == "f32":
+        linear = _extend_linear(low, node)
+        if linear is not None:
+            low.bind(node, linear)
+            return
+    ops = _Operands(low, node)
+    low.bind(node, ops.result(_build(ops, node)))

@@ -1,0 +1,139 @@
+"""Steps over buffers -> the plan of runtime/FORMAT.md: value numbers, shared memory, JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from qgraph.codegen.dims import Dim, estimate, plan_expr
+from qgraph.codegen.lowering import Lowering
+from qgraph.codegen.memory import Buffer
+from qgraph.codegen.spec import KernelSpec
+from qgraph.errors import QGraphError
+
+# Sizes are int64 and checked at run time; this bound only catches nonsense early.
+MAX_DIM = 1 << 24
+
+
+@dataclass
+class Plan:
+    """What the runtime executes, but for the code of its kernels.
+
+    Attributes:
+        document: the JSON object of FORMAT.md without `variants`.
+        kernels: the specs behind `document["kernels"]`, in order.
+        weights: the weight tensors, in order of first use.
+    """
+
+    document: dict[str, Any]
+    kernels: list[KernelSpec]
+    weights: list[Buffer]
+
+
+def _shape(dims: tuple[Dim, ...]) -> list[Any]:
+    return [plan_expr(d) for d in dims]
+
+
+def _assign_slots(steps: list[list[Buffer]], temps: list[Buffer]) -> tuple[dict[Buffer, int], int]:
+    """Give temporaries whose lifetimes do not overlap the same slot: at its first use a temporary takes the free slot
+    nearest to it in size. Sizes are symbolic, so nearness is judged at an example of the dims."""
+    first: dict[Buffer, int] = {}
+    last: dict[Buffer, int] = {}
+    for at, buffers in enumerate(steps):
+        for buffer in buffers:
+            first.setdefault(buffer, at)
+            last[buffer] = at
+    slot: dict[Buffer, int] = {}
+    capacity: list[int] = []
+    free: set[int] = set()
+    for at, buffers in enumerate(steps):
+        for buffer in dict.fromkeys(buffers):
+            if buffer.kind != "temp" or first[buffer] != at:
+                continue
+            need = estimate(buffer.nbytes)
+            if free:
+                # Prefer the smallest slot that is large enough, else the largest one there is.
+                index = min(free, key=lambda s: (capacity[s] < need, abs(capacity[s] - need), s))
+                free.remove(index)
+                capacity[index] = max(capacity[index], need)
+            else:
+                index = len(capacity)
+                capacity.append(need)
+            slot[buffer] = index
+        free.update(slot[b] for b in dict.fromkeys(buffers) if b.kind == "temp" and last[b] == at)
+    unplaced = [b for b in temps if b not in slot]
+    if unplaced:
+        raise QGraphError("a temporary is never used")
+    return slot, len(capacity)
+
+
+def _dims(inputs: list[Buffer]) -> list[dict[str, Any]]:
+    names = dict.fromkeys(str(d.name) for buffer in inputs for d in buffer.shape if d.is_Symbol)
+    used = {str(s.name) for buffer in inputs for d in buffer.shape for s in d.free_symbols}
+    free = used - set(names)
+    if free:
+        raise QGraphError(f"size '{sorted(free)[0]}' is the whole dimension of no input")
+    return [{"name": name, "min": 1, "max": MAX_DIM} for name in names]
+
+
+def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
+    """Number the buffers, share memory among temporaries, and write the plan.
+
+    Args:
+        low: the lowered graph.
+        checks: (a, b, message): a >= b must hold at run time.
+    """
+    per_step = [[arg[1] for arg in step.args if arg[0] == "v"] for step in low.steps]
+    outputs = [low.outputs[v] for v in low.graph.outputs]
+    order = dict.fromkeys([*low.inputs, *outputs, *(b for buffers in per_step for b in buffers)])
+    temps = [b for b in order if b.kind == "temp"]
+    slot, slots = _assign_slots(per_step, temps)
+    values = []
+    for index, buffer in enumerate(order):
+        buffer.index = index
+        if buffer.kind == "weight":
+            values.append({"kind": "weight", "tensor": buffer.name})
+            continue
+        value: dict[str, Any] = {"kind": buffer.kind, "dtype": buffer.dtype, "shape": _shape(buffer.shape)}
+        if buffer.kind == "temp":
+            value["slot"] = slot[buffer]
+        values.append(value)
+
+    kernels = list(dict.fromkeys(step.spec for step in low.steps))
+    number = {spec: i for i, spec in enumerate(kernels)}
+    steps = [
+        {
+            "name": step.name,
+            "kernel": number[step.spec],
+            "args": [_arg(arg) for arg in step.args],
+            "blocks": plan_expr(step.blocks),
+            "grain": step.grain,
+        }
+        for step in low.steps
+    ]
+    document = {
+        "version": 1,
+        "dims": _dims(low.inputs),
+        "checks": [{"ge": [plan_expr(a), plan_expr(b)], "message": message} for a, b, message in checks],
+        "inputs": [{"name": b.name, "value": b.index} for b in low.inputs],
+        "outputs": [{"name": b.name, "value": b.index} for b in outputs],
+        "values": values,
+        "slots": slots,
+        "kernels": [spec.symbol for spec in kernels],
+        "steps": steps,
+    }
+    return Plan(document, kernels, [b for b in order if b.kind == "weight"])
+
+
+def _arg(arg: tuple[Any, ...]) -> list[Any]:
+    match arg[0]:
+        case "v":
+            return (
+                ["v", arg[1].index] if sympy.sympify(arg[2]) == 0 else ["v", arg[1].index, plan_expr(arg[2])]
+            )
+        case "i":
+            return ["i", plan_expr(arg[1])]
+        case _:
+            return list(arg)
