@@ -1,7 +1,7 @@
 """Symbolic sizes: sympy expressions over the input dims, and their form in the plan.
 
-A size is a sympy expression whose symbols are positive integers named after the graph's input dims; plain ints are
-allowed wherever a size is expected.
+A size is a sympy expression whose symbols are positive integers named after the graph's input dims; plain
+ints are allowed wherever a size is expected.
 """
 
 from __future__ import annotations

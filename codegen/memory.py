@@ -1,7 +1,7 @@
 """Buffers and strided views of them: how the lowering sees every tensor of the graph.
 
-Transpose, Reshape, Slice, Expand and their kin move no data: they make another view of the same buffer. A copy is
-made only when a kernel needs its operand dense and the view is not.
+Transpose, Reshape, Slice, Expand and their kin move no data: they make another view of the same buffer. A
+copy is made only when a kernel needs its operand dense and the view is not.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def dense_strides(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A strided window on a buffer: element [i, j, ...] lies `offset + i*strides[0] + ...` elements from its start."""
+    """A strided window on a buffer: element [i, j, ...] lies `offset + i*strides[0] + ...` elements from its
+    start."""
 
     buffer: Buffer
     shape: tuple[Dim, ...]
@@ -136,7 +137,8 @@ class View:
 
 
 def _divides(part: Dim, whole: Dim) -> bool:
-    """Whether `whole` is a whole multiple of `part` for all values of the symbols, as far as algebra tells."""
+    """Whether `whole` is a whole multiple of `part` for all values of the symbols, as far as algebra
+    tells."""
     quotient = sympy.cancel(whole / part)
     return bool(sympy.denom(sympy.together(quotient)) == 1)
 
@@ -152,8 +154,8 @@ def collapse(
         keep: axes that must not be merged.
 
     Returns:
-        (dims, strides): the merged dims as (size, original axis, the last of those merged), and per operand one stride
-        for each. Dims of size 1 vanish unless kept.
+        (dims, strides): the merged dims as (size, original axis, the last of those merged), and per operand
+        one stride for each. Dims of size 1 vanish unless kept.
     """
     dims: list[tuple[Dim, int]] = []
     merged: list[list[Dim]] = [[] for _ in strides]

@@ -37,8 +37,8 @@ def _shape(dims: tuple[Dim, ...]) -> list[Any]:
 
 
 def _assign_slots(steps: list[list[Buffer]], temps: list[Buffer]) -> tuple[dict[Buffer, int], int]:
-    """Give temporaries whose lifetimes do not overlap the same slot: at its first use a temporary takes the free slot
-    nearest to it in size. Sizes are symbolic, so nearness is judged at an example of the dims."""
+    """Give temporaries whose lifetimes do not overlap the same slot: at its first use a temporary takes the
+    free slot nearest to it in size. Sizes are symbolic, so nearness is judged at an example of the dims."""
     first: dict[Buffer, int] = {}
     last: dict[Buffer, int] = {}
     for at, buffers in enumerate(steps):

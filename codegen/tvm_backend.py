@@ -1,8 +1,8 @@
 """TIR function -> relocatable object. The only module that drives TVM's compiler.
 
-TVM 0.27 is used from TIR down: its own entry point wraps kernels in a packed-call ABI that needs TVM's runtime,
-so this module runs a pass list of its own that leaves typed parameters alone and hands the result to the LLVM
-backend: one plain C function, with no reference to TVM.
+TVM 0.27 is used from TIR down: its own entry point wraps kernels in a packed-call ABI that needs TVM's
+runtime, so this module runs a pass list of its own that leaves typed parameters alone and hands the result to
+the LLVM backend: one plain C function, with no reference to TVM.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ def _cheap_stack(context: int = 1) -> list[inspect.FrameInfo]:
 
 @cache
 def load_tvm() -> Any:
-    """Import TVM (seconds) and return the module. Call this, rather than `import tvm`, before any TVMScript."""
+    """Import TVM (seconds) and return the module. Call this, rather than `import tvm`, before any
+    TVMScript."""
     import tvm
     from tvm.script.parser import core
 
-    # The script parser calls inspect.stack() for every function; the standard one rescans sys.modules for each
-    # frame, which takes over 50 ms a call in a large process. Only frames and names are read from it.
+    # The script parser calls inspect.stack() for every function; the standard one rescans sys.modules for
+    # each frame, which takes over 50 ms a call in a large process. Only frames and names are read from it.
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("tvm.") and getattr(module, "inspect", None) is inspect:
             module.inspect = _InspectProxy()  # type: ignore[attr-defined]

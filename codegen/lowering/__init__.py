@@ -1,10 +1,11 @@
-"""Prepared (low-bit) graph -> steps over buffers: the operators that qgraph can compile, one module a family."""
+"""Prepared (low-bit) graph -> steps over buffers: the operators that qgraph can compile, one module a
+family."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph.codegen.lowering import attention, linear, movement, normalize, pointwise  # noqa: F401  (register)
+from qgraph.codegen.lowering import attention, linear, movement, normalize, pointwise  # noqa: F401
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, data_inputs
 from qgraph.codegen.memory import Buffer, View
 from qgraph.errors import UnsupportedError

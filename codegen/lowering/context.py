@@ -120,7 +120,7 @@ class Lowering:
     outputs: dict[ir.Value, Buffer] = field(default_factory=dict)
     layers: list[tuple[ir.Node, Step]] = field(default_factory=list)
 
-    # -- values ------------------------------------------------------------------------------------------------
+    # Values
 
     def shape(self, value: ir.Value) -> tuple[Dim, ...]:
         """The shape that inference found."""
@@ -189,7 +189,7 @@ class Lowering:
         """A new temporary."""
         return View.of(Buffer("temp", dtype, tuple(shape)))
 
-    # -- steps -------------------------------------------------------------------------------------------------
+    # Steps
 
     @staticmethod
     def pointer(view: View) -> Arg:

@@ -93,5 +93,6 @@ def _general(low: Lowering, node: ir.Node, a: View, b: View) -> None:
 
 @lowers("Gemm")
 def gemm(low: Lowering, node: ir.Node) -> None:
-    """Gemm is rewritten to MatMul by the prepare phase; one that is left has an operand that is not constant."""
+    """Gemm is rewritten to MatMul by the prepare phase; one that is left has an operand that is not
+    constant."""
     raise unsupported(node, "Gemm with these operands was not rewritten to MatMul")

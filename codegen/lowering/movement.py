@@ -61,7 +61,8 @@ def _integers(low: Lowering, node: ir.Node, index: int, attribute: str) -> list[
 
 @lowers("Slice", data=(0,))
 def slice_(low: Lowering, node: ir.Node) -> None:
-    """A window of the input. The lengths come from shape inference, so only starts and steps must be constant."""
+    """A window of the input. The lengths come from shape inference, so only starts and steps must be
+    constant."""
     value = _first(node)
     view, shape = low.view(value), low.shape(node.outputs[0])
     starts = _integers(low, node, 1, "starts")

@@ -50,7 +50,7 @@ def softmax(low: Lowering, node: ir.Node) -> None:
         raise unsupported(node, "supported is f32")
     shape = low.shape(x)
     axis = node.attributes.get_int("axis", -1) % len(shape)
-    perm = tuple(i for i in range(len(shape)) if i != axis) + (axis,)
+    perm = (*(i for i in range(len(shape)) if i != axis), axis)
     moved = low.view(x).transpose(perm)
     source = moved if moved.is_dense() else low.copy(moved, f"{node.name}/copy")
     last = axis == len(shape) - 1

@@ -1,4 +1,5 @@
-"""Elementwise operators: they build expressions, which become kernels only where somebody needs them in memory."""
+"""Elementwise operators: they build expressions, which become kernels only where somebody needs them in
+memory."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def _shift(expr: Any, leaf: int, arg: int, axes: int) -> Any:
 
 
 class _Operands:
-    """Collects the operands of one node: constants inline, single-use expressions merged, the rest as views."""
+    """Collects the operands of one node: constants inline, single-use expressions merged, the rest as
+    views."""
 
     def __init__(self, low: Lowering, node: ir.Node) -> None:
         self.low, self.node = low, node
@@ -104,8 +106,8 @@ class _Operands:
             if small and few and (low.uses[value] == 1 or not lazy.leaves):
                 axes = len(self.shape) - len(lazy.shape)
                 expr = _shift(lazy.expr, len(self.leaves), len(self.args), axes)
-                # Dims that this operand lacks or broadcasts stay out of its views by zero strides, and an iota
-                # along a broadcast dim is the index 0.
+                # Dims that this operand lacks or broadcasts stay out of its views by zero strides, and an
+                # iota along a broadcast dim is the index 0.
                 self.leaves += [leaf.expand(lazy.shape) for leaf in lazy.leaves]
                 self.args += lazy.args
                 self.nodes += _nodes(expr)
