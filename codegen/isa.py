@@ -18,7 +18,8 @@ class Isa:
         mcpu: LLVM CPU name, the baseline of the variant.
         mattr: LLVM features on top of it.
         features: what the runtime must find in the CPU before it runs the variant (names of
-        runtime/FORMAT.md). lanes: float32 elements of the widest register.
+        runtime/FORMAT.md).
+        lanes: float32 elements of the widest register.
         registers: number of vector registers, which bounds the register blocking of GEMM kernels.
         decode: how a kernel looks up E2M1 codes: `permute16` (one 16-entry register permute), `permute8`
             (8-entry permute of the magnitude, sign by xor), `arithmetic` (shifts; any target).

@@ -1,9 +1,8 @@
 """Objects -> one flat, position-independent code image.
 
 The kernels of one ISA level refer to nothing but their own constants and a few support routines, always
-relative to
-the program counter. So all relocations can be resolved at compile time, and the runtime has only to map the
-result: there is no linker and no symbol table on the machine that runs an artifact.
+relative to the program counter. So all relocations can be resolved at compile time, and the runtime has only
+to map the result: there is no linker and no symbol table on the machine that runs an artifact.
 
 Image rules: sections are laid out in the order they are reached; entries are 64-byte aligned; the image must
 be mapped at a page boundary (AArch64 addresses constants by page).
@@ -144,7 +143,8 @@ def link(objects: Mapping[str, bytes], entries: list[str], support: bytes | None
     """Link ELF relocatable `objects` (file name -> bytes), keeping what `entries` reach.
 
     `support` is one more object, searched for symbols that an object refers to but does not define (memset,
-    memcpy). Raises QGraphError when a symbol is undefined, data is writable, or a relocation is not relative.
+    memcpy).
+    Raises QGraphError when a symbol is undefined, data is writable, or a relocation is not relative.
     """
     parsed = [_read(name, data) for name, data in objects.items()]
     helper = _read("support", support) if support is not None else None
