@@ -1,0 +1,203 @@
+/* qgraph runtime: loads and runs compiled artifacts (.qg). C99, no dependency but the C and C++ libraries.
+ *
+ * A model is immutable and shared by any number of sessions. A session holds the buffers and threads of one
+ * inference at a time: use one session per host thread. Handles may be freed in any order.
+ *
+ *   qg_model* model;
+ *   qg_session* session;
+ *   qg_load("model.qg", NULL, &model);
+ *   qg_session_create(model, NULL, &session);
+ *   qg_bind_input(session, 0, &ids);
+ *   qg_output_shape(session, 0, &ndim, shape);     (the caller owns the output buffers)
+ *   qg_bind_output(session, 0, &hidden);
+ *   qg_run(session);
+ *
+ * Every function that can fail returns a qg_status; on failure qg_last_error() of the same thread says what
+ * was wrong, in one line. Functions that return a pointer give NULL for an index out of range or a NULL
+ * handle. Strings are UTF-8 and live as long as their model handle.
+ *
+ * An artifact carries native code. Its hashes detect damage, they do not make it trustworthy: loading an
+ * artifact equals running a program. Do not change a file in place while it is loaded: its weights are
+ * mapped, not copied.
+ */
+#ifndef QGRAPH_QGRAPH_H_
+#define QGRAPH_QGRAPH_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QG_VERSION "0.1.0"
+
+/* Highest rank of a tensor. */
+#define QG_MAX_RANK 8
+
+#if defined(__GNUC__) || defined(__clang__)
+#define QG_API __attribute__((visibility("default")))
+#else
+#define QG_API
+#endif
+
+typedef enum qg_status {
+  QG_OK = 0,
+  QG_INVALID_ARGUMENT =
+      1,               /* a wrong call: NULL, index, name, dtype, shape, or inputs that do not fit together */
+  QG_INVALID_FILE = 2, /* damaged, truncated, or not an artifact */
+  QG_UNSUPPORTED = 3,  /* intact, but for another format version, CPU or operating system */
+  QG_NOT_FOUND = 4,    /* no such file */
+  QG_IO_ERROR = 5,     /* the operating system refused to open, read, map, or make code executable */
+  QG_OUT_OF_MEMORY = 6, /* no memory or threads left, or above the session's memory limit */
+  QG_BAD_DATA = 7,      /* a kernel met input data it refuses, such as an index out of range */
+  QG_INTERNAL = 8       /* a defect of the runtime */
+} qg_status;
+
+typedef enum qg_dtype {
+  QG_F32 = 0,
+  QG_F16 = 1,
+  QG_BF16 = 2,
+  QG_F64 = 3,
+  QG_I64 = 4,
+  QG_I32 = 5,
+  QG_I16 = 6,
+  QG_I8 = 7,
+  QG_U8 = 8,
+  QG_BOOL = 9 /* one byte, 0 or 1 */
+} qg_dtype;
+
+/* Which side of the model: selects inputs or outputs in the functions that describe both (their `side`). */
+typedef enum qg_side { QG_INPUT = 0, QG_OUTPUT = 1 } qg_side;
+
+typedef struct qg_model qg_model;
+typedef struct qg_session qg_session;
+
+/* A view of a tensor in memory of the caller. Dense, row-major; the data aligned to its element.
+ * `strides`, in elements, may be NULL; strides that are not those of a dense tensor are refused, nothing is
+ * copied. `data` may be NULL only if the tensor has no elements. */
+typedef struct qg_tensor {
+  void* data;
+  int32_t dtype; /* qg_dtype */
+  int32_t ndim;
+  const int64_t* shape;
+  const int64_t* strides;
+} qg_tensor;
+
+/* ---- errors and version ---- */
+
+/* Version of the library, "major.minor.patch". */
+QG_API const char* qg_version(void);
+/* Message of the last failure on this thread, "" if there was none. Valid until the next failure on this
+ * thread. */
+QG_API const char* qg_last_error(void);
+/* "invalid argument" and so on; "unknown status" for any other number. */
+QG_API const char* qg_status_name(int32_t status);
+/* "f32" and so on; NULL for any other number. */
+QG_API const char* qg_dtype_name(int32_t dtype);
+/* Bytes of an element; 0 for any other number. */
+QG_API size_t qg_dtype_size(int32_t dtype);
+
+/* ---- models ---- */
+
+/* `struct_size` is sizeof the struct the caller was compiled with; members beyond it take their defaults. */
+typedef struct qg_load_options {
+  size_t struct_size;
+  const char* isa; /* NULL: the first variant that this CPU supports; else this one, or QG_UNSUPPORTED */
+} qg_load_options;
+
+#define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL}
+
+/* Maps the file, verifies every byte of it, then parses the plan and maps the code. `options` may be NULL.
+ * On failure *model is NULL. */
+QG_API qg_status qg_load(const char* path, const qg_load_options* options, qg_model** model);
+
+/* The same for an artifact in memory, which is not copied: keep it alive and unchanged until the model and
+ * all of its sessions are freed. `data` must be aligned to 64 bytes, as the kernels expect weights to be. */
+QG_API qg_status qg_load_memory(const void* data, size_t size, const qg_load_options* options,
+                                qg_model** model);
+
+/* Releases the handle; sessions keep what they need. NULL is allowed. */
+QG_API void qg_model_free(qg_model* model);
+
+/* Name of the code variant in use, such as "x86-64-v3". */
+QG_API const char* qg_model_isa(const qg_model* model);
+/* All code variants in the file, in order of preference, and whether this CPU can run them. */
+QG_API size_t qg_model_variant_count(const qg_model* model);
+QG_API const char* qg_model_variant_name(const qg_model* model, size_t index);
+QG_API int qg_model_variant_supported(const qg_model* model, size_t index);
+
+QG_API size_t qg_model_tensor_count(const qg_model* model, int32_t side);
+QG_API const char* qg_model_tensor_name(const qg_model* model, int32_t side, size_t index);
+/* A qg_dtype, or -1. */
+QG_API int32_t qg_model_tensor_dtype(const qg_model* model, int32_t side, size_t index);
+/* 0..QG_MAX_RANK, or -1. */
+QG_API int32_t qg_model_tensor_rank(const qg_model* model, int32_t side, size_t index);
+/* A dimension as text: "384", "batch" or an expression such as "(2 * sequence)". */
+QG_API const char* qg_model_tensor_dim(const qg_model* model, int32_t side, size_t index, size_t axis);
+
+/* Named dimensions and their inclusive bounds. Returns the name; `min` and `max` may be NULL. */
+QG_API size_t qg_model_dim_count(const qg_model* model);
+QG_API const char* qg_model_dim(const qg_model* model, size_t index, int64_t* min, int64_t* max);
+
+/* Value of a key of the file's metadata ("qgraph.version", "qgraph.scheme", ...), or NULL. */
+QG_API const char* qg_model_metadata(const qg_model* model, const char* key);
+QG_API size_t qg_model_metadata_count(const qg_model* model);
+/* The pairs in the order of their keys. Returns the key; `value` may be NULL. */
+QG_API const char* qg_model_metadata_at(const qg_model* model, size_t index, const char** value);
+
+/* The steps of a run, in order: their names (of the graph's nodes) and their kernels. */
+QG_API size_t qg_model_step_count(const qg_model* model);
+QG_API const char* qg_model_step_name(const qg_model* model, size_t index);
+QG_API const char* qg_model_step_kernel(const qg_model* model, size_t index);
+
+/* ---- sessions ---- */
+
+typedef struct qg_session_options {
+  size_t struct_size;
+  int32_t
+      threads; /* 0: one for every core this process may use; the thread that calls qg_run is one of them */
+  uint64_t memory_limit; /* bytes for temporaries and scratch memory; 0: no limit. More is QG_OUT_OF_MEMORY */
+} qg_session_options;
+
+#define QG_SESSION_OPTIONS_INIT {sizeof(qg_session_options), 0, 0}
+
+/* `options` may be NULL. On failure *session is NULL. Results do not depend on the number of threads, bit for
+ * bit. */
+QG_API qg_status qg_session_create(qg_model* model, const qg_session_options* options, qg_session** session);
+/* NULL is allowed. Not while qg_run is under way. */
+QG_API void qg_session_free(qg_session* session);
+
+/* Number of threads in use. */
+QG_API int32_t qg_session_threads(const qg_session* session);
+/* Bytes now allocated for temporaries and scratch memory. */
+QG_API uint64_t qg_session_memory(const qg_session* session);
+
+/* The view's shape is copied, its data is not: keep the data alive until it is bound anew or the session is
+ * freed. Inputs are only read. Bindings stay from run to run. Dtype, rank, fixed dimensions and the bounds of
+ * named ones are checked here, whether inputs agree in their named dimensions when the shapes are first
+ * needed. */
+QG_API qg_status qg_bind_input(qg_session* session, size_t index, const qg_tensor* tensor);
+
+/* Once all inputs are bound: rank and shape of an output for these inputs. `shape` has room for QG_MAX_RANK.
+ */
+QG_API qg_status qg_output_shape(qg_session* session, size_t index, int32_t* ndim, int64_t* shape);
+
+/* Dtype and rank are checked here, the shape by qg_run. Buffers of outputs must not overlap each other or an
+ * input. */
+QG_API qg_status qg_bind_output(qg_session* session, size_t index, const qg_tensor* tensor);
+
+/* Runs the model. Allocates nothing while the shapes are those of the run before. After a failure the outputs
+ * hold nothing of use, and the session can be used again. */
+QG_API qg_status qg_run(qg_session* session);
+
+/* Switches the timing of steps on or off (off at first). */
+QG_API qg_status qg_session_profile(qg_session* session, int enabled);
+/* Nanoseconds that a step took in the last run with timing on, or -1. */
+QG_API int64_t qg_session_step_time(const qg_session* session, size_t step);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* QGRAPH_QGRAPH_H_ */

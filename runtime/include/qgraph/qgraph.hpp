@@ -1,0 +1,169 @@
+// RAII and exceptions over the C ABI of qgraph.h, header only, C++17. The C header documents what each call
+// does.
+#ifndef QGRAPH_QGRAPH_HPP_
+#define QGRAPH_QGRAPH_HPP_
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "qgraph/qgraph.h"
+
+namespace qgraph {
+
+class Error : public std::runtime_error {
+ public:
+  Error(qg_status status, const char* message) : std::runtime_error(message), status_(status) {}
+  qg_status status() const noexcept { return status_; }
+
+ private:
+  qg_status status_;
+};
+
+inline void check(qg_status status) {
+  if (status != QG_OK) throw Error(status, qg_last_error());
+}
+
+template <typename T>
+struct dtype_of;  // no definition: T has no dtype
+template <>
+struct dtype_of<float> {
+  static constexpr qg_dtype value = QG_F32;
+};
+template <>
+struct dtype_of<double> {
+  static constexpr qg_dtype value = QG_F64;
+};
+template <>
+struct dtype_of<std::int64_t> {
+  static constexpr qg_dtype value = QG_I64;
+};
+template <>
+struct dtype_of<std::int32_t> {
+  static constexpr qg_dtype value = QG_I32;
+};
+template <>
+struct dtype_of<std::int16_t> {
+  static constexpr qg_dtype value = QG_I16;
+};
+template <>
+struct dtype_of<std::int8_t> {
+  static constexpr qg_dtype value = QG_I8;
+};
+template <>
+struct dtype_of<std::uint8_t> {
+  static constexpr qg_dtype value = QG_U8;
+};
+template <>
+struct dtype_of<bool> {
+  static constexpr qg_dtype value = QG_BOOL;
+};
+
+struct TensorInfo {
+  std::string name;
+  qg_dtype dtype;
+  std::vector<std::string> dims;
+};
+
+class Model {
+ public:
+  explicit Model(const std::string& path, const char* isa = nullptr) {
+    qg_load_options options = QG_LOAD_OPTIONS_INIT;
+    options.isa = isa;
+    qg_model* raw = nullptr;
+    check(qg_load(path.c_str(), &options, &raw));
+    handle_.reset(raw);
+  }
+
+  qg_model* get() const noexcept { return handle_.get(); }
+  std::string isa() const { return qg_model_isa(get()); }
+  std::vector<TensorInfo> inputs() const { return tensors(QG_INPUT); }
+  std::vector<TensorInfo> outputs() const { return tensors(QG_OUTPUT); }
+
+  // Value of a metadata key, "" if the file has none.
+  std::string metadata(const std::string& key) const {
+    const char* value = qg_model_metadata(get(), key.c_str());
+    return value ? value : "";
+  }
+
+ private:
+  struct Free {
+    void operator()(qg_model* model) const noexcept { qg_model_free(model); }
+  };
+
+  std::vector<TensorInfo> tensors(qg_side side) const {
+    std::vector<TensorInfo> result;
+    for (std::size_t i = 0; i < qg_model_tensor_count(get(), side); ++i) {
+      TensorInfo info{qg_model_tensor_name(get(), side, i),
+                      static_cast<qg_dtype>(qg_model_tensor_dtype(get(), side, i)),
+                      {}};
+      for (std::int32_t axis = 0; axis < qg_model_tensor_rank(get(), side, i); ++axis) {
+        info.dims.emplace_back(qg_model_tensor_dim(get(), side, i, static_cast<std::size_t>(axis)));
+      }
+      result.push_back(std::move(info));
+    }
+    return result;
+  }
+
+  std::unique_ptr<qg_model, Free> handle_;
+};
+
+class Session {
+ public:
+  explicit Session(const Model& model, int threads = 0, std::uint64_t memory_limit = 0) {
+    qg_session_options options = QG_SESSION_OPTIONS_INIT;
+    options.threads = threads;
+    options.memory_limit = memory_limit;
+    qg_session* raw = nullptr;
+    check(qg_session_create(model.get(), &options, &raw));
+    handle_.reset(raw);
+  }
+
+  qg_session* get() const noexcept { return handle_.get(); }
+
+  // The data must stay alive until it is bound anew or the session is gone.
+  void bind_input(std::size_t index, const void* data, qg_dtype dtype,
+                  const std::vector<std::int64_t>& shape) {
+    qg_tensor tensor = view(const_cast<void*>(data), dtype, shape);
+    check(qg_bind_input(get(), index, &tensor));
+  }
+  template <typename T>
+  void bind_input(std::size_t index, const T* data, const std::vector<std::int64_t>& shape) {
+    bind_input(index, static_cast<const void*>(data), dtype_of<T>::value, shape);
+  }
+
+  void bind_output(std::size_t index, void* data, qg_dtype dtype, const std::vector<std::int64_t>& shape) {
+    qg_tensor tensor = view(data, dtype, shape);
+    check(qg_bind_output(get(), index, &tensor));
+  }
+  template <typename T>
+  void bind_output(std::size_t index, T* data, const std::vector<std::int64_t>& shape) {
+    bind_output(index, static_cast<void*>(data), dtype_of<T>::value, shape);
+  }
+
+  std::vector<std::int64_t> output_shape(std::size_t index) const {
+    std::int64_t shape[QG_MAX_RANK];
+    std::int32_t ndim = 0;
+    check(qg_output_shape(get(), index, &ndim, shape));
+    return std::vector<std::int64_t>(shape, shape + ndim);
+  }
+
+  void run() { check(qg_run(get())); }
+
+ private:
+  struct Free {
+    void operator()(qg_session* session) const noexcept { qg_session_free(session); }
+  };
+
+  static qg_tensor view(void* data, qg_dtype dtype, const std::vector<std::int64_t>& shape) {
+    return qg_tensor{data, dtype, static_cast<std::int32_t>(shape.size()), shape.data(), nullptr};
+  }
+
+  std::unique_ptr<qg_session, Free> handle_;
+};
+
+}  // namespace qgraph
+
+#endif  // QGRAPH_QGRAPH_HPP_

@@ -1,0 +1,214 @@
+#include "artifact.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+
+#include "checked.h"
+#include "error.h"
+#include "json.h"
+#include "sha256.h"
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little-endian and read in place");
+
+namespace qg {
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr size_t kMaxHeader = 100'000'000;  // the limit of the safetensors library
+constexpr std::string_view kFormat = "1";
+constexpr std::string_view kRoot = "qgraph.root";
+constexpr std::string_view kPad = "qgraph.pad.";
+constexpr size_t kRootSize = sizeof(Digest);
+
+bool starts_with(std::string_view text, std::string_view prefix) {
+  return text.substr(0, prefix.size()) == prefix;
+}
+
+// Bits of an element of a safetensors dtype.
+int64_t bits_of(const JsonCursor& dtype) {
+  static constexpr std::pair<std::string_view, int> kBits[] = {
+      {"BOOL", 8},    {"U8", 8},   {"I8", 8},   {"F8_E4M3", 8}, {"F8_E5M2", 8}, {"F8_E8M0", 8}, {"F4", 4},
+      {"F6_E2M3", 6}, {"U16", 16}, {"I16", 16}, {"F16", 16},    {"BF16", 16},   {"F6_E3M2", 6}, {"U32", 32},
+      {"I32", 32},    {"F32", 32}, {"U64", 64}, {"I64", 64},    {"F64", 64},    {"C64", 64}};
+  for (const auto& [name, bits] : kBits) {
+    if (name == dtype.string()) return bits;
+  }
+  dtype.invalid(cat("is the unknown dtype '", dtype.string(), "'"));
+}
+
+struct Tensor {
+  std::string name;
+  int64_t begin, end;  // from the first byte after the header
+};
+
+Tensor read_tensor(const JsonCursor& entry, const std::string& name) {
+  JsonCursor dtype = entry.member("dtype"), shape = entry.member("shape"),
+             offsets = entry.member("data_offsets");
+  if (offsets.size() != 2) offsets.invalid("is not a pair");
+  Tensor tensor{name, offsets.element(0).integer(0, INT64_MAX), offsets.element(1).integer(0, INT64_MAX)};
+  if (tensor.end < tensor.begin) offsets.invalid("ends before it begins");
+  int64_t bits = bits_of(dtype);
+  bool fits = true;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    fits = fits && checked_mul(bits, shape.element(i).integer(0, INT64_MAX), &bits);
+  }
+  int64_t bytes = tensor.end - tensor.begin;
+  if (!fits || bits % 8 != 0 || bits / 8 != bytes) {
+    entry.invalid(cat("has ", bytes, " bytes, which do not match its dtype and shape"));
+  }
+  return tensor;
+}
+
+// Tensors in the order of their offsets, checked to lie back to back over data[0, size) and aligned.
+std::vector<Tensor> read_tensors(const JsonCursor& header, int64_t size) {
+  std::vector<Tensor> tensors;
+  for (const JsonMember& member : header.object()) {
+    if (member.key != "__metadata__") tensors.push_back(read_tensor(header.member(member.key), member.key));
+  }
+  std::sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) {
+    return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
+  });
+  int64_t position = 0;
+  for (const Tensor& t : tensors) {
+    if (t.begin != position) fail(QG_INVALID_FILE, "tensor '", t.name, "' leaves a hole or overlaps another");
+    if (t.begin % kAlignment != 0 && t.name != kRoot && !starts_with(t.name, kPad)) {
+      fail(QG_INVALID_FILE, "tensor '", t.name, "' is not aligned to ", kAlignment, " bytes");
+    }
+    position = t.end;
+  }
+  if (position != size) {
+    fail(QG_INVALID_FILE, "the tensors take ", position, " bytes, the file has ", size, " for them");
+  }
+  if (tensors.empty() || tensors.back().name != kRoot ||
+      tensors.back().end - tensors.back().begin != kRootSize) {
+    fail(QG_INVALID_FILE, "the last tensor is not '", kRoot, "'");
+  }
+  return tensors;
+}
+
+Digest parse_digest(const std::string& hex, const std::string& name) {
+  auto nibble = [](char c) {
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+  };
+  Digest digest;
+  bool valid = hex.size() == 2 * digest.size();
+  for (size_t i = 0; valid && i < digest.size(); ++i) {
+    int high = nibble(hex[2 * i]), low = nibble(hex[2 * i + 1]);
+    valid = high >= 0 && low >= 0;
+    digest[i] = static_cast<uint8_t>(high << 4 | low);
+  }
+  if (!valid) fail(QG_INVALID_FILE, "the hash of tensor '", name, "' is not a SHA-256 in hexadecimal");
+  return digest;
+}
+
+struct Hashed {
+  const Segment* segment;
+  Digest expected;
+};
+
+// Compares all hashes, in parallel when there is much to read. Throws for the first damaged segment in file
+// order, so that the message does not depend on timing.
+void verify(const std::vector<Hashed>& all) {
+  constexpr size_t kParallelBytes = size_t{4} << 20;
+  constexpr unsigned kMaxThreads = 16;
+  std::atomic<size_t> next{0}, damaged{all.size()};
+  auto work = [&] {
+    for (size_t i; (i = next.fetch_add(1)) < all.size();) {
+      if (sha256(all[i].segment->data, all[i].segment->size) == all[i].expected) continue;
+      size_t first = damaged.load();
+      while (i < first && !damaged.compare_exchange_weak(first, i)) {
+      }
+    }
+  };
+  size_t bytes = 0;
+  for (const Hashed& h : all) bytes += h.segment->size;
+  std::vector<std::thread> helpers;
+  if (bytes >= kParallelBytes) {
+    unsigned threads = std::min(std::thread::hardware_concurrency(), kMaxThreads);
+    helpers.reserve(threads);
+    try {
+      for (unsigned i = 1; i < threads; ++i) helpers.emplace_back(work);
+    } catch (const std::system_error&) {
+      // No more threads to be had: the ones we have do the work.
+    }
+  }
+  work();
+  for (std::thread& helper : helpers) helper.join();
+  if (damaged < all.size()) {
+    fail(QG_INVALID_FILE, "tensor '", all[damaged].segment->name, "' is damaged: its SHA-256 differs");
+  }
+}
+
+}  // namespace
+
+Artifact::Artifact(const uint8_t* data, size_t size) {
+  uint64_t header_size = 0;
+  if (size < sizeof(header_size) + kRootSize)
+    fail(QG_INVALID_FILE, "too short for an artifact: ", size, " bytes");
+  std::memcpy(&header_size, data, sizeof(header_size));
+  if (header_size > kMaxHeader || header_size > size - sizeof(header_size) - kRootSize) {
+    fail(QG_INVALID_FILE, "damaged or not an artifact: a header of ", header_size, " bytes in a file of ",
+         size);
+  }
+  size_t start = sizeof(header_size) + static_cast<size_t>(header_size);
+  if (start % kAlignment != 0) fail(QG_INVALID_FILE, "damaged or not an artifact: the header is not padded");
+  Digest root = sha256(data, start);
+  if (std::memcmp(root.data(), data + size - kRootSize, kRootSize) != 0) {
+    fail(QG_INVALID_FILE, "damaged or not an artifact: the SHA-256 of the header differs");
+  }
+
+  std::string_view text(reinterpret_cast<const char*>(data) + sizeof(header_size),
+                        start - sizeof(header_size));
+  const Json json = parse_json(text, "header");
+  const JsonCursor header(json, "header");
+  const JsonCursor metadata = header.member("__metadata__");
+  for (const JsonMember& member : metadata.object()) {
+    metadata_.emplace_back(member.key, metadata.member(member.key).string());
+  }
+  const std::string* format = this->metadata("qgraph.format");
+  if (!format) fail(QG_INVALID_FILE, "a safetensors file, but not an artifact: no 'qgraph.format'");
+  if (*format != kFormat) {
+    fail(QG_UNSUPPORTED, "artifact of format ", *format, ", this runtime (", QG_VERSION, ") reads format ",
+         kFormat);
+  }
+
+  const std::vector<Tensor> tensors = read_tensors(header, static_cast<int64_t>(size - start));
+  std::vector<Hashed> hashed;
+  segments_.reserve(tensors.size());  // `hashed` points into it
+  hashed.reserve(tensors.size());
+  for (const Tensor& t : tensors) {
+    const uint8_t* bytes = data + start + t.begin;
+    size_t count = static_cast<size_t>(t.end - t.begin);
+    if (t.name == kRoot) continue;
+    if (starts_with(t.name, kPad)) {
+      if (std::any_of(bytes, bytes + count, [](uint8_t b) { return b != 0; })) {
+        fail(QG_INVALID_FILE, "the padding '", t.name, "' is damaged: it is not zero");
+      }
+      continue;
+    }
+    const std::string* hex = this->metadata(cat("sha256:", t.name));
+    if (!hex) fail(QG_INVALID_FILE, "tensor '", t.name, "' has no hash");
+    segments_.push_back({t.name, bytes, count});
+    hashed.push_back({&segments_.back(), parse_digest(*hex, t.name)});
+  }
+  verify(hashed);
+  std::sort(segments_.begin(), segments_.end(),
+            [](const Segment& a, const Segment& b) { return a.name < b.name; });
+}
+
+const Segment* Artifact::find(std::string_view name) const {
+  auto it = std::lower_bound(segments_.begin(), segments_.end(), name,
+                             [](const Segment& s, std::string_view n) { return s.name < n; });
+  return it != segments_.end() && it->name == name ? &*it : nullptr;
+}
+
+const std::string* Artifact::metadata(std::string_view key) const {
+  auto it = std::lower_bound(metadata_.begin(), metadata_.end(), key,
+                             [](const auto& pair, std::string_view k) { return pair.first < k; });
+  return it != metadata_.end() && it->first == key ? &it->second : nullptr;
+}
+
+}  // namespace qg

@@ -1,0 +1,40 @@
+// The container of an artifact: finds its tensors and proves that every byte is what was written (FORMAT.md,
+// 1 to 6).
+#ifndef QGRAPH_SRC_ARTIFACT_H_
+#define QGRAPH_SRC_ARTIFACT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace qg {
+
+struct Segment {
+  std::string name;
+  const uint8_t* data;
+  size_t size;
+};
+
+class Artifact {
+ public:
+  // Verifies all of data[0, size), which it does not copy: once constructed, no byte of it is in doubt.
+  // Throws Error: QG_INVALID_FILE, or QG_UNSUPPORTED for another format version.
+  Artifact(const uint8_t* data, size_t size);
+
+  // nullptr if there is no such tensor.
+  const Segment* find(std::string_view name) const;
+  // `__metadata__`, sorted by key.
+  const std::vector<std::pair<std::string, std::string>>& metadata() const { return metadata_; }
+  const std::string* metadata(std::string_view key) const;
+
+ private:
+  std::vector<Segment> segments_;  // sorted by name
+  std::vector<std::pair<std::string, std::string>> metadata_;
+};
+
+}  // namespace qg
+
+#endif  // QGRAPH_SRC_ARTIFACT_H_

@@ -1,0 +1,43 @@
+// A loaded artifact, immutable: what sessions share.
+#ifndef QGRAPH_SRC_MODEL_H_
+#define QGRAPH_SRC_MODEL_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "artifact.h"
+#include "code_image.h"
+#include "mapped_file.h"
+#include "plan.h"
+
+namespace qg {
+
+class Model {
+ public:
+  // `isa` is the variant to use, nullptr for the first that the CPU supports.
+  static std::shared_ptr<const Model> from_file(const char* path, const char* isa);
+  // Keeps pointing into data[0, size).
+  static std::shared_ptr<const Model> from_memory(const uint8_t* data, size_t size, const char* isa);
+
+  const Artifact& artifact() const { return artifact_; }
+  const Plan& plan() const { return plan_; }
+  const Variant& variant() const { return *variant_; }
+  const void* kernel(size_t index) const { return code_.at(variant_->entries[index]); }
+
+  Model(MappedFile file, const uint8_t* data, size_t size, const char* isa);
+
+ private:
+  MappedFile file_;  // empty for a model from memory
+  Artifact artifact_;
+  Plan plan_;
+  const Variant* variant_;  // into plan_
+  CodeImage code_;
+};
+
+// Whether this machine can run the variant.
+bool supported(const Variant& variant);
+
+}  // namespace qg
+
+#endif  // QGRAPH_SRC_MODEL_H_

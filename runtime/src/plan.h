@@ -1,0 +1,87 @@
+// The plan of an artifact (FORMAT.md), parsed and validated: every index in it is in range.
+#ifndef QGRAPH_SRC_PLAN_H_
+#define QGRAPH_SRC_PLAN_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "artifact.h"
+#include "expr.h"
+#include "qgraph/qgraph.h"
+
+namespace qg {
+
+constexpr size_t kMaxPlanArgs = 30;  // `begin` and `end` make 32
+constexpr int64_t kMaxScratch = int64_t{64} << 20;
+
+struct Dim {
+  int64_t min, max;
+};
+
+// Demands a >= b.
+struct Check {
+  Expr a, b;
+  std::string message;
+};
+
+struct Value {
+  enum class Kind { kInput, kOutput, kWeight, kTemp };
+  Kind kind = Kind::kTemp;
+  qg_dtype dtype = QG_F32;          // not of a weight
+  std::vector<Expr> shape;          // not of a weight
+  uint32_t slot = 0;                // of a temporary
+  const uint8_t* weight = nullptr;  // of a weight
+  int64_t weight_bytes = 0;         // of a weight
+};
+
+// An input or output of the model.
+struct Port {
+  std::string name;
+  uint32_t value;
+  std::vector<std::string> dims;  // its shape as text
+};
+
+struct Arg {
+  enum class Kind { kPointer, kInteger, kScratch, kStatus };
+  Kind kind = Kind::kStatus;
+  uint32_t value = 0;   // of a pointer
+  Expr expr;            // byte offset of a pointer, or the integer
+  int64_t scratch = 0;  // byte offset into the step's scratch memory
+};
+
+struct Step {
+  std::string name;
+  uint32_t kernel = 0;
+  std::vector<Arg> args;
+  Expr blocks;
+  int64_t grain = 1;
+  int64_t scratch_bytes = 0;  // of all its scratch arguments, a multiple of 64
+};
+
+struct Variant {
+  std::string isa, arch;
+  std::vector<std::string> features;
+  const uint8_t* code = nullptr;
+  size_t code_size = 0;
+  std::vector<size_t> entries;  // of each kernel, offsets into the code
+};
+
+struct Plan {
+  std::vector<std::string> dim_names;
+  std::vector<Dim> dims;
+  std::vector<Check> checks;
+  std::vector<Port> inputs, outputs;
+  std::vector<Value> values;
+  size_t slots = 0;
+  std::vector<std::string> kernels;
+  std::vector<Step> steps;
+  std::vector<Variant> variants;
+};
+
+// Throws Error: QG_INVALID_FILE naming the place, or QG_UNSUPPORTED for another version of the plan.
+Plan parse_plan(const Artifact& artifact);
+
+}  // namespace qg
+
+#endif  // QGRAPH_SRC_PLAN_H_

@@ -1,0 +1,151 @@
+#include "thread_pool.h"
+
+#include <sched.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "float_environment.h"
+
+namespace qg {
+namespace {
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Blocks all signals while it lives: threads created meanwhile inherit that, and leave the host's signals to
+// the host.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+}  // namespace
+
+int available_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+ThreadPool::ThreadPool(int threads) : process_(getpid()) {
+  SignalsBlocked blocked;
+  workers_.reserve(static_cast<size_t>(threads) - 1);
+  try {
+    for (int worker = 1; worker < threads; ++worker) {
+      workers_.emplace_back([this, worker] { worker_main(worker); });
+    }
+  } catch (...) {
+    stop_ = true;
+    wake();
+    for (std::thread& thread : workers_) thread.join();
+    throw;
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  if (getpid() != process_) {
+    for (std::thread& thread : workers_) thread.detach();
+    return;
+  }
+  stop_ = true;
+  wake();
+  for (std::thread& thread : workers_) thread.join();
+}
+
+void ThreadPool::run(int64_t blocks, int64_t grain, Work work, const void* context) {
+  if (blocks <= 0) return;
+  if (workers_.empty() || blocks <= grain) {
+    work(context, 0, 0, blocks);
+    return;
+  }
+  // A few chunks a thread: enough to even out uneven threads, few enough that the counter costs nothing.
+  constexpr int64_t kChunksPerThread = 4;
+  int64_t chunk = std::max(grain, (blocks - 1) / (kChunksPerThread * threads()) + 1);
+  job_ = {work, context, blocks, chunk, (blocks - 1) / chunk + 1};
+  next_chunk_ = 0;
+  uint64_t number = ((gate_ >> kNumberShift) + 1) & kMaxNumber;
+  gate_ = std::max<uint64_t>(number, 1) << kNumberShift | kOpen;  // 0 is no job's number
+  wake();
+  take_chunks(0);
+  gate_ &= ~kOpen;
+  wait([this] { return (gate_ & kInside) == 0; });
+}
+
+void ThreadPool::take_chunks(int worker) {
+  const Job job = job_;
+  for (int64_t i; (i = next_chunk_.fetch_add(1)) < job.chunks;) {
+    int64_t begin = i * job.chunk;
+    job.work(job.context, worker, begin, job.chunk < job.blocks - begin ? begin + job.chunk : job.blocks);
+  }
+}
+
+void ThreadPool::worker_main(int worker) {
+  DefaultFloatEnvironment environment;
+  uint64_t seen = 0;
+  while ((seen = enter(seen)) != 0) {
+    take_chunks(worker);
+    // The last one out of a closed job may be what the caller waits for.
+    if (((gate_ -= 1) & (kInside | kOpen)) == 0) wake();
+  }
+}
+
+uint64_t ThreadPool::enter(uint64_t seen) {
+  for (;;) {
+    uint64_t gate = 0;
+    wait([&] {
+      gate = gate_;
+      return stop_ || ((gate & kOpen) != 0 && gate >> kNumberShift != seen);
+    });
+    if (stop_) return 0;
+    if (gate_.compare_exchange_strong(gate, gate + 1)) return gate >> kNumberShift;
+  }
+}
+
+// Spins for some microseconds, then gives the core to others for a while, then sleeps. Spinning on is worse
+// than useless where threads outnumber free cores: it takes the time of those that have work.
+template <typename Ready>
+void ThreadPool::wait(Ready ready) {
+  constexpr int kSpins = 500, kYields = 20;
+  for (int i = 0; i < kSpins; ++i) {
+    if (ready()) return;
+    pause();
+  }
+  for (int i = 0; i < kYields; ++i) {
+    if (ready()) return;
+    sched_yield();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  ++sleepers_;
+  while (!ready()) condition_.wait(lock);
+  --sleepers_;
+}
+
+// To be called after the change that makes somebody ready. No wake-up is lost: all of these atomics are
+// sequentially consistent, so either the waiter, having counted itself, sees the change, or we see the waiter
+// here; and the mutex is ours only before its check or once it sleeps.
+void ThreadPool::wake() {
+  if (sleepers_ == 0) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+  }
+  condition_.notify_all();
+}
+
+}  // namespace qg

@@ -1,0 +1,80 @@
+// Threads that share the blocks of a kernel.
+#ifndef QGRAPH_SRC_THREAD_POOL_H_
+#define QGRAPH_SRC_THREAD_POOL_H_
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace qg {
+
+// Cores that this process may use: at least 1.
+int available_cores();
+
+// The caller of run() is worker 0 and takes blocks like the others. It never waits for a thread that has not
+// begun: when the blocks are used up the job closes, and a worker that the operating system wakes late finds
+// nothing to do. So a busy machine costs help, not time. Blocks are handed out by a counter; which thread
+// does which is open, so work whose blocks are independent gives the same result for any number of threads.
+class ThreadPool {
+ public:
+  // Does blocks [begin, end) as the given worker, 0 <= worker < threads().
+  using Work = void (*)(const void* context, int worker, int64_t begin, int64_t end);
+
+  // `threads` >= 1 counts the caller. Throws std::system_error if the system has no threads left.
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Covers [0, blocks) by calls of work, each for at least `grain` blocks but for the last; returns when all
+  // are done. `work` must not throw. One caller at a time.
+  void run(int64_t blocks, int64_t grain, Work work, const void* context);
+
+ private:
+  struct Job {
+    Work work;
+    const void* context;
+    int64_t blocks, chunk, chunks;
+  };
+
+  void worker_main(int worker);
+  // Waits for a job newer than `seen` and enters it; 0 when the pool ends, else the job's number.
+  uint64_t enter(uint64_t seen);
+  void take_chunks(int worker);
+
+  template <typename Ready>
+  void wait(Ready ready);
+  void wake();
+
+  // gate_ = number of the job * 2^33 | open bit * 2^32 | workers inside. Workers enter by a compare-and-swap
+  // on it, so none can enter a job that has closed, and job_ is only written while nobody is inside and the
+  // gate is closed.
+  static constexpr uint64_t kOpen = uint64_t{1} << 32;
+  static constexpr uint64_t kInside = kOpen - 1;
+  static constexpr int kNumberShift = 33;
+  static constexpr uint64_t kMaxNumber = ~uint64_t{0} >> kNumberShift;
+
+  std::vector<std::thread> workers_;
+  Job job_{};
+  std::atomic<int64_t> next_chunk_{0};
+  std::atomic<uint64_t> gate_{0};
+  std::atomic<bool> stop_{false};
+
+  // Sleeping, after a short spin.
+  std::mutex mutex_;
+  std::condition_variable condition_;
+  std::atomic<int> sleepers_{0};
+
+  pid_t process_;  // threads do not survive fork(): a child must not join its parent's
+};
+
+}  // namespace qg
+
+#endif  // QGRAPH_SRC_THREAD_POOL_H_
