@@ -1,27 +1,76 @@
-"""KernelSpecs -> one code image for an ISA level."""
+"""KernelSpecs -> one code image for an ISA level, with a cache of compiled kernels."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 
+from qgraph import cache as store
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.link import CodeImage, link
 from qgraph.codegen.spec import KernelSpec
 
 
+@cache
+def _generator_hash() -> str:
+    """Hash of everything that turns a spec into code: the kernel library, its lowering, and TVM's version."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(version("apache-tvm").encode())
+    for path in sorted([*here.glob("kernels/*.py"), here / "tvm_backend.py", here / "spec.py"]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cached(symbol: str, isa: Isa, make: Callable[[], bytes]) -> bytes:
+    """The object of `symbol` for `isa`. Entries carry their own hash: a damaged one is made again."""
+    key = hashlib.sha256(repr((symbol, astuple(isa), _generator_hash())).encode()).hexdigest()
+    name = f"kernels/{key}.o"
+    entry = store.read(name)
+    if entry is not None and hashlib.sha256(entry[32:]).digest() == entry[:32]:
+        return entry[32:]
+    data = make()
+    store.store(name, hashlib.sha256(data).digest() + data)
+    return data
+
+
+def compile_kernel(spec: KernelSpec, isa: Isa) -> bytes:
+    """One kernel as an ELF relocatable object, from the cache when it was compiled before."""
+
+    def make() -> bytes:
+        # TVM takes seconds to import; a build whose kernels are all cached does without.
+        from qgraph.codegen.kernels import build_kernel
+        from qgraph.codegen.tvm_backend import compile_object
+
+        return compile_object({spec.symbol: build_kernel(spec, isa)}, isa)
+
+    return _cached(spec.symbol, isa, make)
+
+
+def compile_support(isa: Isa) -> bytes:
+    """The support routines (memset, memcpy) that kernels may call."""
+
+    def make() -> bytes:
+        from qgraph.codegen.tvm_backend import load_tvm
+
+        load_tvm()
+        from qgraph.codegen.kernels.support import support_object
+
+        return support_object(isa)
+
+    return _cached("support", isa, make)
+
+
 def compile_variant(
     specs: Sequence[KernelSpec], isa: Isa, on_kernel: Callable[[int, str], None] | None = None
 ) -> CodeImage:
-    """Build, compile and link `specs` for `isa`. Equal specs on equal versions give equal bytes."""
-    # TVM takes seconds to import; nothing before this needs it.
-    from qgraph.codegen.kernels import build_kernel
-    from qgraph.codegen.tvm_backend import compile_object
-
+    """Compile and link `specs` for `isa`. Equal specs give equal bytes, cached or not."""
     objects = {}
     for i, spec in enumerate(specs):
         if on_kernel is not None:
             on_kernel(i, spec.symbol)
-        objects[spec.symbol] = compile_object({spec.symbol: build_kernel(spec, isa)}, isa)
-    from qgraph.codegen.kernels.support import support_object
-
-    return link(objects, [spec.symbol for spec in specs], support_object(isa))
+        objects[spec.symbol] = compile_kernel(spec, isa)
+    return link(objects, [spec.symbol for spec in specs], compile_support(isa))
