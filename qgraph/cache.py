@@ -25,7 +25,8 @@ def read(name: str) -> bytes | None:
 
 
 def store(name: str, data: bytes) -> None:
-    """Keep `data` under `name`. Readers see the whole entry or none; a cache that cannot be written is no error."""
+    """Keep `data` under `name`: readers see the whole entry or none. A cache that cannot be written is no
+    error."""
     path = cache_dir() / name
     temporary = None
     try:
