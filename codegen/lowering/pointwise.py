@@ -67,12 +67,12 @@ def _nodes(expr: Any) -> int:
     return 1 + sum(_nodes(e) for e in expr[1:] if isinstance(e, tuple))
 
 
-def _shift(expr: Any, leaf: int, arg: int, axes: int) -> Any:
+def _shift(expr: Any, leaf: list[int], arg: int, axes: int) -> Any:
     """Renumber the leaves, arguments and axes of an expression that joins a larger one."""
     if not isinstance(expr, tuple):
         return expr
     if expr[0] == "in":
-        return ("in", expr[1] + leaf)
+        return ("in", leaf[expr[1]])
     if expr[0] == "arg":
         return ("arg", expr[1] + arg)
     if expr[0] == "iota":
@@ -105,19 +105,23 @@ class _Operands:
             # An expression without leaves (an iota, a size) costs nothing to compute twice.
             if small and few and (low.uses[value] == 1 or not lazy.leaves):
                 axes = len(self.shape) - len(lazy.shape)
-                expr = _shift(lazy.expr, len(self.leaves), len(self.args), axes)
-                # Dims that this operand lacks or broadcasts stay out of its views by zero strides, and an
-                # iota along a broadcast dim is the index 0.
-                self.leaves += [leaf.expand(lazy.shape) for leaf in lazy.leaves]
+                # Dims that the operand lacks or broadcasts stay out of its views by zero strides, and an iota
+                # along a broadcast dim is the index 0.
+                leaves = [self.leaf(leaf.expand(lazy.shape)) for leaf in lazy.leaves]
+                expr = _shift(lazy.expr, leaves, len(self.args), axes)
                 self.args += lazy.args
                 self.nodes += _nodes(expr)
                 return _zero_iotas(expr, lazy.shape, axes)
-        view = low.view(value)
-        for i, leaf in enumerate(self.leaves):
-            if leaf is view:
-                return ("in", i)
+        return ("in", self.leaf(low.view(value)))
+
+    def leaf(self, view: View) -> int:
+        """The number of a leaf, one for equal views."""
+        key = (view.buffer, view.shape, view.strides, view.offset)
+        for i, other in enumerate(self.leaves):
+            if key == (other.buffer, other.shape, other.strides, other.offset):
+                return i
         self.leaves.append(view)
-        return ("in", len(self.leaves) - 1)
+        return len(self.leaves) - 1
 
     def result(self, expr: Any) -> Pointwise:
         low, node = self.low, self.node
