@@ -1,0 +1,39 @@
+"""Quantization operators, and qgraph's own quantized layers."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qgraph.passes.shapes.linear import matmul_shape
+from qgraph.passes.shapes.node import NodeView, rule
+
+
+@rule("DequantizeLinear")
+def dequantize(n: NodeView) -> None:
+    output = n.attr("output_dtype", 0)
+    n.out(0, ir.DataType(output) if output else n.dtype(1), n.shape(0))
+
+
+@rule("QuantizeLinear")
+def quantize(n: NodeView) -> None:
+    output = n.attr("output_dtype", 0)
+    dtype = ir.DataType(output) if output else n.dtype(2) if n.has(2) else ir.DataType.UINT8
+    n.out(0, dtype, n.shape(0))
+
+
+@rule("DynamicQuantizeLinear")
+def dynamic_quantize(n: NodeView) -> None:
+    n.out(0, ir.DataType.UINT8, n.shape(0))
+    n.out(1, ir.DataType.FLOAT, [])
+    n.out(2, ir.DataType.UINT8, [])
+
+
+@rule("QLinearNVFP4", domain="ai.qgraph")
+def qlinear_nvfp4(n: NodeView) -> None:
+    """x [..., K], codes [K, N], block_scale [ceil(K/16), N], global_scale [] -> y [..., N]."""
+    if n.rank(1) != 2 or n.rank(2) != 2:
+        n.fail("codes and block scales must be matrices")
+    k, columns = n.shape(1)
+    if not isinstance(k, int) or n.shape(2) != (-(-k // 16), columns):
+        n.fail(f"block scales {list(n.shape(2))} do not fit codes {[k, columns]} in blocks of 16")
+    n.out(0, n.dtype(0), matmul_shape(n, n.shape(0), n.shape(1)))
