@@ -43,15 +43,14 @@ extern "C" {
 
 typedef enum qg_status {
   QG_OK = 0,
-  QG_INVALID_ARGUMENT =
-      1,               /* a wrong call: NULL, index, name, dtype, shape, or inputs that do not fit together */
-  QG_INVALID_FILE = 2, /* damaged, truncated, or not an artifact */
-  QG_UNSUPPORTED = 3,  /* intact, but for another format version, CPU or operating system */
-  QG_NOT_FOUND = 4,    /* no such file */
-  QG_IO_ERROR = 5,     /* the operating system refused to open, read, map, or make code executable */
-  QG_OUT_OF_MEMORY = 6, /* no memory or threads left, or above the session's memory limit */
-  QG_BAD_DATA = 7,      /* a kernel met input data it refuses, such as an index out of range */
-  QG_INTERNAL = 8       /* a defect of the runtime */
+  QG_INVALID_ARGUMENT = 1, /* a wrong call: NULL, index, dtype, shape, or inputs that do not fit together */
+  QG_INVALID_FILE = 2,     /* damaged, truncated, or not an artifact */
+  QG_UNSUPPORTED = 3,      /* intact, but for another format version, CPU or operating system */
+  QG_NOT_FOUND = 4,        /* no such file */
+  QG_IO_ERROR = 5,         /* the operating system refused to open, read, map, or make code executable */
+  QG_OUT_OF_MEMORY = 6,    /* no memory or threads left, or above the session's memory limit */
+  QG_BAD_DATA = 7,         /* a kernel met input data it refuses, such as an index out of range */
+  QG_INTERNAL = 8          /* a defect of the runtime */
 } qg_status;
 
 typedef enum qg_dtype {
@@ -155,15 +154,13 @@ QG_API const char* qg_model_step_kernel(const qg_model* model, size_t index);
 
 typedef struct qg_session_options {
   size_t struct_size;
-  int32_t
-      threads; /* 0: one for every core this process may use; the thread that calls qg_run is one of them */
-  uint64_t memory_limit; /* bytes for temporaries and scratch memory; 0: no limit. More is QG_OUT_OF_MEMORY */
+  int32_t threads;       /* the thread that calls qg_run included; 0: every core this process may use */
+  uint64_t memory_limit; /* of temporaries and scratch memory, in bytes; 0: none. More is QG_OUT_OF_MEMORY */
 } qg_session_options;
 
 #define QG_SESSION_OPTIONS_INIT {sizeof(qg_session_options), 0, 0}
 
-/* `options` may be NULL. On failure *session is NULL. Results do not depend on the number of threads, bit for
- * bit. */
+/* `options` may be NULL. On failure *session is NULL. Results are bit-equal for any number of threads. */
 QG_API qg_status qg_session_create(qg_model* model, const qg_session_options* options, qg_session** session);
 /* NULL is allowed. Not while qg_run is under way. */
 QG_API void qg_session_free(qg_session* session);
@@ -179,8 +176,7 @@ QG_API uint64_t qg_session_memory(const qg_session* session);
  * needed. */
 QG_API qg_status qg_bind_input(qg_session* session, size_t index, const qg_tensor* tensor);
 
-/* Once all inputs are bound: rank and shape of an output for these inputs. `shape` has room for QG_MAX_RANK.
- */
+/* Once all inputs are bound: an output's rank and shape for them. `shape` has room for QG_MAX_RANK. */
 QG_API qg_status qg_output_shape(qg_session* session, size_t index, int32_t* ndim, int64_t* shape);
 
 /* Dtype and rank are checked here, the shape by qg_run. Buffers of outputs must not overlap each other or an

@@ -1,0 +1,153 @@
+"""The C ABI of `include/qgraph/qgraph.h` through ctypes: prototypes, and statuses as exceptions. No numpy."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from functools import cache
+
+from qgraph.errors import InputError, QGraphError, ResourceError, UnsupportedError
+from qgraph.runtime import build
+
+MAX_RANK = 8
+INPUT, OUTPUT = 0, 1
+
+# In the order of qg_dtype.
+DTYPES = ("f32", "f16", "bf16", "f64", "i64", "i32", "i16", "i8", "u8", "bool")
+
+# qg_status -> exception; what is not listed is a defect of ours.
+_ERRORS: dict[int, type[QGraphError]] = {
+    1: InputError,  # invalid argument
+    2: InputError,  # invalid file
+    3: UnsupportedError,
+    4: InputError,  # not found
+    5: ResourceError,  # I/O error
+    6: ResourceError,  # out of memory
+    7: InputError,  # bad data
+}
+
+
+class LoadOptions(ctypes.Structure):
+    _fields_ = (("struct_size", c_size_t), ("isa", c_char_p))
+
+
+class SessionOptions(ctypes.Structure):
+    _fields_ = (("struct_size", c_size_t), ("threads", c_int32), ("memory_limit", c_uint64))
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("dtype", c_int32),
+        ("ndim", c_int32),
+        ("shape", POINTER(c_int64)),
+        ("strides", POINTER(c_int64)),
+    )
+
+
+# name: (result, arguments); a result of None stands for qg_status.
+_PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "qg_version": (c_char_p, ()),
+    "qg_last_error": (c_char_p, ()),
+    "qg_load": (None, (c_char_p, POINTER(LoadOptions), POINTER(c_void_p))),
+    "qg_model_isa": (c_char_p, (c_void_p,)),
+    "qg_model_variant_count": (c_size_t, (c_void_p,)),
+    "qg_model_variant_name": (c_char_p, (c_void_p, c_size_t)),
+    "qg_model_variant_supported": (c_int, (c_void_p, c_size_t)),
+    "qg_model_tensor_count": (c_size_t, (c_void_p, c_int32)),
+    "qg_model_tensor_name": (c_char_p, (c_void_p, c_int32, c_size_t)),
+    "qg_model_tensor_dtype": (c_int32, (c_void_p, c_int32, c_size_t)),
+    "qg_model_tensor_rank": (c_int32, (c_void_p, c_int32, c_size_t)),
+    "qg_model_tensor_dim": (c_char_p, (c_void_p, c_int32, c_size_t, c_size_t)),
+    "qg_model_dim_count": (c_size_t, (c_void_p,)),
+    "qg_model_dim": (c_char_p, (c_void_p, c_size_t, POINTER(c_int64), POINTER(c_int64))),
+    "qg_model_metadata_count": (c_size_t, (c_void_p,)),
+    "qg_model_metadata_at": (c_char_p, (c_void_p, c_size_t, POINTER(c_char_p))),
+    "qg_model_step_count": (c_size_t, (c_void_p,)),
+    "qg_model_step_name": (c_char_p, (c_void_p, c_size_t)),
+    "qg_model_step_kernel": (c_char_p, (c_void_p, c_size_t)),
+    "qg_session_create": (None, (c_void_p, POINTER(SessionOptions), POINTER(c_void_p))),
+    "qg_session_threads": (c_int32, (c_void_p,)),
+    "qg_session_memory": (c_uint64, (c_void_p,)),
+    "qg_bind_input": (None, (c_void_p, c_size_t, POINTER(Tensor))),
+    "qg_output_shape": (None, (c_void_p, c_size_t, POINTER(c_int32), POINTER(c_int64))),
+    "qg_bind_output": (None, (c_void_p, c_size_t, POINTER(Tensor))),
+    "qg_run": (None, (c_void_p,)),
+    "qg_session_profile": (None, (c_void_p, c_int)),
+    "qg_session_step_time": (c_int64, (c_void_p, c_size_t)),
+}
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library, with prototypes; built on the first call of all.
+
+    Raises:
+        ResourceError: it cannot be built or loaded.
+    """
+    path = build.library()
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _PROTOTYPES.items():
+            function = getattr(lib, name)
+            function.argtypes = list(arguments)
+            function.restype = c_int if result is None else result
+        for name in ("qg_model_free", "qg_session_free"):
+            getattr(lib, name).argtypes = [c_void_p]
+            getattr(lib, name).restype = None
+    except (OSError, AttributeError) as error:
+        raise ResourceError(f"cannot load the runtime library {path}: {error}") from error
+    return lib
+
+
+def check(status: int) -> None:
+    """Raise the exception that a status stands for, with the message that the library left on this thread."""
+    if status != 0:
+        message = library().qg_last_error().decode("utf-8", "replace")
+        raise _ERRORS.get(status, QGraphError)(message)
+
+
+def text(value: bytes | None) -> str:
+    """A string of the library, which must not be NULL."""
+    assert value is not None, "the library has no string where its counts promise one"
+    return value.decode()
+
+
+def load(path: str, isa: str | None) -> c_void_p:
+    handle = c_void_p()
+    options = LoadOptions(ctypes.sizeof(LoadOptions), isa.encode() if isa is not None else None)
+    check(library().qg_load(path.encode("utf-8", "surrogateescape"), byref(options), byref(handle)))
+    return handle
+
+
+def create_session(model: c_void_p, threads: int, memory_limit: int) -> c_void_p:
+    handle = c_void_p()
+    options = SessionOptions(ctypes.sizeof(SessionOptions), threads, memory_limit)
+    check(library().qg_session_create(model, byref(options), byref(handle)))
+    return handle
+
+
+def metadata(model: c_void_p) -> dict[str, str]:
+    lib, value, pairs = library(), c_char_p(), {}
+    for i in range(lib.qg_model_metadata_count(model)):
+        key = text(lib.qg_model_metadata_at(model, i, byref(value)))
+        pairs[key] = text(value.value)
+    return pairs
+
+
+def dim(model: c_void_p, index: int) -> tuple[str, int, int]:
+    """Name, least and greatest size of a named dimension."""
+    low, high = c_int64(), c_int64()
+    name = text(library().qg_model_dim(model, index, byref(low), byref(high)))
+    return name, low.value, high.value
+
+
+def view(pointer: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """View of a dense tensor at an address."""
+    return Tensor(pointer, DTYPES.index(dtype), len(shape), (c_int64 * max(len(shape), 1))(*shape), None)
+
+
+def output_shape(session: c_void_p, index: int) -> tuple[int, ...]:
+    ndim, shape = c_int32(), (c_int64 * MAX_RANK)()
+    check(library().qg_output_shape(session, index, byref(ndim), shape))
+    return tuple(shape[: ndim.value])

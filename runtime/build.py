@@ -1,0 +1,144 @@
+"""Builds the runtime's shared library from its sources, once a machine, with the C++17 compiler at hand.
+
+The library lies in a cache folder under a name that hashes sources, compiler and flags: whatever changes gives a new
+file, and processes that build at the same time give the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from qgraph.errors import ResourceError
+
+ROOT = Path(__file__).parent
+COMPILERS = ("c++", "g++", "clang++")
+# The baseline of the architecture, never -march=native: the cache folder may be shared between machines.
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-DNDEBUG",
+)
+LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,defs", "-Wl,-z,relro", "-Wl,-z,now", "-s")
+HINT = "install g++ or clang, or set QGRAPH_RUNTIME_LIBRARY to a prebuilt libqgraph.so"
+
+
+def cache_dir() -> Path:
+    """Folder for built libraries: $QGRAPH_CACHE_DIR, else $XDG_CACHE_HOME/qgraph, else ~/.cache/qgraph."""
+    if folder := os.environ.get("QGRAPH_CACHE_DIR"):
+        return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "qgraph"
+    return Path.home() / ".cache" / "qgraph"
+
+
+def find_compiler() -> list[str]:
+    """Command of the C++ compiler: $CXX (which may hold flags) or the first known name on the PATH.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    if chosen := os.environ.get("CXX"):
+        command = shlex.split(chosen)
+        if command and shutil.which(command[0]):
+            return command
+        raise ResourceError(f"the C++ compiler of $CXX, {chosen!r}, is not to be found: {HINT}")
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return [path]
+    raise ResourceError(f"the runtime needs a C++17 compiler once, and there is none: {HINT}")
+
+
+def library() -> Path:
+    """Path of the shared library, built if the cache has it not.
+
+    `$QGRAPH_RUNTIME_LIBRARY` names a library to use instead.
+
+    Raises:
+        ResourceError: no compiler, a failed build, or a cache folder that cannot be written.
+    """
+    if prebuilt := os.environ.get("QGRAPH_RUNTIME_LIBRARY"):
+        path = Path(prebuilt)
+        if not path.is_file():
+            raise ResourceError(f"QGRAPH_RUNTIME_LIBRARY: no such file: {prebuilt}")
+        return path
+    return build(cache_dir())
+
+
+def build(folder: Path) -> Path:
+    """Build the library into a folder, unless it is there; returns its path. Safe to call from many processes at once.
+
+    Raises:
+        ResourceError: as `library`.
+    """
+    compiler = find_compiler()
+    target = folder / f"libqgraph-{_key(compiler)}.so"
+    if target.is_file():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+            built = _compile(compiler, Path(scratch))
+            built.replace(target)  # atomic: nobody sees half a library; of two builders, the last wins
+    except OSError as error:
+        hint = "set QGRAPH_CACHE_DIR to a folder that can be written"
+        raise ResourceError(f"cannot build the runtime in {folder}: {error}: {hint}") from error
+    return target
+
+
+@cache
+def _sources() -> tuple[Path, ...]:
+    """Everything that goes into the library, in a fixed order."""
+    return tuple(sorted([*(ROOT / "src").iterdir(), *(ROOT / "include" / "qgraph").glob("*.h")]))
+
+
+def _key(compiler: list[str]) -> str:
+    """Hash of sources, compiler (command, size and time of its file) and flags: what the library depends on."""
+    state = hashlib.sha256()
+    binary = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
+    stat = binary.stat()
+    for part in (*compiler, str(binary), stat.st_size, stat.st_mtime_ns, *COMPILE_FLAGS, *LINK_FLAGS):
+        state.update(f"{part}\0".encode())
+    for path in _sources():
+        data = path.read_bytes()
+        state.update(f"{path.name}\0{len(data)}\0".encode() + data)
+    return state.hexdigest()[:20]
+
+
+def _compile(compiler: list[str], scratch: Path) -> Path:
+    """Compile the translation units in parallel and link them."""
+    units = [path for path in _sources() if path.suffix == ".cc"]
+    objects = [scratch / f"{unit.stem}.o" for unit in units]
+
+    def compile_unit(unit: Path, target: Path) -> None:
+        include = f"-I{ROOT / 'include'}"
+        _run([*compiler, *COMPILE_FLAGS, include, "-c", str(unit), "-o", str(target)])
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(compile_unit, units, objects))
+    library = scratch / "libqgraph.so"
+    exports = f"-Wl,--version-script={ROOT / 'src' / 'exports.map'}"
+    _run([*compiler, *LINK_FLAGS, exports, *map(str, objects), "-o", str(library)])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = (
+            [line for line in done.stderr.splitlines() if "error" in line]
+            or done.stderr.splitlines()
+            or ["?"]
+        )
+        raise ResourceError(f"the runtime does not build: {shlex.join(command)}: {lines[0].strip()}")
