@@ -1,0 +1,99 @@
+"""What the solvers share: the check of their input, and tiles of whole blocks for threads to work on."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from qgraph.errors import InputError
+from qgraph.formats.nvfp4 import MAX_WEIGHT
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+# Blocks a tile. Threads hand the interpreter's lock to one another around every numpy call, which is only
+# worth while when a call works for tens of microseconds; much larger tiles would leave the caches and the
+# small layers one thread.
+_BLOCKS_PER_TILE = 16384
+
+
+class Tile(NamedTuple):
+    """Slices of a [K, N] weight, and of its [blocks, N] scales."""
+
+    rows: slice
+    blocks: slice
+    columns: slice
+
+
+def tiles(K: int, N: int, block: int) -> Iterator[Tile]:
+    """Covers [K, N] with tiles of whole blocks. A shorter last block of K has tiles of its own."""
+    width = min(N, _BLOCKS_PER_TILE)
+    height = max(1, _BLOCKS_PER_TILE // width)
+    whole = K // block
+    bands = [(b, min(b + height, whole)) for b in range(0, whole, height)]
+    if K % block:
+        bands.append((whole, whole + 1))
+    for first, last in bands:
+        for n in range(0, N, width):
+            yield Tile(
+                slice(first * block, min(last * block, K)), slice(first, last), slice(n, min(n + width, N))
+            )
+
+
+def check_weight(W: npt.NDArray[np.float32], name: str) -> float:
+    """max|W|; InputError naming a weight that is not float32 [K, N], empty, not finite, or too large."""
+    what = f"weight '{name}'" if name else "the weight"
+    if W.dtype != np.float32 or W.ndim != 2 or W.size == 0:
+        raise InputError(f"{what} is {W.dtype} {list(W.shape)}; a solver takes float32 [K, N], not empty")
+    amax = max(float(W.max()), -float(W.min()))
+    if not np.isfinite(amax):
+        bad = np.argwhere(~np.isfinite(W))
+        k, n = (int(i) for i in bad[0])
+        raise InputError(
+            f"{what} holds {len(bad)} values that are not finite, the first {W[k, n]} at [{k}, {n}]: "
+            "it cannot be quantized; exclude the layer or repair the model"
+        )
+    if amax > MAX_WEIGHT:
+        raise InputError(
+            f"{what} reaches {amax:.3g}, beyond the {MAX_WEIGHT:.3g} that NVFP4 can represent safely"
+        )
+    return amax
+
+
+def map_ordered(work: Callable[[S], T], items: Iterable[S], threads: int | None) -> list[T]:
+    """work(item) of every item, in order: the same for any thread count, as items share nothing."""
+    items = list(items)
+    threads = min(len(items), threads or _usable_cpus())
+    if threads <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
+
+
+_local = threading.local()
+
+
+def scratch(count: int, size: int) -> npt.NDArray[np.float32]:
+    """float32 [count, size] of undefined content, kept by the calling thread for its next tile.
+
+    Fresh buffers of this size come from the kernel page by page, and threads that fault pages in wait for one
+    another: with them two threads are slower than one.
+    """
+    if getattr(_local, "buffer", _EMPTY).size < count * size:
+        _local.buffer = np.empty(count * size, np.float32)
+    return _local.buffer[: count * size].reshape(count, size)
+
+
+_EMPTY = np.empty(0, np.float32)
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: respects taskset and cpusets
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,162 @@
+"""Exact block scales for NVFP4: all useful E4M3 scales of every block, alternated with the best global scale.
+
+At given scales a and d the nearest E2M1 value of each weight is optimal, so a block's squared error is a
+function of d alone, E(d) = sum_i (w_i - a d E2M1(w_i / (a d)))^2, and trying the 126 positive E4M3 numbers
+finds its minimum. (The same idea as ScaleSweep, arXiv 2606.07618; the bounds below are ours.) Then, with
+codes and block scales fixed, the error is a parabola in a with its minimum at a = sum(w d q) / sum(d^2 q^2).
+Both steps can only lower the error, so alternating them converges; two to four rounds reach the floor.
+
+**Which scales are tried.** Let M = max|w_b| / a, so v = M / d is the largest magnitude to round. Not all 126:
+
+1. *From above.* Write codes of E4M3 as integers c = 1..126, ordered as their values d_c. If c > 15 and v <=
+   3.5, then c is not better than c - 8. Proof: c > 15 is d_c >= 2^-5, so d_c / 2 >= 2^-6 is a normal number
+   with the same mantissa: d_c / 2 = d_{c-8}. With v <= 3.5 every weight has a nearest value among 0, .5, 1,
+   1.5, 2, 3 (3.5 is halfway from 3 to 4). Their doubles 0, 1, 2, 3, 4, 6 are E2M1 values as well, hence
+   whatever the block becomes with d_c it can become with d_c / 2, where nearest rounding is at least as good.
+   Repeating the argument, some c <= max(15, C) is as good as any above, where d_C is the largest E4M3 number
+   below M / 3.5.
+2. *From below.* A weight above 6 d clips to 6 d. So E(d) / a^2 >= (M - 6 d)^2 for 6 d < M, which grows as d
+   falls: once (M - 6 d)^2 reaches the best error found so far, neither d nor any smaller scale improves on
+   it.
+3. A block without error cannot improve.
+
+So the sweep starts at max(15, C) and walks down until 2 or 3 stops it: 8 or 9 scales for a normal
+distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qgraph.formats import QTensor, e2m1, e4m3, nvfp4
+from qgraph.solvers._tiles import Tile, check_weight, map_ordered, scratch, tiles
+
+MAX_ROUNDS = 4
+MIN_GAIN = 1e-4  # a round that lowers the error by less than this share is the last
+
+Array = npt.NDArray[np.float32]
+
+_D = e4m3.from_codes(np.arange(127, dtype=np.uint8)).astype(np.float32)  # value of each non-negative code
+_D[0] = np.nan  # zero is no scale
+_INVERSE = 1 / _D
+_ALWAYS = 15  # codes up to here may have no half in E4M3
+_KEEP = 0.7  # share of live blocks below which the others are dropped
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The optimum of some blocks at one global scale, and the sums that the next global scale needs."""
+
+    scale_codes: npt.NDArray[np.uint8]  # best E4M3 code of each block
+    error: float  # sum of squared errors / a^2
+    wq: float  # sum of (w / a) d q
+    qq: float  # sum of (d q)^2
+
+
+def solve(W: Array, *, name: str = "", threads: int | None = None) -> QTensor:
+    """W float32 [K, N] -> NVFP4 with block scales that are each optimal for the global scale found.
+
+    Optimal up to the float32 evaluation of E: two scales whose errors differ by a few 1e-6 of them count as
+    equal. Deterministic, whatever `threads`. Memory beyond the result: two bytes a block and a few MiB a
+    thread. Raises InputError for weights that are not finite.
+    """
+    amax = check_weight(W, name)
+    K, N = W.shape
+    grid = list(tiles(K, N, nvfp4.BLOCK))
+    # Four Over Six's choice of `a` puts both M/6 and M/4 of the largest block on the grid of scales.
+    a = nvfp4.global_scale(amax, top=256)
+    swept, error = _sweep(W, a, grid, threads)
+    for _ in range(MAX_ROUNDS - 1):
+        wq, qq = sum(s.wq for s in swept), sum(s.qq for s in swept)
+        if error == 0 or qq == 0:  # perfect, or so close to subnormal that every code is 0
+            break
+        next_a = np.float32(float(a) * wq / qq)
+        next_swept, next_error = _sweep(W, next_a, grid, threads)
+        gain = 1 - next_error / error
+        if gain > 0:
+            a, swept, error = next_a, next_swept, next_error
+        if gain < MIN_GAIN:
+            break
+
+    codes = np.empty((K, N), np.uint8)
+    block_scale = np.empty((nvfp4.NVFP4.blocks(K), N), e4m3.DTYPE)
+
+    def encode(item: tuple[Tile, Swept]) -> None:
+        tile, optimum = item
+        part = W[tile.rows, tile.columns]
+        d = e4m3.from_codes(optimum.scale_codes).reshape(-1, part.shape[1])
+        block_scale[tile.blocks, tile.columns] = d
+        codes[tile.rows, tile.columns] = nvfp4.quantize(part, d, a)
+
+    map_ordered(encode, zip(grid, swept, strict=True), threads)
+    return QTensor("nvfp4", (K, N), codes, block_scale, a)
+
+
+def _sweep(W: Array, a: np.float32, grid: list[Tile], threads: int | None) -> tuple[list[Swept], float]:
+    """The optimum of every tile of W at the global scale a, and the squared error in all."""
+
+    def work(tile: Tile) -> Swept:
+        part = W[tile.rows, tile.columns]
+        rows, width = min(nvfp4.BLOCK, len(part)), part.shape[1]  # fewer rows in a shorter last block of K
+        x, *buffers = scratch(4, part.size)
+        x = x.reshape(rows, -1, width)
+        np.divide(part.reshape(-1, rows, width).transpose(1, 0, 2), a, out=x)
+        return sweep_blocks(np.abs(x, out=x).reshape(rows, -1), buffers)
+
+    swept = map_ordered(work, grid, threads)
+    return swept, float(a) ** 2 * sum(s.error for s in swept)
+
+
+def sweep_blocks(X: Array, buffers: Sequence[Array]) -> Swept:
+    """The exact optimum of each block, a column of X = |w| / a: float32 [rows, blocks], rows <= 16.
+
+    buffers: three float32 arrays [X.size] to work in.
+    """
+    count = X.shape[1]
+    amax = X.max(axis=0)
+    # The bits of a positive float32 less the last 20 are an E4M3 code, rounded down, plus (127 - 7) << 3.
+    code = ((amax / np.float32(3.5)).view(np.int32) >> 20) - 960
+    code = np.clip(code, _ALWAYS, e4m3.MAX_CODE).astype(np.intp)
+
+    scale_codes, errors = np.empty(count, np.intp), np.empty(count, np.float32)
+    column = np.arange(count)  # of the blocks that are still in the sweep
+    x, m, best, e = X, amax, code.copy(), np.full(count, np.inf, np.float32)
+    while column.size:
+        v, q = _round_at(x, code, buffers)
+        np.subtract(v, q, out=v)
+        trial = np.einsum("kb,kb->b", v, v) * np.square(_D.take(code))
+        better = trial < e
+        np.copyto(e, trial, where=better)
+        np.copyto(best, code, where=better)
+        code -= 1
+        ceiling = np.float32(e2m1.MAX) * _D.take(code)
+        # Code 0 has no scale (NaN): both comparisons with its ceiling are false.
+        live = (e > 0) & ((ceiling >= m) | (np.square(m - ceiling) < e))
+        # Leaving finished blocks in is harmless, and cheaper than copying the others until there are many.
+        if np.count_nonzero(live) <= _KEEP * column.size:
+            scale_codes[column], errors[column] = best, e
+            column, m, code, best, e = column[live], m[live], code[live], best[live], e[live]
+            x = np.compress(live, x, axis=1)
+        np.maximum(code, 1, out=code)
+
+    scale_codes[amax == 0] = e4m3.ONE_CODE
+    _, q = _round_at(X, scale_codes, buffers)
+    d = _D[scale_codes].astype(np.float64)
+    wq, qq = np.einsum("kb,kb->b", X, q) * d, np.einsum("kb,kb->b", q, q) * d * d
+    # No matrix product here: BLAS would add in an order that depends on its number of threads.
+    return Swept(
+        scale_codes.astype(np.uint8), float(errors.sum(dtype=np.float64)), float(wq.sum()), float(qq.sum())
+    )
+
+
+def _round_at(x: Array, code: npt.NDArray[np.intp], buffers: Sequence[Array]) -> tuple[Array, Array]:
+    """(v, q) with v = x / d_code and q = E2M1(v), in the buffers. x: [rows, blocks], code: [blocks]."""
+    v, q, magic = (b[: x.size].reshape(x.shape) for b in buffers)
+    np.multiply(x, _INVERSE.take(code), out=v)
+    np.copyto(q, v)
+    e2m1.round_magnitudes(q, magic)
+    return v, q
