@@ -1,7 +1,7 @@
 """Builds the runtime's shared library from its sources, once a machine, with the C++17 compiler at hand.
 
-The library lies in a cache folder under a name that hashes sources, compiler and flags: whatever changes gives a new
-file, and processes that build at the same time give the same one.
+The library lies in a cache folder under a name that hashes sources, compiler and flags: whatever changes gives
+a new file, and processes that build at the same time give the same one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ COMPILE_FLAGS = (
     "-fPIC",
     "-pthread",
     "-fvisibility=hidden",
-    "-fno-math-errno",
     "-DNDEBUG",
 )
 LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,defs", "-Wl,-z,relro", "-Wl,-z,now", "-s")
@@ -77,7 +76,7 @@ def library() -> Path:
 
 
 def build(folder: Path) -> Path:
-    """Build the library into a folder, unless it is there; returns its path. Safe to call from many processes at once.
+    """Build the library into a folder, unless it is there, and return its path. Processes may race.
 
     Raises:
         ResourceError: as `library`.
@@ -104,7 +103,7 @@ def _sources() -> tuple[Path, ...]:
 
 
 def _key(compiler: list[str]) -> str:
-    """Hash of sources, compiler (command, size and time of its file) and flags: what the library depends on."""
+    """Hash of what the library depends on: sources, flags, and the compiler (command, its file's size and time)."""
     state = hashlib.sha256()
     binary = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     stat = binary.stat()
