@@ -22,7 +22,7 @@ from qgraph.codegen.spec import KernelSpec
 Builder = Callable[[KernelSpec, Isa, str], Any]
 BUILDERS: dict[str, Builder] = {}
 
-_MODULES = ("elementwise", "support")
+_MODULES = ("elementwise", "matmul", "support")
 
 
 def kernel(op: str) -> Callable[[Builder], Builder]:

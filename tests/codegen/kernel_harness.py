@@ -2,7 +2,7 @@
 
     kernel = compile_kernel(spec, isa)
     kernel(y, x, codes, scale, gscale, 17, blocks=6)                # one call for blocks [0, 6)
-    kernel(y, x, codes, scale, gscale, 17, blocks=6, split=(1, 3))  # calls of 1, 3, 1, 1 blocks, last range first
+    kernel(y, x, codes, scale, gscale, 17, blocks=6, split=(1, 3))  # calls of 1, 3, 1, 1 blocks, last first
     kernel(..., blocks=6, guard=True)                               # in a child process, on guarded copies
 
 With `guard`, every array is copied to end flush with an inaccessible page and starts after canary bytes: an
@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+
 from qgraph.codegen.isa import ISAS, Isa
 from qgraph.codegen.kernels import build_kernel
 from qgraph.codegen.kernels.support import support_object

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8, unpack_f32_n16, unpack_nvfp4_n16k8
 from qgraph.errors import QGraphError
 

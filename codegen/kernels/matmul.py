@@ -1,0 +1,298 @@
+"""x @ W for a constant weight W: `matmul_nvfp4` and `matmul_f32`, one generator that differs in how weights are read.
+
+Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` output columns. A chunk of
+at most _DIRECT_ROWS rows multiplies weights straight from registers (a matrix-vector product, bound by the bandwidth
+of the weights). A larger one decodes a K-slice of the panel once, to a tile on the stack, and runs a register-blocked
+kernel of _TILES[lanes] rows x vectors over it; sums wait in y between K-slices. Both end with the same pass that
+applies the epilogue to the finished block. Sums are float32, and a row's result depends on no other row's values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from qgraph.codegen.isa import Isa
+from qgraph.codegen.kernels import kernel
+from qgraph.codegen.kernels.decode import e2m1_decoder, e4m3
+from qgraph.codegen.kernels.vector import f32, lanes_at, load_first, splat, store_first
+from qgraph.codegen.kernels.vmath import const_like, vgelu_erf, vgelu_tanh, vsigmoid, vsilu, vtanh
+from qgraph.codegen.packing import GROUP, LANES, WORD
+from qgraph.codegen.spec import KernelSpec
+from qgraph.errors import QGraphError
+
+ACTIVATIONS = {
+    "gelu_erf": vgelu_erf,
+    "gelu_tanh": vgelu_tanh,
+    "relu": lambda x: T.max(const_like(x, 0.0), x),  # keeps NaN: max returns its second operand then
+    "silu": vsilu,
+    "tanh": vtanh,
+    "sigmoid": vsigmoid,
+}
+
+# Rows x vectors of the accumulator tile: as many as the registers hold beside a row of weights and one x.
+_TILES = {16: (8, 2), 8: (6, 2), 4: (6, 4)}
+_DIRECT_ROWS = 4
+_PANEL_FLOATS = 8192  # of decoded weights: 32 KiB of stack, half of what a kernel may use
+
+
+@kernel("matmul_nvfp4")
+def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
+    """y = epilogue(x @ dequantize(W)), W in layout `nvfp4_n16k8`.
+
+    Spec: k, n, n_block (multiple of 16), m_block, epilogue: names applied in order, of "bias" (+ [n]), "residual"
+    (+ [M, n]) and ACTIVATIONS.
+    Arguments: y f32 [M, n], x f32 [M, k], codes u32, block_scale u8, global_scale f32 [1], [bias f32 [n]],
+    [residual f32 [M, n]], M, begin, end. Blocks: ceil(M/m_block) * ceil(n/n_block).
+    """
+    return _matmul(spec, isa, symbol, quantized=True)
+
+
+@kernel("matmul_f32")
+def matmul_f32(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
+    """y = epilogue(x @ W), W in layout `f32_n16`.
+
+    Spec, blocks: as of matmul_nvfp4. Arguments: y, x, w f32, [bias], [residual], M, begin, end.
+    """
+    return _matmul(spec, isa, symbol, quantized=False)
+
+
+def _keep(func: PrimFunc, names: set[str]) -> PrimFunc:
+    """`func` without the parameters that are not in `names` (which its body does not use)."""
+    params = [p for p in func.params if p.name in names]
+    return PrimFunc(params, func.body, func.ret_type, func.attrs)
+
+
+def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFunc:
+    K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]
+    epilogue: tuple[str, ...] = spec["epilogue"]
+    unknown = [e for e in epilogue if e not in ("bias", "residual", *ACTIVATIONS)]
+    if min(K, N, m_block) < 1 or n_block < LANES or n_block % LANES or n_block * GROUP > _PANEL_FLOATS or unknown:
+        raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
+
+    L = isa.lanes
+    parts = LANES // L  # vectors of one n16 tile
+    tile_rows, tile_vectors = _TILES[L]
+    if n_block % (tile_vectors * L):
+        tile_vectors = parts
+    width = tile_vectors * L  # columns of the accumulator tile
+    groups = n_block // width
+    tiles, panels = -(-N // LANES), -(-N // n_block)
+    ragged = N % n_block != 0
+    slices = -(-K // (_PANEL_FLOATS // n_block // GROUP * GROUP))
+    depth = -(-K // (slices * GROUP)) * GROUP  # inputs of one K-slice
+    decode = e2m1_decoder(isa)
+
+    def tile_of(panel: Any, group: Any, v: Any) -> Any:
+        """The n16 tile of vector v of a column group; beyond the last tile, the last one (its sums are dropped)."""
+        tile = panel * (n_block // LANES) + group * (width // LANES) + v // parts
+        return T.min(tile, tiles - 1) if ragged else tile
+
+    def part_of(v: Any) -> Any:
+        """Which L of the tile's 16 lanes vector v holds."""
+        return lanes_at(v % parts * L, L)
+
+    def raw_weight(W: Any, tile: Any, kb: Any, i: Any, v: Any) -> Any:
+        """Weights of input 16 kb + i: without their block scale if quantized."""
+        if quantized:
+            return decode(W[tile, kb * 2 + i // WORD, part_of(v)], i % WORD)
+        return W[tile, kb * GROUP + i, part_of(v)]
+
+    def scale_of(S: Any, G: Any, tile: Any, kb: Any, v: Any) -> Any:
+        return e4m3(S[tile, kb, part_of(v)], L) * splat(G[0], L) if quantized else f32(1, L)
+
+    def scaled(value: Any, scale: Any) -> Any:
+        return value * scale if quantized else value
+
+    def sliced_weight(W: Any, P: Any, panel: Any, group: Any, k0: Any, k: Any, v: Any) -> Any:
+        """Weights of input k0 + k for the tile kernel: decoded to the stack, or where they are."""
+        if quantized:
+            return P[k, lanes_at(group * width + v * L, L)]
+        return W[tile_of(panel, group, v), k0 + k, part_of(v)]
+
+    def load(A: Any, row: Any, column: Any) -> Any:
+        """L columns of a [rows, N] buffer; those beyond N are not read."""
+        if ragged:
+            return load_first(A, row * N + column, N - column, L)
+        return A[lanes_at(row * N + column, L)]
+
+    @T.inline
+    def store(Y, row, column, value):
+        if ragged:
+            store_first(Y, value, row * N + column, N - column, L)
+        else:
+            Y[lanes_at(row * N + column, L)] = value
+
+    @T.inline
+    def add_group(acc, X, W, S, G, m0, last, panel, group, kb, count, R):
+        """acc[R, tile_vectors] += inputs [16 kb, 16 kb + count), weights straight from registers."""
+        for v in T.unroll(tile_vectors):
+            scale = T.alloc_buffer((L,), "float32", scope="local")
+            scale[lanes_at(0, L)] = scale_of(S, G, tile_of(panel, group, v), kb, v)
+            if R == 1:
+                # Two chains of additions hide their latency; the scale is applied once a group.
+                part = T.alloc_buffer((2, L), "float32", scope="local")
+                for h in T.unroll(2):
+                    part[h, lanes_at(0, L)] = f32(0, L)
+                for i in T.unroll(count):
+                    part[i % 2, lanes_at(0, L)] = part[i % 2, lanes_at(0, L)] + splat(
+                        X[m0 * K + kb * GROUP + i], L
+                    ) * raw_weight(W, tile_of(panel, group, v), kb, i, v)
+                acc[0, v, lanes_at(0, L)] = acc[0, v, lanes_at(0, L)] + scaled(
+                    part[0, lanes_at(0, L)] + part[1, lanes_at(0, L)], scale[lanes_at(0, L)]
+                )
+            else:
+                weight = T.alloc_buffer((L,), "float32", scope="local")
+                for i in T.unroll(count):
+                    weight[lanes_at(0, L)] = scaled(
+                        raw_weight(W, tile_of(panel, group, v), kb, i, v), scale[lanes_at(0, L)]
+                    )
+                    for r in T.unroll(T.int64(R)):
+                        acc[r, v, lanes_at(0, L)] = (
+                            acc[r, v, lanes_at(0, L)]
+                            + splat(X[(m0 + T.min(r, last)) * K + kb * GROUP + i], L) * weight[lanes_at(0, L)]
+                        )
+
+    @T.inline
+    def direct(Y, X, W, S, G, m0, last, panel, R):
+        """Rows m0 .. m0 + last, at most R of them; the rest repeat the last one and are dropped."""
+        for group in T.serial(T.int64(groups)):
+            acc = T.alloc_buffer((R, tile_vectors, L), "float32", scope="local")
+            for r in T.unroll(T.int64(R)):
+                for v in T.unroll(tile_vectors):
+                    acc[r, v, lanes_at(0, L)] = f32(0, L)
+            for kb in T.serial(T.int64(K // GROUP)):
+                add_group(acc, X, W, S, G, m0, last, panel, group, kb, GROUP, R)
+            if K % GROUP != 0:
+                add_group(acc, X, W, S, G, m0, last, panel, group, T.int64(K // GROUP), K % GROUP, R)
+            for r in T.unroll(T.int64(R)):
+                if r <= last:
+                    for v in T.unroll(tile_vectors):
+                        store(Y, m0 + r, panel * n_block + group * width + v * L, acc[r, v, lanes_at(0, L)])
+
+    @T.inline
+    def decode_slice(P, W, S, G, panel, k0, kn):
+        """P[k, n] = weight of input k0 + k, for k < kn rounded up to a multiple of 16."""
+        for group in T.serial(T.int64(groups)):
+            for kb in T.serial(T.ceildiv(kn, T.int64(GROUP))):
+                for v in T.unroll(tile_vectors):
+                    scale = T.alloc_buffer((L,), "float32", scope="local")
+                    scale[lanes_at(0, L)] = scale_of(
+                        S, G, tile_of(panel, group, v), k0 // GROUP + kb, v
+                    )
+                    for i in T.unroll(GROUP):
+                        P[kb * GROUP + i, lanes_at(group * width + v * L, L)] = (
+                            raw_weight(W, tile_of(panel, group, v), k0 // GROUP + kb, i, v)
+                            * scale[lanes_at(0, L)]
+                        )
+
+    @T.inline
+    def tile(Y, X, W, P, m0, row, rows, panel, k0, kn, R):
+        """Adds inputs [k0, k0 + kn) to rows [row, row + R) of the block, as far as they are below `rows`."""
+        for group in T.serial(T.int64(groups)):
+            acc = T.alloc_buffer((R, tile_vectors, L), "float32", scope="local")
+            for r in T.unroll(T.int64(R)):
+                for v in T.unroll(tile_vectors):
+                    acc[r, v, lanes_at(0, L)] = f32(0, L)
+            for k in T.serial(kn):
+                for r in T.unroll(T.int64(R)):
+                    for v in T.unroll(tile_vectors):
+                        acc[r, v, lanes_at(0, L)] = acc[r, v, lanes_at(0, L)] + splat(
+                            X[(m0 + T.min(row + r, rows - 1)) * K + k0 + k], L
+                        ) * sliced_weight(W, P, panel, group, k0, k, v)
+            for r in T.unroll(T.int64(R)):
+                if row + r < rows:
+                    for v in T.unroll(tile_vectors):
+                        column: T.let = panel * n_block + group * width + v * L
+                        if slices == 1:
+                            store(Y, m0 + row + r, column, acc[r, v, lanes_at(0, L)])
+                        else:
+                            if k0 == 0:
+                                store(Y, m0 + row + r, column, acc[r, v, lanes_at(0, L)])
+                            else:
+                                store(
+                                    Y,
+                                    m0 + row + r,
+                                    column,
+                                    acc[r, v, lanes_at(0, L)] + load(Y, m0 + row + r, column),
+                                )
+
+    @T.inline
+    def tiles_of_rows(Y, X, W, S, G, P, m0, rows, panel):
+        for s in T.serial(T.int64(slices)):
+            kn: T.let = T.min(T.int64(depth), K - s * depth)
+            if quantized:
+                decode_slice(P, W, S, G, panel, s * depth, kn)
+            full: T.let = T.truncdiv(rows + (tile_rows - tile_rows // 2 - 1), T.int64(tile_rows))
+            for t in T.serial(full):
+                tile(Y, X, W, P, m0, t * tile_rows, rows, panel, s * depth, kn, tile_rows)
+            if full * tile_rows < rows:
+                tile(Y, X, W, P, m0, full * tile_rows, rows, panel, s * depth, kn, tile_rows // 2)
+
+    @T.inline
+    def finish(Y, B, R, m0, rows, panel):
+        """The epilogue, on the finished sums of the block."""
+        for r in T.serial(rows):
+            for v in T.serial(T.int64(n_block // L)):
+                column: T.let = panel * n_block + v * L
+                value = T.alloc_buffer((L,), "float32", scope="local")
+                value[lanes_at(0, L)] = load(Y, m0 + r, column)
+                apply(value, B, R, m0 + r, column, epilogue)
+                store(Y, m0 + r, column, value[lanes_at(0, L)])
+
+    @T.inline
+    def apply(value, B, R, row, column, names):
+        if len(names) > 0:
+            if names[0] == "bias":
+                value[lanes_at(0, L)] = value[lanes_at(0, L)] + load(B, 0, column)
+            elif names[0] == "residual":
+                value[lanes_at(0, L)] = value[lanes_at(0, L)] + load(R, row, column)
+            else:
+                value[lanes_at(0, L)] = ACTIVATIONS[names[0]](value[lanes_at(0, L)])
+            apply(value, B, R, row, column, names[1:])
+
+    @T.prim_func(s_tir=True)
+    def func(
+        y: T.handle("float32"),
+        x: T.handle("float32"),
+        codes: T.handle("uint32"),
+        block_scale: T.handle("uint8"),
+        global_scale: T.handle("float32"),
+        w: T.handle("float32"),
+        bias: T.handle("float32"),
+        residual: T.handle("float32"),
+        M: T.int64,
+        begin: T.int64,
+        end: T.int64,
+    ):
+        T.func_attr({"global_symbol": symbol, "tirx.noalias": True})
+        Y = T.decl_buffer((M * N,), "float32", data=y)
+        X = T.decl_buffer((M * K,), "float32", data=x)
+        W = (
+            T.decl_buffer((tiles, -(-K // GROUP) * 2, LANES), "uint32", data=codes)
+            if quantized
+            else T.decl_buffer((tiles, K, LANES), "float32", data=w)
+        )
+        S = T.decl_buffer((tiles, -(-K // GROUP), LANES), "uint8", data=block_scale) if quantized else T.meta_var(None)
+        G = T.decl_buffer((1,), "float32", data=global_scale) if quantized else T.meta_var(None)
+        B = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
+        R = T.decl_buffer((M * N,), "float32", data=residual) if "residual" in epilogue else T.meta_var(None)
+        P = T.alloc_buffer((depth, n_block), "float32") if quantized else T.meta_var(None)
+        for b in T.serial(end - begin):
+            m0: T.let = T.truncdiv(begin + b, T.int64(panels)) * m_block
+            panel: T.let = T.truncmod(begin + b, T.int64(panels))
+            rows: T.let = T.min(T.int64(m_block), M - m0)
+            if rows == 1:
+                direct(Y, X, W, S, G, m0, rows - 1, panel, 1)
+            else:
+                if rows <= _DIRECT_ROWS:
+                    direct(Y, X, W, S, G, m0, rows - 1, panel, _DIRECT_ROWS)
+                else:
+                    tiles_of_rows(Y, X, W, S, G, P, m0, rows, panel)
+            if len(epilogue) > 0:
+                finish(Y, B, R, m0, rows, panel)
+
+    names = {"y", "x", "M", "begin", "end", *epilogue}
+    return _keep(func, names | ({"codes", "block_scale", "global_scale"} if quantized else {"w"}))

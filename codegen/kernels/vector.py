@@ -1,0 +1,42 @@
+"""Short vector idioms that kernels share: contiguous lanes, splats, and loads and stores of a row's last lanes.
+
+Masked accesses touch no memory for lanes that are off, so that a row may end at the end of a page. A mask must be
+written where it is used: TVM cannot bind a vector of booleans to a name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+
+def lanes_at(start: Any, lanes: int) -> Any:
+    """Index of `lanes` consecutive elements from `start`."""
+    return T.ramp(start, 1, lanes)
+
+
+def splat(value: Any, lanes: int) -> Any:
+    """`value` in every lane."""
+    return T.broadcast(value, lanes)
+
+
+def f32(value: float, lanes: int) -> Any:
+    """A float32 constant in every lane."""
+    return T.broadcast(T.float32(value), lanes)
+
+
+def first(count: Any, lanes: int) -> Any:
+    """Mask of the first `count` (any int64, also negative) of `lanes` lanes."""
+    bound = T.cast(T.max(T.min(count, lanes), 0), "int32")
+    return T.ramp(T.int32(0), 1, lanes) < T.broadcast(bound, lanes)
+
+
+def load_first(buffer: Any, start: Any, count: Any, lanes: int) -> Any:
+    """float32 lanes of a flat buffer from `start`; lanes from `count` on are 0 and not read."""
+    return T.masked_load(f"float32x{lanes}", buffer, T.ramp(start, 1, lanes), first(count, lanes))
+
+
+def store_first(buffer: Any, value: Any, start: Any, count: Any, lanes: int) -> Any:
+    """Statement: store the first `count` lanes of `value` to a flat buffer from `start`."""
+    return T.evaluate(T.masked_store(buffer, value, T.ramp(start, 1, lanes), first(count, lanes)))
