@@ -1,7 +1,7 @@
 """Builds the runtime's shared library from its sources, once a machine, with the C++17 compiler at hand.
 
-The library lies in a cache folder under a name that hashes sources, compiler and flags: whatever changes gives
-a new file, and processes that build at the same time give the same one.
+The library lies in a cache folder under a name that hashes sources, compiler and flags: any change gives a
+new file, and processes that build at the same time give the same one. For ELF systems, as is the runtime.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _sources() -> tuple[Path, ...]:
 
 
 def _key(compiler: list[str]) -> str:
-    """Hash of what the library depends on: sources, flags, and the compiler (command, its file's size and time)."""
+    """Hash of what the library depends on: sources, flags, and the compiler (command, size, time)."""
     state = hashlib.sha256()
     binary = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     stat = binary.stat()

@@ -183,15 +183,15 @@ class Session:
         """Run the model.
 
         Args:
-            inputs: for every input name an array: numpy, or anything with DLPack on the CPU. Dtypes must match,
-                no value is cast. Arrays that are not contiguous are copied.
+            inputs: for every input name an array: numpy, or anything with DLPack on the CPU. Dtypes must
+                match, no value is cast. Arrays that are not contiguous are copied.
 
         Returns:
             For every output name a new array.
 
         Raises:
-            InputError: missing or unknown names, wrong dtypes or shapes, or data that the model refuses, such as
-                a token id outside the vocabulary.
+            InputError: missing or unknown names, wrong dtypes or shapes, or data that the model refuses, such
+                as a token id outside the vocabulary.
             ResourceError: not enough memory, or above the memory limit.
         """
         lib, handle = _native.library(), self._open_handle()
