@@ -1,4 +1,5 @@
-"""What every pass shares: the base class that collects refusals, and small helpers to read and edit a graph."""
+"""What every pass shares: the base class that collects refusals, and small helpers to read and edit a
+graph."""
 
 from __future__ import annotations
 
@@ -111,14 +112,21 @@ def copy_metadata(source: ir.Node, targets: Iterable[ir.Node]) -> None:
 
 
 def make_node(
-    op_type: str, inputs: Sequence[ir.Value | None], attributes: dict | None = None, *, name: str | None = None
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict | None = None,
+    *,
+    name: str | None = None,
 ) -> ir.Node:
     """A node of the default domain with one unnamed output."""
     return ir.node(op_type, inputs, attributes=attributes or {}, name=name)
 
 
-def replace_node(node: ir.Node, new_nodes: Sequence[ir.Node], outputs: Sequence[ir.Value] | None = None) -> None:
-    """Puts `new_nodes` in the place of `node`; `outputs` (default: of the last new node) take over its outputs.
+def replace_node(
+    node: ir.Node, new_nodes: Sequence[ir.Node], outputs: Sequence[ir.Value] | None = None
+) -> None:
+    """Puts `new_nodes` in the place of `node`; `outputs` (default: of the last new node) take over its
+    outputs.
 
     Names, types and shapes of the old outputs go to the new ones, metadata of the node to all new nodes.
     """
@@ -136,7 +144,12 @@ def replace_value(old: ir.Value, new: ir.Value) -> bool:
     itself an output, whose names are fixed too.
     """
     if old.is_graph_output():
-        if new.is_graph_input() or new.is_initializer() or new.is_graph_output() or new.graph is not old.graph:
+        if (
+            new.is_graph_input()
+            or new.is_initializer()
+            or new.is_graph_output()
+            or new.graph is not old.graph
+        ):
             return False
         name = old.name
         old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -147,13 +160,15 @@ def replace_value(old: ir.Value, new: ir.Value) -> bool:
     return True
 
 
-def fresh_name(graph: ir.Graph | ir.Function, wanted: str) -> str:
-    """`wanted`, or `wanted_2`, ... : not the name of an initializer, input or node output of `graph`."""
+def fresh_name(graph: ir.Graph, wanted: str) -> str:
+    """`wanted`, or `wanted_2`, ... : not the name of an initializer or input of `graph`.
+
+    Names of node outputs are not searched; `NameFixPass` at the end of a phase separates any clash with
+    those.
+    """
     taken = {v.name for v in graph.inputs}
-    taken.update(graph.initializers if isinstance(graph, ir.Graph) else ())
-    taken.update(v.name for n in graph for v in n.outputs)
     name, count = wanted, 2
-    while name in taken:
+    while name in taken or name in graph.initializers:
         name, count = f"{wanted}_{count}", count + 1
     return name
 

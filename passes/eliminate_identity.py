@@ -25,7 +25,8 @@ class EliminateIdentity(GraphPass):
     4. Transpose that keeps the order of the axes.
     5. Add or Sub of 0, Mul or Div by 1, Pow 1, where broadcasting and types change nothing.
 
-    An Identity from an input or initializer straight to a graph output stays: ONNX has no other way to say it.
+    An Identity from an input or initializer straight to a graph output stays: ONNX has no other way to say
+    it.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -77,7 +78,12 @@ class EliminateIdentity(GraphPass):
         sides = (0, 1) if node.op_type in ("Add", "Mul") else (0,)
         for side in sides:
             x, other = node.inputs[side], node.inputs[1 - side]
-            if x is not None and scalar(other) == neutral and _same_shape(x, node.outputs[0]) and x.dtype is not None:
+            if (
+                x is not None
+                and scalar(other) == neutral
+                and _same_shape(x, node.outputs[0])
+                and x.dtype is not None
+            ):
                 return x
         return None
 
@@ -93,7 +99,8 @@ def _same_shape(a: ir.Value, b: ir.Value) -> bool:
 
 
 def _reorders(node: ir.Node) -> bool:
-    """A Slice with negative steps, or a Pad that cuts as much as it adds, keeps the shape but not the data."""
+    """A Slice with negative steps, or a Pad that cuts as much as it adds, keeps the shape but not the
+    data."""
     if node.op_type == "Slice" and len(node.inputs) > 4 and node.inputs[4] is not None:
         steps = int_list(node.inputs[4])
         return steps is None or any(step < 0 for step in steps)

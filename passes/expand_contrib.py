@@ -15,9 +15,10 @@ _MS = "com.microsoft"
 class ExpandContrib(GraphPass):
     """Rewrites the contrib operators that optimizers leave in transformer files.
 
-    SkipLayerNormalization and SkipSimplifiedLayerNormalization -> Add (, Add) + norm; SimplifiedLayerNormalization ->
-    RMSNormalization; Gelu, FastGelu, BiasGelu, QuickGelu; FusedMatMul without transposed batches. A node with other
-    outputs or attributes stays as it is, and shape inference then names it.
+    SkipLayerNormalization and SkipSimplifiedLayerNormalization -> Add (, Add) + norm;
+    SimplifiedLayerNormalization -> RMSNormalization; Gelu, FastGelu, BiasGelu, QuickGelu; FusedMatMul
+    without transposed batches. A node with other outputs or attributes stays as it is, and shape inference
+    then names it.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -26,8 +27,6 @@ class ExpandContrib(GraphPass):
             rule = _RULES.get((node.domain, node.op_type))
             if rule is not None and rule(self, model.graph, node):
                 modified = True
-        if modified and not any(node.domain == _MS for node in model.graph.all_nodes()):
-            model.opset_imports.pop(_MS, None)
         return ir.passes.PassResult(model, modified)
 
     def skip_norm(self, graph: ir.Graph, node: ir.Node) -> bool:
@@ -56,7 +55,9 @@ class ExpandContrib(GraphPass):
         if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
             self.refuse(node, "its inverse deviation is used")
             return False
-        attributes = {k: attribute(node, k, d) for k, d in (("axis", -1), ("epsilon", 1e-5), ("stash_type", 1))}
+        attributes = {
+            k: attribute(node, k, d) for k, d in (("axis", -1), ("epsilon", 1e-5), ("stash_type", 1))
+        }
         norm = make_node("RMSNormalization", node.inputs[:2], attributes, name=node.name)
         replace_node(node, [norm], [norm.outputs[0], *(ir.Value() for _ in node.outputs[1:])])
         return True
@@ -79,7 +80,9 @@ class ExpandContrib(GraphPass):
         )
         scaled = make_node("Mul", [node.inputs[0], alpha], name=f"{node.name}/scale")
         gate = make_node("Sigmoid", [scaled.outputs[0]], name=f"{node.name}/gate")
-        replace_node(node, [scaled, gate, make_node("Mul", [node.inputs[0], gate.outputs[0]], name=node.name)])
+        replace_node(
+            node, [scaled, gate, make_node("Mul", [node.inputs[0], gate.outputs[0]], name=node.name)]
+        )
         return True
 
     def fused_matmul(self, graph: ir.Graph, node: ir.Node) -> bool:

@@ -15,8 +15,20 @@ BUDGET = 64 << 20  # bytes that all folded tensors of a model may add to what it
 
 # Not functions of their inputs, or (quantized weights) larger and less useful when computed.
 _KEPT = frozenset(
-    """Bernoulli RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Dropout
-    DequantizeLinear QuantizeLinear If Loop Scan""".split()
+    [
+        "Bernoulli",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Multinomial",
+        "Dropout",
+        "DequantizeLinear",
+        "QuantizeLinear",
+        "If",
+        "Loop",
+        "Scan",
+    ]
 )
 
 
@@ -25,8 +37,9 @@ class FoldConstants(GraphPass):
 
     Rules:
     1. A small integer tensor whose elements shape inference knows as plain numbers becomes a constant.
-    2. A node of constants is computed by the ONNX reference evaluator, if its result is no larger than `SMALL` or than
-       twice its inputs, and all results together stay within `BUDGET` plus what the model holds already.
+    2. A node of constants is computed by the ONNX reference evaluator, if its result is no larger than
+       `SMALL` or than twice its inputs, and all results together stay within `BUDGET` plus what the model
+       holds already.
     3. Transpose of a constant matrix stays: `orient_weights` decides on weights.
     """
 
@@ -65,7 +78,11 @@ class FoldConstants(GraphPass):
         inputs = [v for v in node.inputs if v is not None]
         if any(v.const_value is None or v.is_graph_input() for v in inputs):
             return None
-        if node.op_type == "Transpose" and inputs[0].const_value.size > 1 and len(inputs[0].const_value.shape) == 2:
+        if (
+            node.op_type == "Transpose"
+            and inputs[0].const_value.size > 1
+            and len(inputs[0].const_value.shape) == 2
+        ):
             return None
         sizes = [_bytes(v) for v in node.outputs]
         if any(size is None for size in sizes):
@@ -103,20 +120,24 @@ def _evaluate(node: ir.Node, opset: int) -> list[np.ndarray]:
     from onnx.reference import ReferenceEvaluator
 
     proto = ir.to_proto(node)
-    feeds = {v.name: v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None}
-    evaluator = ReferenceEvaluator(
-        onnx.helper.make_model(
-            onnx.helper.make_graph(
-                [proto],
-                "node",
-                [onnx.helper.make_tensor_value_info(v.name, int(v.dtype), None) for v in _unique(node.inputs)],
-                [onnx.helper.make_tensor_value_info(v.name, int(v.dtype), None) for v in node.outputs],
-            ),
-            opset_imports=[onnx.helper.make_opsetid("", opset)],
-        )
+    present = [i for i, v in enumerate(node.inputs) if v is not None]
+    for i in present:
+        proto.input[i] = f"input{i}"
+    for i in range(len(node.outputs)):
+        proto.output[i] = f"output{i}"
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [proto],
+        "node",
+        [info(proto.input[i], int(_held(node, i).dtype), None) for i in present],
+        [info(f"output{i}", int(v.dtype or 1), None) for i, v in enumerate(node.outputs)],
     )
-    return [np.asarray(a) for a in evaluator.run(None, feeds)]
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    feeds = {proto.input[i]: _held(node, i).numpy() for i in present}
+    return [np.asarray(a) for a in ReferenceEvaluator(model).run(None, feeds)]
 
 
-def _unique(values) -> list[ir.Value]:
-    return list({v.name: v for v in values if v is not None}.values())
+def _held(node: ir.Node, index: int) -> ir.TensorProtocol:
+    value = node.inputs[index]
+    assert value is not None and value.const_value is not None
+    return value.const_value

@@ -11,7 +11,7 @@ import sympy
 
 from qgraph.errors import InputError, QGraphError, UnsupportedError
 from qgraph.passes.base import GraphPass, describe, printable
-from qgraph.passes.shapes import RULES, Dim, Fact, NewFact, NodeView, World, object_array
+from qgraph.passes.shapes import RULES, Dim, Fact, NewFactError, NodeView, World, object_array
 from qgraph.passes.shapes.dims import from_ir, symbol, to_ir
 from qgraph.passes.shapes.node import MAX_CONTENT
 
@@ -27,13 +27,17 @@ class InferShapes(GraphPass):
     What it writes:
     * `value.dtype` and `value.shape` of every input, initializer and node output. A dimension is an int or an
       `ir.SymbolicDim` that is a name or an expression over the names in the inputs' shapes.
-    * Inputs: unnamed dimensions get names; a dimension that the graph needs to equal another is declared as that.
-    * `graph.meta["qgraph.checks"]`: list of (a, b, message), a and b int or `ir.SymbolicDim`; `a >= b` must hold
+    * Inputs: unnamed dimensions get names; a dimension that the graph needs to equal another is declared as
+       that.
+    * `graph.meta["qgraph.checks"]`: list of (a, b, message), a and b int or `ir.SymbolicDim`; `a >= b` must
+       hold
       at run time for the shapes to be right.
-    * `value.meta["qgraph.content"]`: the elements of small integer tensors that depend on shapes only, as an object
+    * `value.meta["qgraph.content"]`: the elements of small integer tensors that depend on shapes only, as an
+       object
       array of int, `ir.SymbolicDim`, or None for unknown ones. Such a value need not be computed at run time.
 
-    Every named dimension is taken to be at least 1. What stands in the file as shapes of intermediate values is ignored.
+    Every named dimension is taken to be at least 1. What stands in the file as shapes of intermediate values
+    is ignored.
 
     Raises:
         InputError: shapes or types do not fit.
@@ -48,10 +52,12 @@ class InferShapes(GraphPass):
             try:
                 facts = _infer(graph, world, graph.opset_imports.get("", 23))
                 break
-            except NewFact:
+            except NewFactError:
                 continue
         else:
-            raise UnsupportedError(f"shape inference needs more than {_MAX_FACTS} assumptions about the inputs' dimensions")
+            raise UnsupportedError(
+                f"shape inference needs more than {_MAX_FACTS} assumptions about the inputs' dimensions"
+            )
         for note in world.notes:
             self.refuse("inputs", note)
         return ir.passes.PassResult(model, self._write(graph, facts, world))
@@ -61,7 +67,9 @@ class InferShapes(GraphPass):
         names: dict[sympy.Symbol, int] = {}
         for value in graph.inputs:
             if value.shape is None or value.dtype is None:
-                raise InputError(f"input {describe(value)} has no declared shape or type; export the model with both")
+                raise InputError(
+                    f"input {describe(value)} has no declared shape or type; export the model with both"
+                )
             for dim in value.shape:
                 if isinstance(dim, ir.SymbolicDim) and dim.value and dim.value.isidentifier():
                     names.setdefault(symbol(dim.value), len(names))
@@ -134,7 +142,7 @@ def _fresh_name(wanted: str, names: Iterable[sympy.Symbol]) -> str:
 
 
 def _infer(graph: ir.Graph, world: World, opset: int) -> dict[ir.Value, Fact]:
-    """One walk. Raises NewFact when the world has learnt something and the walk must start again."""
+    """One walk. Raises NewFactError when the world has learnt something and the walk must start again."""
     facts: dict[ir.Value, Fact] = {}
     for value in graph.inputs:
         assert value.shape is not None and value.dtype is not None
@@ -157,10 +165,12 @@ def _infer_node(node: ir.Node, inputs: list[Fact | None], world: World, opset: i
     view = NodeView(node, inputs, world)
     try:
         found(view)
-    except (QGraphError, NewFact):
+    except (QGraphError, NewFactError):
         raise
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{describe(node)}: its inputs or attributes are malformed ({printable(error)})") from error
+        raise InputError(
+            f"{describe(node)}: its inputs or attributes are malformed ({printable(error)})"
+        ) from error
     missing = [i for i in range(len(node.outputs)) if i not in view.outputs]
     if missing:
         raise UnsupportedError(f"{describe(node)}: its output {missing[0]} is not supported")
@@ -208,7 +218,9 @@ def _formal_inputs(op_type: str, opset: int) -> tuple[list[tuple[str, frozenset[
     except onnx.defs.SchemaError:
         return None
     formal = [(p.type_str, frozenset(p.types), p.is_homogeneous) for p in schema.inputs]
-    variadic = bool(schema.inputs) and schema.inputs[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic
+    variadic = (
+        bool(schema.inputs) and schema.inputs[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic
+    )
     return formal, variadic
 
 

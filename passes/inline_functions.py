@@ -14,8 +14,8 @@ KEPT_DOMAIN = "ai.qgraph"
 class InlineFunctions(GraphPass):
     """Replaces every call of a model-local function by its body, and drops the functions.
 
-    Functions of domain `ai.qgraph` are quantized layers: they stay, so that a low-bit file can be prepared again.
-    `structure.check_structure` has bounded the expansion before.
+    Functions of domain `ai.qgraph` are quantized layers: they stay, so that a low-bit file can be prepared
+    again. `structure.check_structure` has bounded the expansion before.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -28,10 +28,6 @@ class InlineFunctions(GraphPass):
         called = {node.op_identifier() for node in model.graph.all_nodes()}
         for key in [key for key in model.functions if key[0] != KEPT_DOMAIN or key not in called]:
             del model.functions[key]
-            modified = True
-        domains = {node.domain for node in model.graph.all_nodes()} | {"", *(key[0] for key in model.functions)}
-        for domain in [domain for domain in model.opset_imports if domain not in domains]:
-            del model.opset_imports[domain]
             modified = True
         return ir.passes.PassResult(model, modified)
 

@@ -20,8 +20,8 @@ class LiftConstants(GraphPass):
     """Makes every constant an initializer of the main graph.
 
     Rules:
-    1. `Constant` (any numeric attribute) -> initializer. A Constant that is itself a graph output is kept alive by
-       an Identity, since ONNX gives an output its own name.
+    1. `Constant` (any numeric attribute) -> initializer. A Constant that is itself a graph output is kept
+       alive by an Identity, since ONNX gives an output its own name.
     2. An initializer also listed as an input (IR < 4) is a default that callers could override; it becomes a
        constant and leaves the inputs.
     """
@@ -45,7 +45,9 @@ class LiftConstants(GraphPass):
         if output.is_graph_output():
             held = add_initializer(graph, tensor, f"{output.name}.constant")
             identity = make_node("Identity", [held], name=node.name)
-            ir.convenience.replace_nodes_and_values(graph, node, [node], [identity], [output], identity.outputs)
+            ir.convenience.replace_nodes_and_values(
+                graph, node, [node], [identity], [output], identity.outputs
+            )
             return
         name = output.name
         output.name = None

@@ -1,8 +1,8 @@
 """Reads an ONNX file that may be damaged or hostile.
 
 Nothing outside the model's directory is opened. The one exception is the layout of download caches, where
-`model.onnx` and its data are links into one sibling folder: external data may lie in the directory of the given path
-or in the directory the given path really leads to.
+`model.onnx` and its data are links into one sibling folder: external data may lie in the directory of the
+given path or in the directory the given path really leads to.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def load_model(path: str | os.PathLike) -> ir.Model:
     """Loads and checks an ONNX model; weights in external files are mapped, not read.
 
     Raises:
-        InputError: missing, empty, truncated or malformed file; external data missing or outside the model's directory.
-        UnsupportedError: a newer opset, sparse tensors.
+        InputError: missing, empty, truncated or malformed file; external data missing or outside the model's
+        directory. UnsupportedError: a newer opset, sparse tensors.
         ResourceError: the file cannot be read.
     """
     file = Path(path)
@@ -111,7 +111,8 @@ def _location(tensor: onnx.TensorProto) -> str:
 
 
 def _external(tensor: onnx.TensorProto, base: Path, real: Path) -> Path:
-    """The real path of a tensor's data file, proven to lie in an allowed directory and to hold enough bytes."""
+    """The real path of a tensor's data file, proven to lie in an allowed directory and to hold enough
+    bytes."""
     where = f"external data of tensor '{printable(tensor.name)}'"
     entries = {e.key: e.value for e in tensor.external_data}
     location = _location(tensor)
@@ -127,7 +128,9 @@ def _external(tensor: onnx.TensorProto, base: Path, real: Path) -> Path:
         or ".." in posix.parts
         or ".." in windows.parts
     ):
-        raise InputError(f"{where} is at '{printable(location)}', which is not a path below the model's directory")
+        raise InputError(
+            f"{where} is at '{printable(location)}', which is not a path below the model's directory"
+        )
     try:
         resolved = (base / location).resolve(strict=True)
         info = resolved.stat()
@@ -138,7 +141,9 @@ def _external(tensor: onnx.TensorProto, base: Path, real: Path) -> Path:
     if not stat.S_ISREG(info.st_mode):
         raise InputError(f"{where} ('{printable(location)}') is not a regular file")
     if info.st_nlink > 1:
-        raise InputError(f"{where} ('{printable(location)}') is a hard link, which may lead anywhere; copy the file")
+        raise InputError(
+            f"{where} ('{printable(location)}') is a hard link, which may lead anywhere; copy the file"
+        )
     try:
         offset = int(entries.get("offset", "0"))
         needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
@@ -147,14 +152,17 @@ def _external(tensor: onnx.TensorProto, base: Path, real: Path) -> Path:
         raise InputError(f"{where} has a malformed offset or length") from None
     if offset < 0 or length != needed or offset + length > info.st_size:
         raise InputError(
-            f"{where}: {needed} bytes of shape {list(tensor.dims)} are not at offset {offset}, length {length} "
-            f"of '{printable(location)}' ({info.st_size} bytes); the data file is damaged or belongs to another model"
+            f"{where}: {needed} bytes of shape {list(tensor.dims)} are not at offset {offset}, length "
+            f"{length} "
+            f"of '{printable(location)}' ({info.st_size} bytes); the data file is damaged or belongs to "
+            "another model"
         )
     return resolved
 
 
 def _bind_external(model: ir.Model, files: dict[str, Path]) -> None:
-    """Points external tensors at the files that were checked, so that links are not followed a second time."""
+    """Points external tensors at the files that were checked, so that links are not followed a second
+    time."""
 
     def bound(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         file = files[str(tensor.location)]
@@ -176,5 +184,7 @@ def _bind_external(model: ir.Model, files: dict[str, Path]) -> None:
     for top in (model.graph, *model.functions.values()):
         for node in top.all_nodes():
             for name, attribute in list(node.attributes.items()):
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(
+                    attribute.value, ir.ExternalTensor
+                ):
                     node.attributes[name] = ir.AttrTensor(name, bound(attribute.value))

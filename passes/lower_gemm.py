@@ -20,9 +20,9 @@ from qgraph.passes.base import (
 class LowerGemm(GraphPass):
     """Gemm(A, B, C) = alpha * A' B' + beta * C  ->  Add(MatMul(A', B'), C).
 
-    Rules: transposes become Transpose nodes (`orient_weights` then turns constant weights); alpha is multiplied into
-    a constant B that nobody else reads, else it is a Mul; beta likewise into C; C disappears with beta = 0.
-    The MatMul keeps the node's name.
+    Rules: transposes become Transpose nodes (`orient_weights` then turns constant weights); alpha is
+    multiplied into a constant B that nobody else reads, else it is a Mul; beta likewise into C; C disappears
+    with beta = 0. The MatMul keeps the node's name.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -44,7 +44,9 @@ class LowerGemm(GraphPass):
             nodes += scaled
         for flag, side in (("transA", 0), ("transB", 1)):
             if attribute(node, flag, 0):
-                turned = make_node("Transpose", [a if side == 0 else b], {"perm": [1, 0]}, name=f"{node.name}/{flag}")
+                turned = make_node(
+                    "Transpose", [a if side == 0 else b], {"perm": [1, 0]}, name=f"{node.name}/{flag}"
+                )
                 nodes.append(turned)
                 if side == 0:
                     a = turned.outputs[0]
@@ -66,5 +68,7 @@ def _scaled(graph: ir.Graph, value: ir.Value, factor: float, name: str) -> tuple
     if array is not None and used_once(value):
         return add_initializer(graph, (array * array.dtype.type(factor)), f"{value.name}.scaled"), []
     dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-    node = make_node("Mul", [value, add_initializer(graph, np.array(factor, dtype), name)], name=f"{name}/mul")
+    node = make_node(
+        "Mul", [value, add_initializer(graph, np.array(factor, dtype), name)], name=f"{name}/mul"
+    )
     return node.outputs[0], [node]

@@ -24,10 +24,11 @@ class OrientWeights(GraphPass):
 
     Rules:
     1. W is read through transposes only: W^T replaces it and takes its name.
-    2. W is also an embedding table, read by Gather along axis 0 (tied input and output embeddings): W^T replaces
-       it too, and each such Gather reads columns: Gather(W, ids, axis=0) = Transpose(Gather(W^T, ids, axis=1)). So
-       there is one initializer, and the output layer is an ordinary linear layer. Both nodes carry `qgraph.tied`
-       with the other's name. The price is a strided read of one column for each token.
+    2. W is also an embedding table, read by Gather along axis 0 (tied input and output embeddings): W^T
+       replaces it too, and each such Gather reads columns: Gather(W, ids, axis=0) = Transpose(Gather(W^T,
+       ids, axis=1)). So there is one initializer, and the output layer is an ordinary linear layer. Both
+       nodes carry `qgraph.tied` with the other's name. The price is a strided read of one column for each
+       token.
     3. W is read some other way too: W^T is stored beside it, and the reason is recorded.
     A Transpose of a constant that no MatMul reads as its right operand is treated alike.
     """
@@ -48,7 +49,12 @@ class OrientWeights(GraphPass):
         if not is_op(node, "Transpose"):
             return False
         value = node.inputs[0]
-        if value is None or value.const_value is None or len(value.const_value.shape) != 2 or value.is_graph_input():
+        if (
+            value is None
+            or value.const_value is None
+            or len(value.const_value.shape) != 2
+            or value.is_graph_input()
+        ):
             return False
         return list(attribute(node, "perm", (1, 0))) == [1, 0] and not node.outputs[0].is_graph_output()
 
@@ -72,7 +78,10 @@ class OrientWeights(GraphPass):
         else:
             new = add_initializer(graph, turned, f"{name}.transposed")
             kinds = sorted({node.op_type for node in others if node not in gathers}) or ["an output"]
-            self.refuse(f"initializer '{printable(name)}'", f"is stored a second time, transposed: {', '.join(kinds)} needs its rows")
+            self.refuse(
+                f"initializer '{printable(name)}'",
+                f"is stored a second time, transposed: {', '.join(kinds)} needs its rows",
+            )
         for turn in turns:
             turn.outputs[0].replace_all_uses_with(new)
             graph.remove(turn, safe=True)

@@ -8,29 +8,39 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import UnsupportedError
-from qgraph.passes.base import GraphPass, attribute, copy_metadata, describe, make_node, replace_node, shape_of
+from qgraph.passes.base import (
+    GraphPass,
+    attribute,
+    copy_metadata,
+    describe,
+    make_node,
+    replace_node,
+    shape_of,
+)
 
 TARGET = 23
 LOWEST_IR_VERSION = 11
 
 # Operators whose later versions (up to 23) only accept more types, more broadcasting or more optional
-# attributes: a node written for the older version means the same in the newer one. Read off the operators' changelog.
-_ONLY_WIDENED = frozenset(
-    """Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool Cast CastLike Ceil Concat
-    Constant ConstantOfShape Conv Cos Cosh CumSum DepthToSpace DequantizeLinear Div Elu Equal Erf Exp
-    Expand EyeLike Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool GlobalMaxPool Greater
-    GreaterOrEqual HardSigmoid HardSwish Identity If InstanceNormalization IsInf IsNaN LRN LeakyRelu Less
-    LessOrEqual Log Loop LpNormalization MatMul Max MaxPool Mean Min Mish Mod Mul Neg NonZero Or PRelu Pow
-    QLinearMatMul QuantizeLinear Range Reciprocal Relu Reshape Round ScatterElements ScatterND Selu Shape Sigmoid
-    Sign Sin Sinh Size Softplus Softsign SpaceToDepth Sqrt Sub Sum Tan Tanh ThresholdedRelu Tile
-    Transpose Where Xor""".split()
-)
+# attributes: a node written for the older version means the same in the newer one. Read off the operators'
+# changelog.
+_ONLY_WIDENED = """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool Cast CastLike Ceil Concat
+    Constant ConstantOfShape Conv Cos Cosh CumSum DepthToSpace DequantizeLinear Div Elu Equal Erf
+    Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool
+    GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish Identity If InstanceNormalization
+    IsInf IsNaN LRN LeakyRelu Less LessOrEqual Log Loop LpNormalization MatMul Max MaxPool Mean Min
+    Mish Mod Mul Neg NonZero Or PRelu Pow QLinearMatMul QuantizeLinear Range Reciprocal Relu Reshape
+    Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh Size Softplus Softsign
+    SpaceToDepth Sqrt Sub Sum Tan Tanh ThresholdedRelu Tile Transpose Where Xor
+"""
 
 Adapter = Callable[["RaiseOpset", ir.Node, int], None]
 
 
 class RaiseOpset(GraphPass):
-    """Rewrites nodes for opset 23, in the graph, its subgraphs and all functions; later opsets stay as they are.
+    """Rewrites nodes for opset 23, in the graph, its subgraphs and all functions; later opsets stay as they
+    are.
 
     Rules:
     1. A node whose operator did not change since the file's opset, or was only widened, stays.
@@ -90,9 +100,10 @@ class RaiseOpset(GraphPass):
         adapter = _ADAPTERS.get(node.op_type)
         if adapter is not None:
             adapter(self, node, version)
-        elif node.op_type not in _ONLY_WIDENED:
+        elif node.op_type not in _ONLY_WIDENED.split():
             raise UnsupportedError(
-                f"{describe(node)}: no rule to raise it from opset {version} to {TARGET}; re-export with opset {TARGET}"
+                f"{describe(node)}: no rule to raise it from opset {version} to {TARGET}; re-export with "
+                f"opset {TARGET}"
             )
 
     # -- adapters -----------------------------------------------------------------------------------------
@@ -109,12 +120,15 @@ class RaiseOpset(GraphPass):
             node.resize_inputs(index + 1)
         node.replace_input_with(index, value)
 
-    def _move_to_input(self, node: ir.Node, name: str, index: int, dtype: np.typing.DTypeLike = np.int64) -> None:
+    def _move_to_input(
+        self, node: ir.Node, name: str, index: int, dtype: np.typing.DTypeLike = np.int64
+    ) -> None:
         given = node.attributes.pop(name, None)
         if given is not None:
             if given.is_ref():
                 raise UnsupportedError(
-                    f"{describe(node)}: '{name}' is a parameter of its function; re-export with opset {TARGET}"
+                    f"{describe(node)}: '{name}' is a parameter of its function; re-export with opset "
+                    f"{TARGET}"
                 )
             self._append_input(node, index, self._constant(node, np.array(given.value, dtype)))
 
@@ -163,7 +177,9 @@ class RaiseOpset(GraphPass):
     def batch_norm(self, node: ir.Node, version: int) -> None:
         """Inference mode is the same since opset 9; training outputs never were."""
         if len(node.outputs) > 1 or attribute(node, "training_mode", 0):
-            raise UnsupportedError(f"{describe(node)}: batch normalization in training mode; export for inference")
+            raise UnsupportedError(
+                f"{describe(node)}: batch normalization in training mode; export for inference"
+            )
 
     def scatter(self, node: ir.Node, version: int) -> None:
         renamed = make_node(

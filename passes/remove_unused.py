@@ -10,8 +10,9 @@ from qgraph.passes.base import GraphPass, all_graphs
 class RemoveUnused(GraphPass):
     """Removes what no graph output depends on.
 
-    Rules: 1. nodes none of whose outputs is read; 2. initializers that nobody reads; 3. optional trailing outputs
-    that nobody reads (the mean of LayerNormalization); 4. empty trailing inputs.
+    Rules: 1. nodes none of whose outputs is read; 2. initializers that nobody reads; 3. optional trailing
+    outputs that nobody reads (the mean of LayerNormalization); 4. empty trailing inputs; 5. imports of opsets
+    without nodes.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -28,6 +29,14 @@ class RemoveUnused(GraphPass):
                 if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
                     del graph.initializers[name]
                     modified = True
+        domains = {
+            "",
+            *(key[0] for key in model.functions),
+            *(n.domain for g in all_graphs(model) for n in g),
+        }
+        for domain in [domain for domain in model.opset_imports if domain not in domains]:
+            del model.opset_imports[domain]
+            modified = True
         return ir.passes.PassResult(model, modified)
 
     @staticmethod
@@ -40,7 +49,9 @@ class RemoveUnused(GraphPass):
             node.resize_inputs(keep)
             modified = True
         keep, least = len(node.outputs), _required_outputs(node)
-        while keep > least and not (node.outputs[keep - 1].uses() or node.outputs[keep - 1].is_graph_output()):
+        while keep > least and not (
+            node.outputs[keep - 1].uses() or node.outputs[keep - 1].is_graph_output()
+        ):
             keep -= 1
         if keep < len(node.outputs):
             node.resize_outputs(keep)
@@ -49,7 +60,8 @@ class RemoveUnused(GraphPass):
 
 
 def _required_outputs(node: ir.Node) -> int:
-    """How many outputs the operator must have; all of them where outputs are variadic or the operator unknown."""
+    """How many outputs the operator must have; all of them where outputs are variadic or the operator
+    unknown."""
     import onnx
 
     if node.domain != "" or not onnx.defs.has(node.op_type):

@@ -11,8 +11,8 @@ from qgraph.passes.base import GraphPass, add_initializer, attribute, int_list, 
 class SimplifyReshape(GraphPass):
     """Rewrites a computed target shape, `Concat(Shape(x)[0], ..., 384)`, to a constant such as [0, 0, 384].
 
-    A fixed dimension stands as itself, one that equals the input's at the same place as 0, and one other may be -1. So
-    the arithmetic on shapes dies, and the graph no longer computes what inference knows.
+    A fixed dimension stands as itself, one that equals the input's at the same place as 0, and one other may
+    be -1. So the arithmetic on shapes dies, and the graph no longer computes what inference knows.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -35,7 +35,9 @@ class SimplifyReshape(GraphPass):
             elif isinstance(dim, ir.SymbolicDim) and -1 not in spelled:
                 spelled.append(-1)
             else:
-                self.refuse(node, f"its target {list(map(str, target))} needs more than one computed dimension")
+                self.refuse(
+                    node, f"its target {list(map(str, target))} needs more than one computed dimension"
+                )
                 return False
         node.replace_input_with(1, add_initializer(graph, np.array(spelled, np.int64), f"{node.name}.shape"))
         if attribute(node, "allowzero", 0):

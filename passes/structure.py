@@ -1,7 +1,7 @@
 """Refuses files that are not well-formed ONNX, before anything expands, sorts or computes them.
 
-Works on the protobuf, where duplicates and undefined names are still visible. Time is linear in the file's size:
-a function budget (`MAX_NODES`) is computed without expanding anything.
+Works on the protobuf, where duplicates and undefined names are still visible. Time is linear in the file's
+size: a function budget (`MAX_NODES`) is computed without expanding anything.
 """
 
 from __future__ import annotations
@@ -51,11 +51,14 @@ def _opsets(imports: Iterable[Any]) -> dict[str, int]:
     for entry in imports:
         domain = "" if entry.domain == "ai.onnx" else entry.domain
         if opsets.setdefault(domain, entry.version) != entry.version:
-            raise InputError(f"the model imports domain '{printable(entry.domain)}' twice, at different versions")
+            raise InputError(
+                f"the model imports domain '{printable(entry.domain)}' twice, at different versions"
+            )
     default = opsets.get("")
     if default is not None and not OLDEST_OPSET <= default <= NEWEST_OPSET:
         raise UnsupportedError(
-            f"opset {default} is outside {OLDEST_OPSET}..{NEWEST_OPSET}, which this version reads; re-export with opset 23"
+            f"opset {default} is outside {OLDEST_OPSET}..{NEWEST_OPSET}, which this version reads; "
+            "re-export with opset 23"
         )
     return opsets
 
@@ -102,7 +105,9 @@ def _check_expansion(graph: onnx.GraphProto, functions: dict[FunctionKey, onnx.F
             if waiting:
                 open_.add(key)
                 if recursive := next((c for c in waiting if c in open_), None):
-                    raise InputError(f"function '{printable(recursive[1])}' calls itself; ONNX forbids recursion")
+                    raise InputError(
+                        f"function '{printable(recursive[1])}' calls itself; ONNX forbids recursion"
+                    )
                 stack.extend(waiting)
                 continue
             size[key] = own + sum(times * size[callee] for callee, times in calls.items())
@@ -111,7 +116,9 @@ def _check_expansion(graph: onnx.GraphProto, functions: dict[FunctionKey, onnx.F
     own, calls = _count(graph.node, functions)
     total = own + sum(times * size[callee] for callee, times in calls.items())
     if total > MAX_NODES:
-        raise InputError(f"the model's functions expand to more than {MAX_NODES} nodes; refusing to inline them")
+        raise InputError(
+            f"the model's functions expand to more than {MAX_NODES} nodes; refusing to inline them"
+        )
 
 
 class _Scope:
@@ -126,7 +133,9 @@ class _Scope:
 
     def check_graph(self, graph: onnx.GraphProto, outer: frozenset[str]) -> None:
         if graph.sparse_initializer:
-            raise UnsupportedError(f"graph '{printable(graph.name)}' has sparse initializers; store them dense")
+            raise UnsupportedError(
+                f"graph '{printable(graph.name)}' has sparse initializers; store them dense"
+            )
         inputs = [i.name for i in graph.input]
         initializers = [i.name for i in graph.initializer]
         for what, names in (("input", inputs), ("initializer", initializers)):
@@ -144,7 +153,9 @@ class _Scope:
         for node in nodes:
             for name in node.output:
                 if name and (name in defined or name in outer):
-                    raise InputError(f"value '{printable(name)}' is defined twice; ONNX graphs are in SSA form")
+                    raise InputError(
+                        f"value '{printable(name)}' is defined twice; ONNX graphs are in SSA form"
+                    )
                 defined.add(name)
         defined.discard("")
         visible = outer | defined if any(next(_subgraphs(n), None) for n in nodes) else outer
@@ -157,7 +168,9 @@ class _Scope:
                 self.check_graph(graph, visible)
         for name in outputs:
             if name not in defined and name not in outer:
-                raise InputError(f"output '{printable(name)}' of graph '{printable(where)}' is not computed by any node")
+                raise InputError(
+                    f"output '{printable(name)}' of graph '{printable(where)}' is not computed by any node"
+                )
 
     def _check_node(self, node: onnx.NodeProto) -> None:
         import onnx
@@ -176,9 +189,15 @@ class _Scope:
         except onnx.defs.SchemaError:
             return  # unknown operators are refused, with their names, where shapes are inferred
         if not schema.min_input <= len(node.input) <= schema.max_input:
-            raise InputError(f"{_at(node)} has {len(node.input)} inputs; the operator takes {schema.min_input} to {schema.max_input}")
+            raise InputError(
+                f"{_at(node)} has {len(node.input)} inputs; the operator takes {schema.min_input} to "
+                f"{schema.max_input}"
+            )
         if not schema.min_output <= len(node.output) <= schema.max_output:
-            raise InputError(f"{_at(node)} has {len(node.output)} outputs; the operator has {schema.min_output} to {schema.max_output}")
+            raise InputError(
+                f"{_at(node)} has {len(node.output)} outputs; the operator has {schema.min_output} to "
+                f"{schema.max_output}"
+            )
         missing = [n for n, a in schema.attributes.items() if a.required and n not in names]
         if missing:
             raise InputError(f"{_at(node)} lacks its attribute '{missing[0]}'")
@@ -221,10 +240,19 @@ def check_tensor(tensor: onnx.TensorProto) -> None:
     else:
         held = sum(
             len(field)
-            for field in (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
+            for field in (
+                tensor.float_data,
+                tensor.int32_data,
+                tensor.int64_data,
+                tensor.double_data,
+                tensor.uint64_data,
+            )
         )
         packed = 8 // dtype.bitwidth if dtype.bitwidth < 8 else 1
         complex_ = 2 if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128) else 1
         wanted = math.ceil(count / packed) * complex_
     if held != wanted:
-        raise InputError(f"{where} of shape {list(tensor.dims)} needs {wanted} items of data but holds {held}; the file is damaged")
+        raise InputError(
+            f"{where} of shape {list(tensor.dims)} needs {wanted} items of data but holds {held}; the file "
+            "is damaged"
+        )

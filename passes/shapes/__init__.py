@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from qgraph.passes.shapes import convolution, elementwise, generate, index, layout, linear, lowbit, normalize, reduce
-from qgraph.passes.shapes.dims import Dim, NewFact, Unequal, World
+from qgraph.passes.shapes import (
+    convolution,
+    elementwise,
+    generate,
+    index,
+    layout,
+    linear,
+    lowbit,
+    normalize,
+    reduce,
+)
+from qgraph.passes.shapes.dims import Dim, NewFactError, UnequalError, World
 from qgraph.passes.shapes.node import RULES, Fact, NodeView, object_array, rule
 
-__all__ = ["RULES", "Dim", "Fact", "NewFact", "NodeView", "Unequal", "World", "object_array", "rule"]
+__all__ = [
+    "RULES",
+    "Dim",
+    "Fact",
+    "NewFactError",
+    "NodeView",
+    "UnequalError",
+    "World",
+    "object_array",
+    "rule",
+]
 
 del convolution, elementwise, generate, index, layout, linear, lowbit, normalize, reduce

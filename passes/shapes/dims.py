@@ -1,11 +1,11 @@
 """Arithmetic on dimensions: integers, and sympy expressions over the graph inputs' named dimensions.
 
-A symbol is `sympy.Symbol(name, integer=True, positive=True)`: every named dimension is at least 1 at run time. All
-arithmetic is exact; a division that need not come out even is `floor(a/b)`, never a fraction.
+A symbol is `sympy.Symbol(name, integer=True, positive=True)`: every named dimension is at least 1 at run
+time. All arithmetic is exact; a division that need not come out even is `floor(a/b)`, never a fraction.
 
-`World` holds what one inference run knows beyond that: facts `a >= b`, and input dimensions found to be equal. A
-rule that needs a new fact calls `World.require_equal`, which records the fact and raises `NewFact`; the run starts
-again and now finds the fact. So no shape depends on the order in which facts were met.
+`World` holds what one inference run knows beyond that: facts `a >= b`, and input dimensions found to be
+equal. A rule that needs a new fact calls `World.require_equal`, which records it and raises `NewFactError`;
+the run starts again and now finds the fact. So no shape depends on the order in which facts were met.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import sympy
 Dim = int | sympy.Expr
 
 
-class NewFact(Exception):
+class NewFactError(Exception):
     """Inference must start again: the world has learnt something."""
 
 
-class Unequal(Exception):
+class UnequalError(Exception):
     """Two dimensions that must be equal cannot be."""
 
 
@@ -142,31 +142,33 @@ class World:
     # -- what is assumed ----------------------------------------------------------------------------------
 
     def assume_at_least(self, a: Dim, b: Dim, message: str) -> None:
-        """Demands `a >= b` at run time. Raises NewFact unless that is known already, Unequal if it is false."""
+        """Demands `a >= b` at run time. Raises NewFactError unless it is known, UnequalError if it is
+        false."""
         if self.greater_equal(a, b):
             return
         if isinstance(a, int) and isinstance(b, int):
-            raise Unequal(f"{a} is less than {b}")
+            raise UnequalError(f"{a} is less than {b}")
         self.at_least.append((a, b, message))
-        raise NewFact
+        raise NewFactError
 
     def require_equal(self, a: Dim, b: Dim, why: str) -> Dim:
         """The common value of two dimensions that the operator `why` needs to be equal.
 
-        Where they are not, tries in order: (1) a minimum against a bound is not reached (`512 >= sequence`, a run-time
-        check); (2) an input dimension is bound to the other side (the input is then declared with that dimension).
+        Where they are not, tries in order: (1) a minimum against a bound is not reached (`512 >= sequence`,
+        a run-time check); (2) an input dimension is bound to the other side (the input is then declared with
+        that dimension).
 
         Raises:
-            NewFact: learnt something, start again.
-            Unequal: no assumption makes them equal.
+            NewFactError: learnt something, start again.
+            UnequalError: no assumption makes them equal.
         """
         if a == b or tidy(a - b) == 0:
             return a
         if isinstance(a, int) and isinstance(b, int):
-            raise Unequal(f"{a} and {b} differ")
+            raise UnequalError(f"{a} and {b} differ")
         self._try_bounds(a, b)
         self._try_symbol(a, b, why)
-        raise Unequal(f"'{a}' and '{b}' differ")
+        raise UnequalError(f"'{a}' and '{b}' differ")
 
     def _try_bounds(self, a: Dim, b: Dim) -> None:
         bounded = [m for side in (a, b) if not isinstance(side, int) for m in side.atoms(sympy.Min)]
@@ -185,7 +187,7 @@ class World:
                     bound, limited = tidy(other), tidy(value)
                     words = "at most" if isinstance(bound, int) else "no more than"
                     self.at_least.append((bound, limited, f"{limited} must be {words} {bound}{source}"))
-                raise NewFact
+                raise NewFactError
 
     def _try_symbol(self, a: Dim, b: Dim, why: str) -> None:
         pairs = [(x, y) for x, y in ((a, b), (b, a)) if isinstance(x, sympy.Symbol) and x not in _free(y)]
@@ -196,7 +198,7 @@ class World:
         old, new = pairs[0]
         self.equal[old] = new
         self.notes.append(f"dimension '{old}' is taken to equal '{new}': {why} needs it")
-        raise NewFact
+        raise NewFactError
 
 
 def _free(value: Dim) -> set:

@@ -15,14 +15,16 @@ from qgraph.passes.shapes.node import NodeView, object_array, rule
 
 BOOL = ir.DataType.BOOL
 
+_LIKE_FIRST_INPUT = """
+    Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Celu Ceil Clip Cos Cosh Elu Erf Exp Floor Gelu
+    HardSigmoid HardSwish Identity LeakyRelu Log Mish Neg Not PRelu Reciprocal Relu Round Selu
+    Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu CumSum
+    CumProd Hardmax LogSoftmax Softmax Trilu LpNormalization MeanVarianceNormalization LRN
+    InstanceNormalization GroupNormalization ScatterElements ScatterND
+"""
 
-@rule(
-    *"""Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Celu Ceil Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
-    HardSwish Identity LeakyRelu Log Mish Neg Not PRelu Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh
-    Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu CumSum CumProd Hardmax LogSoftmax Softmax Trilu
-    LpNormalization MeanVarianceNormalization LRN InstanceNormalization GroupNormalization ScatterElements ScatterND
-    """.split()
-)
+
+@rule(*_LIKE_FIRST_INPUT.split())
 def like_first_input(n: NodeView) -> None:
     """The output has the first input's dtype and shape."""
     x = n.fact(0)
@@ -74,7 +76,12 @@ def where(n: NodeView) -> None:
     contents = [n.content(i) for i in range(3)]
     content = None
     if all(c is not None for c in contents):
-        content = _apply(n, lambda c, x, y: x if c is True else y if c is False else (x if x == y else None), contents, shape)
+        content = _apply(
+            n,
+            lambda c, x, y: x if c is True else y if c is False else (x if x == y else None),
+            contents,
+            shape,
+        )
     n.out(0, n.dtype(1), shape, content)
 
 
@@ -121,7 +128,8 @@ def _div(n: NodeView, a: Any, b: Any) -> Any:
         return a / b if b else None
     if isinstance(a, int) and isinstance(b, int):
         return None if b == 0 else int(math.copysign(abs(a) // abs(b), a * b)) if a else 0
-    # ONNX truncates; floor is the same where both are non-negative, and nothing is known where they may not be.
+    # ONNX truncates; floor is the same where both are non-negative, and nothing is known where they may not
+    # be.
     if n.world.nonnegative(a) and n.world.nonnegative(d.tidy(b - 1)):
         return d.floordiv(a, b)
     return None

@@ -47,8 +47,10 @@ def _divide(n: NodeView, total: d.Dim, rest: d.Dim) -> d.Dim:
     if isinstance(total, int) and isinstance(rest, int):
         n.fail(f"{total} elements do not divide by {rest}")
     try:
-        n.world.assume_at_least(product, total, f"{total} must be a multiple of {rest} (reshape '{n.node.name}')")
-    except d.Unequal as error:
+        n.world.assume_at_least(
+            product, total, f"{total} must be a multiple of {rest} (reshape '{n.node.name}')"
+        )
+    except d.UnequalError as error:
         n.fail(str(error))
     return quotient
 
@@ -180,7 +182,8 @@ def slice_(n: NodeView) -> None:
 
 
 def _python_slice(start: int, end: int, step: int, size: int) -> slice:
-    """ONNX clamps as Python does, but an end before the first element is written as a very negative number."""
+    """ONNX clamps as Python does, but an end before the first element is written as a very negative
+    number."""
     stop: int | None = end
     if step < 0 and end < -size:
         stop = None
@@ -217,10 +220,10 @@ def _clamped(n: NodeView, dim: d.Dim, place: d.Dim) -> d.Dim:
 
 def _reversed_size(n: NodeView, dim: d.Dim, start: d.Dim, end: d.Dim, step: int) -> d.Dim:
     """Only the whole axis backwards: what `flip` exports."""
-    if start == -1 or (isinstance(start, int) and start >= FAR):
-        if isinstance(end, int) and end <= -FAR:
-            return d.ceildiv(dim, -step)
-    n.refuse("a backward slice of a named dimension must cover all of it")
+    whole = start == -1 or (isinstance(start, int) and start >= FAR)
+    if not (whole and isinstance(end, int) and end <= -FAR):
+        n.refuse("a backward slice of a named dimension must cover all of it")
+    return d.ceildiv(dim, -step)
 
 
 @rule("Expand")
@@ -290,5 +293,3 @@ def _scaled(n: NodeView, dim: d.Dim, scale: float) -> d.Dim:
     if not float(scale).is_integer():
         n.refuse("a fractional scale of a named dimension is not supported")
     return d.tidy(dim * int(scale))
-
-

@@ -60,7 +60,9 @@ def einsum(n: NodeView) -> None:
             n.fail(f"term '{term}' does not fit rank {n.rank(index)}")
         for letter, dim in zip(term, n.shape(index), strict=True):
             known = sizes.get(letter, 1)
-            sizes[letter] = dim if known == 1 else known if dim == 1 else n.equal(known, dim, f"axis '{letter}'")
+            sizes[letter] = (
+                dim if known == 1 else known if dim == 1 else n.equal(known, dim, f"axis '{letter}'")
+            )
     if not arrow:
         right = "".join(sorted(c for c in sizes if left.count(c) == 1))
     if any(c not in sizes for c in right):
@@ -70,7 +72,8 @@ def einsum(n: NodeView) -> None:
 
 @rule("Attention")
 def attention(n: NodeView) -> None:
-    """Inputs Q, K, V [B, heads, L, size] or [B, L, heads * size], mask, past key and value [B, heads, P, size].
+    """Inputs Q, K, V [B, heads, L, size] or [B, L, heads * size], mask, past key and value [B, heads, P,
+    size].
 
     Outputs Y like Q with V's head size, present key and value [B, heads, P + L, size], and the scores.
     """
@@ -133,5 +136,3 @@ def rotary(n: NodeView) -> None:
 @rule("Det")
 def determinant(n: NodeView) -> None:
     n.out(0, n.dtype(0), n.shape(0)[:-2])
-
-

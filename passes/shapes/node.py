@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qgraph.errors import InputError, UnsupportedError
 from qgraph.passes.base import describe, printable
-from qgraph.passes.shapes.dims import Dim, Unequal, World, tidy
+from qgraph.passes.shapes.dims import Dim, UnequalError, World, tidy
 
 MAX_CONTENT = 64  # elements of a tensor whose values are tracked
 
@@ -20,8 +20,8 @@ MAX_CONTENT = 64  # elements of a tensor whose values are tracked
 class Fact:
     """What is known of a value: dtype, shape, and, of small tensors, the elements.
 
-    `content` is an object array of the value's shape holding ints, floats, bools, sympy expressions, or None for an
-    element that depends on data.
+    `content` is an object array of the value's shape holding ints, floats, bools, sympy expressions, or None
+    for an element that depends on data.
     """
 
     dtype: ir.DataType
@@ -80,7 +80,8 @@ class NodeView:
         return self.fact(index).content if self.has(index) else None
 
     def dims(self, index: int, what: str) -> list[Dim]:
-        """The elements of a small integer tensor, all known. Raises UnsupportedError where they depend on data."""
+        """The elements of a small integer tensor, all known. Raises UnsupportedError where they depend on
+        data."""
         content = self.content(index)
         if content is None or any(v is None for v in content.reshape(-1)):
             self.refuse(f"{what} ('{printable(self.input_name(index))}') depends on data")
@@ -117,7 +118,9 @@ class NodeView:
 
     # -- outputs ------------------------------------------------------------------------------------------
 
-    def out(self, index: int, dtype: ir.DataType, shape: Sequence[Dim], content: np.ndarray | None = None) -> None:
+    def out(
+        self, index: int, dtype: ir.DataType, shape: Sequence[Dim], content: np.ndarray | None = None
+    ) -> None:
         """Sets what is known of output `index`, if the node has it."""
         if index >= len(self.node.outputs):
             return
@@ -144,11 +147,12 @@ class NodeView:
         """The common value of two dimensions the operator needs to be equal."""
         try:
             return self.world.require_equal(a, b, describe(self.node))
-        except Unequal as error:
+        except UnequalError as error:
             self.fail(f"{what}: {error}")
 
     def broadcast(self, *shapes: Sequence[Dim]) -> tuple[Dim, ...]:
-        """Numpy broadcasting. A named dimension is not taken to be 1: against another size it must equal that."""
+        """Numpy broadcasting. A named dimension is not taken to be 1: against another size it must equal
+        that."""
         rank = max((len(s) for s in shapes), default=0)
         result: list[Dim] = [1] * rank
         for shape in shapes:
@@ -161,7 +165,8 @@ class NodeView:
         return tuple(result)
 
     def known_size(self, shape: Sequence[Dim]) -> bool:
-        """Whether the elements of a tensor of this shape are few enough, and their number known, to be tracked."""
+        """Whether the elements of a tensor of this shape are few enough, and their number known, to be
+        tracked."""
         size = 1
         for dim in shape:
             if not isinstance(dim, int):

@@ -11,7 +11,10 @@ from qgraph.passes.shapes.node import NodeView, object_array, rule
 
 
 @rule(
-    *(f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"))
+    *(
+        f"Reduce{kind}"
+        for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+    )
 )
 def reduce(n: NodeView) -> None:
     x = n.shape(0)
@@ -47,7 +50,8 @@ def _reduced(x, axes, keep) -> list[d.Dim]:
 
 
 def _content(n: NodeView, axes: list[int], keep: int):
-    """The reduction of a tracked vector of integers: TorchScript computes element counts by ReduceProd(Shape)."""
+    """The reduction of a tracked vector of integers: TorchScript computes element counts by
+    ReduceProd(Shape)."""
     content = n.content(0)
     functions: dict[str, Callable[[d.Dim, d.Dim], d.Dim]] = {
         "ReduceProd": lambda a, b: a * b,
