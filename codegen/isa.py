@@ -21,8 +21,8 @@ class Isa:
         runtime/FORMAT.md).
         lanes: float32 elements of the widest register.
         registers: number of vector registers, which bounds the register blocking of GEMM kernels.
-        decode: how a kernel looks up E2M1 codes: `permute16` (one 16-entry register permute), `permute8`
-            (8-entry permute of the magnitude, sign by xor), `arithmetic` (shifts; any target).
+        decode: how a kernel looks up E2M1 codes (codegen/kernels/decode.py): `permute16` (a 16-entry permute of
+            float32 lanes) or `bytes16` (a 16-entry byte lookup, then widening).
     """
 
     name: str
@@ -53,7 +53,7 @@ ISAS: dict[str, Isa] = {
             32,
             "permute16",
         ),
-        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), ("avx2", "fma", "f16c", "bmi2"), 8, 16, "permute8"),
+        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), ("avx2", "fma", "f16c", "bmi2"), 8, 16, "bytes16"),
         Isa(
             "aarch64",
             "aarch64",
@@ -63,7 +63,7 @@ ISAS: dict[str, Isa] = {
             ("neon",),
             4,
             32,
-            "arithmetic",
+            "bytes16",
         ),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
@@ -10,65 +11,67 @@ from tvm.script import tirx as T
 from qgraph.codegen.isa import Isa
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1: sign, 2 exponent bits (bias 1), 1 mantissa bit
-
-Decode = Callable[[Any, Any], Any]
-
-
-def _table(values: tuple[float, ...]) -> Any:
-    return T.Shuffle([T.float32(v) for v in values], list(range(len(values))))
+_VALUES = (*_MAGNITUDES, *(-m for m in _MAGNITUDES))
 
 
-def _permute16(lanes: int) -> Decode:
+@dataclass(frozen=True)
+class E2M1Decoder:
+    """How an ISA turns codes into float32.
+
+    Attributes:
+        raw: `raw(words, j)` gives, for code j (bits 4j..4j+3) of each u32 lane, its value / unit, exactly. j may be
+            a loop variable that is unrolled.
+        unit: a power of two.
+    """
+
+    raw: Callable[[Any, Any], Any]
+    unit: float
+
+
+def _bits(value: Any, lanes: int) -> Any:
+    return T.broadcast(T.Cast("uint32", value), lanes)
+
+
+def _permute16(isa: Isa) -> E2M1Decoder:
     # vpermps looks at the low 4 bits of an index only, so the other codes of the word need no masking.
-    table = _table((*_MAGNITUDES, *(-m for m in _MAGNITUDES)))
+    table = T.Shuffle([T.float32(v) for v in _VALUES], list(range(16)))
     permute = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512")
 
-    def decode(words: Any, j: Any) -> Any:
-        index = T.reinterpret("int32x16", T.shift_right(words, T.broadcast(T.Cast("uint32", 4 * j), 16)))
+    def raw(words: Any, j: Any) -> Any:
+        index = T.reinterpret("int32x16", T.shift_right(words, _bits(4 * j, 16)))
         return T.call_llvm_pure_intrin(permute, table, index, dtype="float32x16")
 
-    return decode
+    return E2M1Decoder(raw, 1.0)
 
 
-def _permute8(lanes: int) -> Decode:
-    # The 256-bit vpermps looks at the low 3 bits: the magnitude. The sign goes from bit 4j+3 to bit 31.
-    table = _table(_MAGNITUDES)
-    permute = T.llvm_lookup_intrinsic_id("llvm.x86.avx2.permps")
+_BYTE_LOOKUP = {8: "llvm.x86.avx2.pshuf.b", 4: "llvm.aarch64.neon.tbl1.v16i8"}
 
-    def decode(words: Any, j: Any) -> Any:
-        index = T.reinterpret("int32x8", T.shift_right(words, T.broadcast(T.Cast("uint32", 4 * j), 8)))
-        magnitude = T.call_llvm_pure_intrin(permute, table, index, dtype="float32x8")
-        sign = T.bitwise_and(
-            T.shift_left(words, T.broadcast(T.Cast("uint32", 28 - 4 * j), 8)), T.broadcast(T.uint32(1 << 31), 8)
+
+def _bytes16(isa: Isa) -> E2M1Decoder:
+    # One byte lookup decodes every other code of the words, to twice its value as a signed byte; a shift up and a
+    # shift down widen one of them to 32 bits.
+    lanes, size = isa.lanes, isa.lanes * 4
+    table = T.Shuffle([T.int8(int(2 * v)) for v in _VALUES * (size // 16)], list(range(size)))
+    lookup = T.llvm_lookup_intrinsic_id(_BYTE_LOOKUP[lanes])
+
+    def raw(words: Any, j: Any) -> Any:
+        nibbles = T.bitwise_and(T.shift_right(words, _bits(j % 2 * 4, lanes)), _bits(0x0F0F0F0F, lanes))
+        doubled = T.call_llvm_pure_intrin(
+            lookup, table, T.reinterpret(f"int8x{size}", nibbles), dtype=f"int8x{size}"
         )
-        return T.reinterpret("float32x8", T.bitwise_xor(T.reinterpret("uint32x8", magnitude), sign))
+        top = T.shift_left(T.reinterpret(f"uint32x{lanes}", doubled), _bits(24 - j // 2 * 8, lanes))
+        signed = T.shift_right(T.reinterpret(f"int32x{lanes}", top), T.broadcast(T.int32(24), lanes))
+        return T.cast(signed, f"float32x{lanes}")
 
-    return decode
-
-
-def _arithmetic(lanes: int) -> Decode:
-    # E2M1 bits at the top of float16's exponent and mantissa are the value / 2^14, also where E2M1 is subnormal.
-    # Conversion from float16 is exact whatever the flush-to-zero mode of the thread.
-    def field(word: Any, left: int, mask: int) -> Any:
-        return T.bitwise_and(
-            T.shift_left(word, T.broadcast(T.uint32(left), lanes)), T.broadcast(T.uint32(mask), lanes)
-        )
-
-    def decode(words: Any, j: Any) -> Any:
-        word = T.shift_right(words, T.broadcast(T.Cast("uint32", 4 * j), lanes))
-        bits = T.bitwise_or(field(word, 9, 0x0E00), field(word, 12, 0x8000))
-        half = T.reinterpret(f"float16x{lanes}", T.cast(bits, f"uint16x{lanes}"))
-        return T.cast(half, f"float32x{lanes}") * T.broadcast(T.float32(2.0**14), lanes)
-
-    return decode
+    return E2M1Decoder(raw, 0.5)
 
 
-_DECODERS = {"permute16": _permute16, "permute8": _permute8, "arithmetic": _arithmetic}
+_DECODERS = {"permute16": _permute16, "bytes16": _bytes16}
 
 
-def e2m1_decoder(isa: Isa) -> Decode:
-    """`decode(words, j)`: the float32 values of code j (bits 4j..4j+3) of u32 words, `isa.lanes` of them."""
-    return _DECODERS[isa.decode](isa.lanes)
+def e2m1_decoder(isa: Isa) -> E2M1Decoder:
+    """The decoder that suits `isa`."""
+    return _DECODERS[isa.decode](isa)
 
 
 def e4m3(bits: Any, lanes: int) -> Any:

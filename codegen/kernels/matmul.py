@@ -83,7 +83,7 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
     ragged = N % n_block != 0
     slices = -(-K // (_PANEL_FLOATS // n_block // GROUP * GROUP))
     depth = -(-K // (slices * GROUP)) * GROUP  # inputs of one K-slice
-    decode = e2m1_decoder(isa)
+    decoder = e2m1_decoder(isa)
 
     def tile_of(panel: Any, group: Any, v: Any) -> Any:
         """The n16 tile of vector v of a column group; beyond the last tile, the last one (its sums are dropped)."""
@@ -97,14 +97,17 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
     def raw_weight(W: Any, tile: Any, kb: Any, i: Any, v: Any) -> Any:
         """Weights of input 16 kb + i: without their block scale if quantized."""
         if quantized:
-            return decode(W[tile, kb * 2 + i // WORD, part_of(v)], i % WORD)
+            return decoder.raw(W[tile, kb * 2 + i // WORD, part_of(v)], i % WORD)
         return W[tile, kb * GROUP + i, part_of(v)]
 
     def scale_of(S: Any, G: Any, tile: Any, kb: Any, v: Any) -> Any:
         return e4m3(S[tile, kb, part_of(v)], L) * splat(G[0], L) if quantized else f32(1, L)
 
     def scaled(value: Any, scale: Any) -> Any:
-        return value * scale if quantized else value
+        """`value` of raw weights -> of weights; the unit is applied first, where it is exact."""
+        if not quantized:
+            return value
+        return (value if decoder.unit == 1.0 else value * f32(decoder.unit, L)) * scale
 
     def sliced_weight(W: Any, P: Any, panel: Any, group: Any, k0: Any, k: Any, v: Any) -> Any:
         """Weights of input k0 + k for the tile kernel: decoded to the stack, or where they are."""
@@ -125,35 +128,33 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
         else:
             Y[lanes_at(row * N + column, L)] = value
 
+    def chains(R: int) -> int:
+        """Sums a row is split into, so that few rows still fill the pipeline of additions."""
+        return 2 if R < _DIRECT_ROWS else 1
+
+    def sum_of_chains(part: Any, r: Any, R: int) -> Any:
+        sums = [part[h, r, lanes_at(0, L)] for h in range(chains(R))]
+        return sums[0] + sums[1] if len(sums) == 2 else sums[0]
+
     @T.inline
     def add_group(acc, X, W, S, G, m0, last, panel, group, kb, count, R):
         """acc[R, tile_vectors] += inputs [16 kb, 16 kb + count), weights straight from registers."""
         for v in T.unroll(tile_vectors):
-            scale = T.alloc_buffer((L,), "float32", scope="local")
-            scale[lanes_at(0, L)] = scale_of(S, G, tile_of(panel, group, v), kb, v)
-            if R == 1:
-                # Two chains of additions hide their latency; the scale is applied once a group.
-                part = T.alloc_buffer((2, L), "float32", scope="local")
-                for h in T.unroll(2):
-                    part[h, lanes_at(0, L)] = f32(0, L)
-                for i in T.unroll(count):
-                    part[i % 2, lanes_at(0, L)] = part[i % 2, lanes_at(0, L)] + splat(
-                        X[m0 * K + kb * GROUP + i], L
+            # The scale is applied to the sum of its 16 products.
+            part = T.alloc_buffer((chains(R), R, L), "float32", scope="local")
+            for h in T.unroll(chains(R)):
+                for r in T.unroll(R):
+                    part[h, r, lanes_at(0, L)] = f32(0, L)
+            for i in T.unroll(count):
+                for r in T.unroll(T.int64(R)):
+                    part[i % chains(R), r, lanes_at(0, L)] = part[i % chains(R), r, lanes_at(0, L)] + splat(
+                        X[(m0 + T.min(r, last)) * K + kb * GROUP + i], L
                     ) * raw_weight(W, tile_of(panel, group, v), kb, i, v)
-                acc[0, v, lanes_at(0, L)] = acc[0, v, lanes_at(0, L)] + scaled(
-                    part[0, lanes_at(0, L)] + part[1, lanes_at(0, L)], scale[lanes_at(0, L)]
+            for r in T.unroll(R):
+                acc[r, v, lanes_at(0, L)] = acc[r, v, lanes_at(0, L)] + scaled(
+                    sum_of_chains(part, r, R),
+                    scale_of(S, G, tile_of(panel, group, v), kb, v),
                 )
-            else:
-                weight = T.alloc_buffer((L,), "float32", scope="local")
-                for i in T.unroll(count):
-                    weight[lanes_at(0, L)] = scaled(
-                        raw_weight(W, tile_of(panel, group, v), kb, i, v), scale[lanes_at(0, L)]
-                    )
-                    for r in T.unroll(T.int64(R)):
-                        acc[r, v, lanes_at(0, L)] = (
-                            acc[r, v, lanes_at(0, L)]
-                            + splat(X[(m0 + T.min(r, last)) * K + kb * GROUP + i], L) * weight[lanes_at(0, L)]
-                        )
 
     @T.inline
     def direct(Y, X, W, S, G, m0, last, panel, R):
@@ -183,9 +184,9 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
                         S, G, tile_of(panel, group, v), k0 // GROUP + kb, v
                     )
                     for i in T.unroll(GROUP):
-                        P[kb * GROUP + i, lanes_at(group * width + v * L, L)] = (
-                            raw_weight(W, tile_of(panel, group, v), k0 // GROUP + kb, i, v)
-                            * scale[lanes_at(0, L)]
+                        P[kb * GROUP + i, lanes_at(group * width + v * L, L)] = scaled(
+                            raw_weight(W, tile_of(panel, group, v), k0 // GROUP + kb, i, v),
+                            scale[lanes_at(0, L)],
                         )
 
     @T.inline
@@ -286,11 +287,12 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
             rows: T.let = T.min(T.int64(m_block), M - m0)
             if rows == 1:
                 direct(Y, X, W, S, G, m0, rows - 1, panel, 1)
+            elif rows == 2:
+                direct(Y, X, W, S, G, m0, rows - 1, panel, 2)
+            elif rows <= _DIRECT_ROWS:
+                direct(Y, X, W, S, G, m0, rows - 1, panel, _DIRECT_ROWS)
             else:
-                if rows <= _DIRECT_ROWS:
-                    direct(Y, X, W, S, G, m0, rows - 1, panel, _DIRECT_ROWS)
-                else:
-                    tiles_of_rows(Y, X, W, S, G, P, m0, rows, panel)
+                tiles_of_rows(Y, X, W, S, G, P, m0, rows, panel)
             if len(epilogue) > 0:
                 finish(Y, B, R, m0, rows, panel)
 
