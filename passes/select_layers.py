@@ -1,0 +1,225 @@
+"""Decides, for every linear layer and embedding, whether its weight is quantized, and says why not."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from qgraph.errors import UsageError
+from qgraph.passes.base import GraphPass, is_op
+
+DECISIONS = "qgraph.decisions"  # key of model.meta: list[LayerDecision], in graph order
+KEPT = "qgraph.kept"  # key of a node's metadata_props: why its weight stays float
+
+# Below these a layer is too small to gain: scales and rounding cost more than the bytes saved are worth.
+MIN_K, MIN_N = 32, 16
+
+# torch.onnx writes here the modules around a node, outermost first, then the node's own name.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What becomes of one node that multiplies by, or looks up in, a weight; or could have done."""
+
+    node_name: str
+    module: str  # path of the module it came from, empty when the exporter did not say
+    op_type: str
+    weight: str  # the initializer; empty where both operands are activations
+    shape: tuple[int, ...]  # of the weight; (K, N) where it can be quantized
+    quantize: bool
+    reason: str  # why it is kept in float; empty when quantized
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    node: ir.Node
+    weight: ir.Value | None
+    obstacle: str  # why it cannot be quantized at all
+    doubt: str  # why it is kept unless the user asks for it
+
+    @property
+    def names(self) -> list[str]:
+        """What a pattern is matched against: node, weight, operator, and every module around the node."""
+        names = [self.node.name or "", self.node.op_type, *module_scopes(self.node)]
+        return names + ([self.weight.name or ""] if self.weight is not None else [])
+
+
+class SelectLayers(GraphPass):
+    """Stores a `LayerDecision` for every MatMul and Gemm, and every Gather from a weight, in
+    `model.meta[DECISIONS]`.
+
+    Rules, the first that holds decides:
+    1. What no kernel could use is kept: products of activations, weights that are no float32 [K, N] right
+       operand of a MatMul, weights that callers may override, embeddings.
+    2. A layer that matches `exclude` is kept; with `include` given, a layer that does not match it is kept.
+    3. A layer that is small (K < 32 or N < 16), or whose weight something else than a MatMul reads too (tied
+       embeddings), is kept unless it matches `include`.
+    4. The rest is quantized.
+
+    A pattern is a shell wildcard, or after `re:` a regular expression to be found anywhere, for the name of
+    the node, of its weight, of its operator, or of a module around it (`encoder.layer.0` is everything in
+    that module). Nodes kept get the reason in `metadata_props["qgraph.kept"]`.
+
+    Raises UsageError for a pattern that matches nothing, an `include` that can have no effect, a bad regular
+    expression.
+    """
+
+    def __init__(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
+
+    def requires(self, model: ir.Model) -> None:
+        """Nodes have names: decisions and reports refer to them."""
+        unnamed = next((n for n in model.graph.all_nodes() if not n.name), None)
+        if unnamed is not None:
+            raise ir.passes.PreconditionError(f"a {unnamed.op_type} node has no name")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        candidates = [c for node in model.graph.all_nodes() if (c := _candidate(node)) is not None]
+        included = _matched(self.include, candidates, "include")
+        excluded = _matched(self.exclude, candidates, "exclude")
+        decisions = []
+        modified = False
+        for i, candidate in enumerate(candidates):
+            reason = candidate.obstacle
+            if not reason and i in excluded:
+                reason = "excluded by the user"
+            elif not reason and self.include and i not in included:
+                reason = "not among the layers to include"
+            elif not reason and i not in included:
+                reason = candidate.doubt
+            decisions.append(_decision(candidate, reason))
+            if reason:
+                modified |= candidate.node.metadata_props.get(KEPT) != reason
+                candidate.node.metadata_props[KEPT] = reason
+            else:
+                modified |= candidate.node.metadata_props.pop(KEPT, None) is not None
+        modified |= model.meta.get(DECISIONS) != decisions
+        model.meta[DECISIONS] = decisions
+        return ir.passes.PassResult(model, modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every decision carries a reason or is a weight [K, N]."""
+        for decision in model.meta[DECISIONS]:
+            if decision.quantize == bool(decision.reason) or (decision.quantize and len(decision.shape) != 2):
+                raise ir.passes.PostconditionError(f"undecided: {decision}")
+
+
+def module_scopes(node: ir.Node) -> list[str]:
+    """The modules around a node, outermost first, without the nameless root. Empty when the exporter did not
+    say.
+
+    torch.onnx writes them as the text of a Python list. What is not such a list counts as nothing.
+    """
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    if not isinstance(scopes, list):
+        return []
+    return [scope for scope in scopes[:-1] if isinstance(scope, str) and scope]
+
+
+def _candidate(node: ir.Node) -> _Candidate | None:
+    if is_op(node, "Gather"):
+        weight = node.inputs[0]
+        tensor = _weight(weight)
+        if tensor is None or not tensor.dtype.is_floating_point() or len(tensor.shape) < 2:
+            return None  # picks from an activation or from a list of numbers
+        return _Candidate(node, weight, "embedding: stays float in this version", "")
+    if not is_op(node, "MatMul", "Gemm"):
+        return None
+    left, right = node.inputs[0], node.inputs[1]
+    if right is None or _weight(right) is None:
+        if _weight(left) is not None:
+            return _Candidate(node, left, "the weight is the left operand", "")
+        return _Candidate(node, None, "both operands are activations", "")
+    return _Candidate(node, right, _obstacle(node, right), _doubt(right))
+
+
+def _weight(value: ir.Value | None) -> ir.TensorProtocol | None:
+    return value.const_value if value is not None and value.is_initializer() else None
+
+
+def _obstacle(node: ir.Node, weight: ir.Value) -> str:
+    tensor = _weight(weight)
+    assert tensor is not None
+    if weight.is_graph_input():
+        return "the weight is an input that callers may override"
+    if node.op_type != "MatMul":
+        return f"a {node.op_type} that was not rewritten to MatMul"
+    if tensor.dtype != ir.DataType.FLOAT:
+        return f"the weight is {tensor.dtype}, not float32"
+    if len(tensor.shape) != 2:
+        return f"the weight has {len(tensor.shape)} dims, not [K, N]"
+    if tensor.size == 0:
+        return "the weight is empty"
+    return ""
+
+
+def _doubt(weight: ir.Value) -> str:
+    others = sorted({user.op_type for user, _ in weight.uses() if not is_op(user, "MatMul")})
+    if weight.is_graph_output():
+        others.append("the graph's outputs")
+    if others:
+        return f"the weight is shared with {', '.join(others)}: quantizing would store it twice"
+    tensor = _weight(weight)
+    assert tensor is not None
+    K, N = (*tensor.shape.numpy(), 1, 1)[:2]
+    if K < MIN_K or N < MIN_N:
+        return f"too small to gain: [{K}, {N}] is below [{MIN_K}, {MIN_N}]"
+    return ""
+
+
+def _decision(candidate: _Candidate, reason: str) -> LayerDecision:
+    node, weight = candidate.node, candidate.weight
+    tensor = _weight(weight)
+    scopes = module_scopes(node)
+    return LayerDecision(
+        node_name=node.name or "",
+        module=scopes[-1] if scopes else "",
+        op_type=node.op_type,
+        weight=(weight.name or "") if weight is not None else "",
+        shape=tuple(tensor.shape.numpy()) if tensor is not None else (),
+        quantize=not reason,
+        reason=reason,
+    )
+
+
+def _matched(patterns: Iterable[str], candidates: Sequence[_Candidate], option: str) -> set[int]:
+    """Indices of the candidates that some pattern matches. UsageError for a pattern that does nothing."""
+    found: set[int] = set()
+    for pattern in patterns:
+        hits = {
+            i for i, c in enumerate(candidates) if any(_matches(pattern, name, option) for name in c.names)
+        }
+        if not hits:
+            known = sorted({name for c in candidates for name in c.names if name})
+            near = get_close_matches(pattern.removeprefix("re:"), known, n=3, cutoff=0.4)
+            hint = f"; near matches: {', '.join(near)}" if near else ""
+            raise UsageError(f"{option} pattern '{pattern}' matches no layer{hint}")
+        if option == "include" and all(candidates[i].obstacle for i in hits):
+            example = candidates[min(hits)]
+            raise UsageError(
+                f"include pattern '{pattern}' matches only layers that cannot be quantized, "
+                f"such as '{example.node.name}': {example.obstacle}"
+            )
+        found |= hits
+    return found
+
+
+def _matches(pattern: str, name: str, option: str) -> bool:
+    if not pattern.startswith("re:"):
+        return fnmatchcase(name, pattern)
+    try:
+        return re.search(pattern.removeprefix("re:"), name) is not None
+    except re.error as error:
+        raise UsageError(f"{option} pattern '{pattern}' is not a regular expression: {error}") from error

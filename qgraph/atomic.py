@@ -1,0 +1,85 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qgraph.errors import ResourceError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this file system or a limit of this process allows",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOENT: "the directory does not exist",
+    errno.ENOTDIR: "a part of the path is not a directory",
+    errno.EISDIR: "it is a directory",
+    errno.ENOTEMPTY: "it is a directory",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path; what the block writes there becomes `path` when the block ends well.
+
+    The data reaches the disk before the rename, so that a crash leaves the old file or the new one. When the
+    block raises, the temporary file is removed and an existing `path` is untouched. An OSError, from the
+    block or from here, becomes a ResourceError that says in one line what could not be written and why. A
+    link is followed: the file it leads to is replaced, not the link.
+    """
+    with atomic_directory(path) as directory:
+        yield directory / Path(path).name
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`atomic_write` for a file with companions: yields an empty directory in which to write `path`'s name.
+
+    Every file written there moves beside `path`, the one named like `path` last: it never refers to a
+    companion that is not there yet.
+    """
+    target = Path(path)
+    real = target.resolve()
+    temporary = real.parent / f".{real.name[:80]}.{secrets.token_hex(4)}.tmp"
+    try:
+        if real.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a directory")
+        temporary.mkdir()
+        yield temporary
+        if not (temporary / target.name).exists():
+            raise RuntimeError(f"the block that was to write {target} did not")
+        written = sorted(temporary.iterdir(), key=lambda file: (file.name == target.name, file.name))
+        for file in written:
+            _flush(file)
+        for file in written:
+            file.replace(real if file.name == target.name else real.parent / file.name)
+        _flush(real.parent)
+    except OSError as error:
+        raise ResourceError(f"cannot write {target}: {_reason(error, temporary)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Waits until the file's bytes, or the directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: OSError, temporary: Path) -> str:
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    file = None if error.filename is None else Path(os.fsdecode(error.filename))
+    ours = file is None or file == temporary or temporary in file.parents or file == temporary.parent
+    return reason if ours else f"{reason} ({file})"

@@ -1,0 +1,72 @@
+"""The table of schemes: what `--scheme` takes. Data only; what depends on a scheme reads it here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from qgraph.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a model's linear layers are stored and computed.
+
+    Attributes:
+        name: what the user types.
+        summary: one line for `qgraph schemes`.
+        weight_format: a key of `qgraph.formats.FORMATS`; None leaves the weights in float32.
+        activation_format: None for float32, the only one so far.
+        bits_per_weight: nominal, all scales counted, for large layers.
+        solvers: names of `qgraph.solvers.SOLVERS` that can choose codes and scales, best first; empty where
+            nothing is quantized.
+    """
+
+    name: str
+    summary: str
+    weight_format: str | None
+    activation_format: str | None
+    bits_per_weight: float
+    solvers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.weight_format is None) != (not self.solvers):
+            raise ValueError(
+                f"scheme {self.name}: solvers are for schemes that quantize weights, and only those"
+            )
+
+    @property
+    def default_solver(self) -> str:
+        """The solver when none is asked for; empty where nothing is quantized."""
+        return self.solvers[0] if self.solvers else ""
+
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            name="none",
+            summary="float32 as it is: nothing is quantized",
+            weight_format=None,
+            activation_format=None,
+            bits_per_weight=32.0,
+        ),
+        Scheme(
+            name="nvfp4",
+            summary="NVFP4 weights (4-bit E2M1, an E4M3 scale every 16, one float32), float activations",
+            weight_format="nvfp4",
+            activation_format=None,
+            bits_per_weight=4.5,
+            solvers=("sweep", "rtn"),
+        ),
+    )
+}
+
+
+def get_scheme(name: str) -> Scheme:
+    """The scheme of that name. UsageError lists the known ones."""
+    if name not in SCHEMES:
+        near = get_close_matches(name, SCHEMES, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UsageError(f"unknown scheme '{name}'; known: {', '.join(SCHEMES)}{hint}")
+    return SCHEMES[name]
