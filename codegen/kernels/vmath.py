@@ -17,6 +17,7 @@ from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
+from tvm.script.ir_builder.tirx import bind
 
 Expr = Any  # tvm.ir.Expr of a primitive type
 
@@ -101,11 +102,29 @@ def const_like(x: Expr, value: float | int) -> Expr:
 
 
 def let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
-    """`body(v)` with v bound to `value`, evaluated once however often v is used."""
-    if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)):
-        return body(value)
-    var = tirx.Var("t", value.ty)
-    return tirx.Let(var, value, body(var))
+    """`body(v)` with v bound to `value`, evaluated once however often v is used.
+
+    The binding is a statement at the current place of the function being built, by TVMScript or by the IR builder.
+    A vector of booleans cannot be bound.
+    """
+    return body(value if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)) else named(value))
+
+
+def named(value: Expr) -> Expr:
+    """A variable bound to `value`.
+
+    TVM's simplifier substitutes a binding that is pure back into every use, exponentially in the depth of an
+    expression. So the value passes through an intrinsic that TVM does not see through and LLVM removes:
+    fma(x, 1, -0) = x, max(x, smallest) = x.
+    """
+    dtype = element_of(value)
+    if dtype.startswith("float"):
+        identity, others = "llvm.fma", (const_like(value, 1.0), const_like(value, -0.0))
+    elif dtype.startswith("uint"):
+        identity, others = "llvm.umax", (const_like(value, 0),)
+    else:
+        identity, others = "llvm.smax", (const_like(value, -(1 << (int(dtype[3:]) - 1))),)
+    return bind(T.call_llvm_intrin(str(value.ty.dtype), identity, value, *others))
 
 
 def convert(x: Expr, dtype: str) -> Expr:
