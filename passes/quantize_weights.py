@@ -157,7 +157,7 @@ def _initializers(graph: ir.Graph, name: str, q: QTensor) -> list[ir.Value]:
         value = ir.Value(
             name=tensor.name,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             const_value=tensor,
         )
         graph.register_initializer(value)

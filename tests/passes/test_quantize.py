@@ -26,7 +26,7 @@ def weight(*shape: int) -> np.ndarray:
 
 
 def build(text: str, weights: dict[str, np.ndarray], scopes: dict[str, str] | None = None) -> ir.Model:
-    """A model from ONNX's text form and initializers; `scopes` gives nodes module paths as torch's exporter does."""
+    """A model from ONNX's text form and initializers; `scopes` are the nodes' module paths."""
     header = '<ir_version: 10, opset_import: ["" : 23]>\n'
     model = ir.from_onnx_text(header + text)
     graph = model.graph
