@@ -1,0 +1,33 @@
+"""Real models as code: where they come from, how they become ONNX, how their outputs are judged.
+
+A model is one file here with a class that satisfies `qgraph.models.base.ExampleModel`, and one line in `_MODELS`.
+Torch, transformers and the weights are loaded only when a model is exported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qgraph.errors import UsageError
+
+if TYPE_CHECKING:
+    from qgraph.models.base import ExampleModel
+
+__all__ = ["get_model", "model_names"]
+
+_MODELS = {"minilm": ("qgraph.models.minilm", "MiniLM")}
+
+
+def model_names() -> list[str]:
+    """The names `get_model` knows."""
+    return sorted(_MODELS)
+
+
+def get_model(name: str) -> ExampleModel:
+    """The model of that name. Raises UsageError, listing the known ones."""
+    import importlib
+
+    if name not in _MODELS:
+        raise UsageError(f"unknown model '{name}'; known are: {', '.join(model_names())}")
+    module, class_name = _MODELS[name]
+    return getattr(importlib.import_module(module), class_name)()
