@@ -26,7 +26,7 @@ class KernelSpec:
     params: tuple[tuple[str, Any], ...]
 
     @staticmethod
-    def make(op: str, **params: Any) -> KernelSpec:
+    def make(op: str, /, **params: Any) -> KernelSpec:
         return KernelSpec(op, tuple(sorted((k, _freeze(v)) for k, v in params.items())))
 
     def __getitem__(self, name: str) -> Any:
