@@ -22,7 +22,8 @@ class CompileConfig:
         solver: how the scheme's codes and scales are chosen; empty is the scheme's default.
         include: patterns (shell wildcards) of the linear layers to quantize; empty is all that suit.
         exclude: patterns of the linear layers to leave in float; stronger than `include`.
-        onnx_style: `function` writes a quantized MatMul as one node with a standard body, `qdq` writes the body in place.
+        onnx_style: `function` writes a quantized MatMul as one node with a standard body, `qdq` writes the
+            body in place.
         onnx: whether the low-bit ONNX file is written.
         target: the machine the artifact is for, a name of `qgraph.codegen.isa.TARGETS`.
         verify: whether the artifact is run and compared with ONNX's reference evaluator on the low-bit model.
@@ -49,7 +50,9 @@ class CompileConfig:
         for field in fields(self):
             value, default = getattr(self, field.name), field.default
             if isinstance(default, tuple):
-                if isinstance(value, str) or not all(isinstance(item, str) and item for item in _items(value)):
+                if isinstance(value, str) or not all(
+                    isinstance(item, str) and item for item in _items(value)
+                ):
                     raise UsageError(f"{field.name}: expected a list of patterns, got {value!r}")
                 object.__setattr__(self, field.name, tuple(value))
             elif type(value) is not type(default):

@@ -12,7 +12,7 @@ class Progress:
         """The phase `name` begins; the one before is over."""
 
     def step(self, done: int, total: int, what: str) -> None:
-        """`done` of the phase's `total` pieces are finished; `what` is the last of them."""
+        """`done` of the phase's `total` pieces (0: not known) are finished; `what` is the current one."""
 
     def __enter__(self) -> Progress:
         return self

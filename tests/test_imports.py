@@ -6,7 +6,18 @@ import subprocess
 import sys
 import time
 
-HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch", "transformers", "tvm", "sympy", "rich")
+HEAVY = (
+    "numpy",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
+    "torch",
+    "transformers",
+    "tvm",
+    "sympy",
+    "rich",
+)
 
 
 def loaded(code: str) -> set[str]:

@@ -10,12 +10,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Part -> what it may import besides itself. Data flows down this list. `errors` and `progress` are open to all but the
-# runtime, which knows errors alone.
+# Part -> what it may import besides itself. Data flows down this list. `errors` and `progress` are open to
+# all but the runtime, which knows errors alone.
 BASE = {"errors", "progress", "atomic"}
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"*"},
-    "pipeline": {"config", "passes", "codegen", "evaluate", "report", "schemes", "samples", "verify", "formats"} | BASE,
+    "pipeline": {
+        "config",
+        "passes",
+        "codegen",
+        "evaluate",
+        "report",
+        "schemes",
+        "samples",
+        "verify",
+        "formats",
+    }
+    | BASE,
     "verify": {"runtime", "evaluate", "samples"} | BASE,
     "config": {"schemes", "codegen.isa"} | BASE,
     "models": {"evaluate"} | BASE,
@@ -61,7 +72,9 @@ def imports(path: Path, module: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], base]).rstrip(".")
+                base = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], base]
+                ).rstrip(".")
             targets = [f"{base}.{alias.name}" for alias in node.names]
         else:
             continue
@@ -84,7 +97,9 @@ def test_imports_go_down(module: str) -> None:
         assert part in MAY_IMPORT, f"{part} is not in the table: add it here and in docs/architecture.md"
         allowed = MAY_IMPORT[part] | {part}
     for line, target in imports(MODULES[module], module):
-        assert not target.startswith("!"), f"{MODULES[module]}:{line}: import qgraph.{target[1:]}, not {target[1:]}"
+        assert not target.startswith("!"), (
+            f"{MODULES[module]}:{line}: import qgraph.{target[1:]}, not {target[1:]}"
+        )
         if "*" in allowed or target.split(".")[0] not in MAY_IMPORT:
             continue  # `from qgraph import __version__`
         assert any(target == name or target.startswith(f"{name}.") for name in allowed), (

@@ -26,7 +26,8 @@ def python_packages() -> set[str]:
 
 
 def test_packages_list_is_the_tree() -> None:
-    """setuptools cannot discover packages below a mapped prefix, so the list is written out: it must be whole."""
+    """setuptools cannot discover packages below a mapped prefix, so the list is written out: it must be
+    whole."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert len(listed) == len(set(listed))
     assert set(listed) == python_packages()
@@ -39,7 +40,8 @@ def test_version_is_in_one_place() -> None:
 
 
 def test_type_checker_overlay_is_complete() -> None:
-    """`.typings/qgraph` shows type checkers the package as it is installed: one link an entry, none dangling."""
+    """`.typings/qgraph` shows type checkers the package as it is installed: one link an entry, none
+    dangling."""
     overlay = {path.name: path.resolve() for path in (ROOT / ".typings" / "qgraph").iterdir()}
     wanted = {name: ROOT / name for name in FOLDERS}
     for path in (ROOT / "qgraph").iterdir():
@@ -50,7 +52,8 @@ def test_type_checker_overlay_is_complete() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Built from a copy of the tracked files: setuptools would otherwise leave build/ and egg-info in the checkout.
+    # Built from a copy of the tracked files: setuptools would otherwise leave build/ and egg-info in the
+    # checkout.
     pytest.importorskip("setuptools", reason="needs setuptools to build a wheel without the network")
     source = tmp_path_factory.mktemp("source")
     files = subprocess.run(
@@ -63,7 +66,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).write_bytes((ROOT / name).read_bytes())
     out = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(out),
+            str(source),
+        ],
         check=True,
     )
     (built,) = out.glob("*.whl")
@@ -93,7 +107,7 @@ def test_installed_wheel_imports_outside_the_checkout(wheel: Path, tmp_path: Pat
     # -I: neither the working directory nor PYTHONPATH; an editable install's finder is taken out of the way.
     probe = f"""
 import importlib, pkgutil, sys
-sys.meta_path = [f for f in sys.meta_path if "__editable__" not in repr(f) and "__editable__" not in type(f).__module__]
+sys.meta_path = [f for f in sys.meta_path if "__editable__" not in f"{{f!r}} {{type(f).__module__}}"]
 sys.path_hooks = [h for h in sys.path_hooks if "__editable__" not in repr(h)]
 sys.path.insert(0, {str(target)!r})
 import qgraph

@@ -1,6 +1,7 @@
 """The command line: one module a verb, imported only when that verb is called.
 
-A verb module defines `command`, parses options, calls the Python API and prints. It holds no logic of its own.
+A verb module defines `command`, parses options, calls the Python API and prints. It holds no logic of its
+own.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class VerbGroup(click.Group):
 @click.group(
     cls=VerbGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 ok, 2 usage, 3 bad input, 4 unsupported, 5 budget missed, 6 resources, 70 internal.",
+    epilog="Exit codes: 0 ok, 2 usage, 3 bad input, 4 unsupported, 5 budget missed, 6 resources, 70 defect.",
 )
 @click.version_option(__version__, prog_name="qgraph")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -68,4 +69,6 @@ def qgraph(debug: bool) -> None:
 def run(argv: list[str]) -> int:
     """Run the command line `argv` (without the program's name) and return the exit code. Never raises."""
     # Read from argv and not from click: it must hold for errors in parsing, too.
-    return guard(lambda: qgraph.main(argv, prog_name="qgraph", standalone_mode=False), debug="--debug" in argv)
+    return guard(
+        lambda: qgraph.main(argv, prog_name="qgraph", standalone_mode=False), debug="--debug" in argv
+    )

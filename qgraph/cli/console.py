@@ -13,17 +13,9 @@ from qgraph.progress import Progress
 
 
 def escape(text: str) -> str:
-    r"""`text` with every character that a terminal would act upon (controls, ESC, bidi marks) written as \x.. or \u...."""
+    r"""`text` with every character that a terminal would act upon (controls, ESC, bidi marks) written as \x..
+    or \u...."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def size(nbytes: float) -> str:
-    """`nbytes` for a reader, in powers of 1000: `45.8 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), right: Sequence[int] = ()) -> str:
@@ -99,7 +91,7 @@ class LiveProgress(Progress):
         self._task = self._bars.add_task(name, total=None, what="")
 
     def step(self, done: int, total: int, what: str) -> None:
-        self._bars.update(self._task, total=total, completed=done, what=escape(what))
+        self._bars.update(self._task, total=total or None, completed=done, what=escape(what))
 
     def __enter__(self) -> Progress:
         self._bars.start()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import click
 
 from qgraph.cli.console import print_json, table
 from qgraph.cli.options import json_option, standard_options
-from qgraph.errors import QGraphError, ResourceError
+from qgraph.errors import QGraphError, ResourceError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,12 @@ class Check:
     found: str
 
 
-@click.command(short_help="")
+@click.command()
 @json_option
 @standard_options
 def command(as_json: bool) -> None:
-    """Check this machine: versions, CPU features, C++ compiler, cache folder, and whether the runtime builds and
-    loads. Exits with 6 when something that qgraph needs is missing or broken."""
+    """Check this machine: versions, CPU features, C++ compiler, cache folder, and whether the runtime builds
+    and loads. Exits with 6 when something that qgraph needs is missing or broken."""
     checks = list(_checks())
     if as_json:
         print_json([asdict(check) for check in checks])
@@ -43,7 +46,7 @@ def _checks() -> Iterator[Check]:
     version = platform.python_version()
     yield Check("python", sys.version_info >= (3, 11), f"{version} ({sys.executable})")
     yield from _packages()
-    yield from (_try(name, probe) for name, probe in _PROBES.items())
+    yield from (_probe(name, probe) for name, probe in _PROBES.items())
 
 
 def _packages() -> Iterator[Check]:
@@ -69,7 +72,7 @@ def _packages() -> Iterator[Check]:
         yield Check(requirement.name, ok, found if ok else f"{found}: needs {requirement.specifier}")
 
 
-def _try(name: str, probe: Callable[[], str]) -> Check:
+def _probe(name: str, probe: Callable[[], str]) -> Check:
     try:
         return Check(name, True, probe())
     except QGraphError as error:
@@ -83,22 +86,64 @@ def _cpu() -> str:
     from qgraph.codegen.isa import ISAS
 
     machine = platform.machine()
-    known = {feature for isa in ISAS.values() if isa.arch == machine for feature in isa.features}
-    if not known:
-        raise ResourceError(f"no code variant for {machine}: have {', '.join(sorted({i.arch for i in ISAS.values()}))}")
-    here = _cpu_flags() & known
-    runs = [isa.name for isa in ISAS.values() if isa.arch == machine and set(isa.features) <= here]
+    isas = [isa for isa in ISAS.values() if isa.arch == machine]
+    if not isas:
+        known = ", ".join(sorted({isa.arch for isa in ISAS.values()}))
+        raise UnsupportedError(f"no code variant for {machine}: there are some for {known}")
+    wanted = {feature for isa in isas for feature in isa.features}
+    here = _cpu_flags() & wanted
+    runs = [isa.name for isa in isas if set(isa.features) <= here]
     if not runs:
-        raise ResourceError(f"{machine} without {', '.join(sorted(known - here))}: no code variant fits")
+        raise UnsupportedError(f"{machine} without {', '.join(sorted(wanted - here))}: no code variant fits")
     return f"{machine}: {' '.join(sorted(here))}; runs {runs[0]}"
 
 
 def _cpu_flags() -> set[str]:
-    from pathlib import Path
-
+    """The features that the kernel reports, by the names of runtime/FORMAT.md."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
             flags = set(value.split())
             return flags | ({"neon"} if "asimd" in flags else set())
     raise ResourceError("/proc/cpuinfo names no CPU features")
+
+
+def _compiler() -> str:
+    from qgraph.runtime.build import find_compiler
+
+    command = find_compiler()
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return f"{' '.join(command)}: {(done.stdout.splitlines() or ['?'])[0]}"
+
+
+def _cache() -> str:
+    from qgraph.cache import cache_dir
+
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder):
+        return str(folder)
+
+
+def _runtime() -> str:
+    from qgraph.runtime import _native, build
+
+    return f"{_native.library().qg_version().decode()} in {build.library()}"
+
+
+def _tvm() -> str:
+    from qgraph.codegen.tvm_backend import load_tvm
+
+    tvm = load_tvm()
+    if tvm.get_global_func("target.build.llvm", allow_missing=True) is None:
+        raise ResourceError("this TVM was built without LLVM: install the apache-tvm wheel")
+    return f"{tvm.__version__} with LLVM"
+
+
+_PROBES: dict[str, Callable[[], str]] = {
+    "CPU": _cpu,
+    "C++ compiler": _compiler,
+    "cache folder": _cache,
+    "runtime library": _runtime,
+    "kernel compiler": _tvm,
+}

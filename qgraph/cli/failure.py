@@ -19,7 +19,8 @@ BROKEN_PIPE = 141
 
 
 def guard(action: Callable[[], Any], debug: bool = False) -> int:
-    """Call `action` and return its exit code: 0, or that of the error it raised, which is printed as one line."""
+    """Call `action` and return its exit code: 0, or that of the error it raised, which is printed as one
+    line."""
     if not debug:
         # Other people's warnings are for their developers; what a user must know is a message of ours.
         warnings.simplefilter("ignore")
@@ -47,7 +48,8 @@ def as_qgraph_error(error: Exception) -> QGraphError:
     if isinstance(error, QGraphError):
         return error
     if isinstance(error, click.ClickException):
-        where = f" (see '{error.ctx.command_path} --help')" if getattr(error, "ctx", None) else ""
+        context: click.Context | None = getattr(error, "ctx", None)
+        where = f" (see '{context.command_path} --help')" if context is not None else ""
         return UsageError(error.format_message().rstrip(".") + where)
     if isinstance(error, MemoryError):
         return ResourceError("out of memory: close other programs or use a machine with more")

@@ -22,7 +22,8 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 
 
 def standard_options(function: F) -> F:
-    """`--debug`, which `qgraph.cli.run` reads from the arguments itself, so that it holds for parsing, too."""
+    """`--debug`, which `qgraph.cli.run` reads from the arguments itself, so that it holds for parsing,
+    too."""
     return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(
         function
     )

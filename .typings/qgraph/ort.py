@@ -1,0 +1,1 @@
+../../qgraph/ort.py

@@ -1,0 +1,144 @@
+"""Options and output that `compile`, `quantize` and `build` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qgraph.cli.console import print_json, table
+from qgraph.cli.options import json_option, quiet_option, standard_options
+from qgraph.config import CompileConfig, dump_toml, load_toml
+from qgraph.errors import InputError
+from qgraph.report.document import CompileReport
+from qgraph.report.text import summary
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_PATH = click.Path(path_type=Path)
+_PATTERN = "layers whose node, weight, operator or module matches (wildcards, or re:REGEX). Repeatable."
+
+# Options that are fields of CompileConfig. Their default here is "not given", so that a config file can hold
+# them.
+_QUANTIZE = (
+    click.option("--scheme", help="How weights are stored: see `qgraph schemes`.  [default: nvfp4]"),
+    click.option("--solver", help="How codes and scales are chosen.  [default: the scheme's best]"),
+    click.option("--include", multiple=True, metavar="PATTERN", help=f"Quantize only {_PATTERN}"),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help=f"Leave in float {_PATTERN}"),
+    click.option(
+        "--onnx-style",
+        metavar="STYLE",
+        help="function: one node a layer, with a standard body; qdq: the body in place.  [default: function]",
+    ),
+)
+_THREADS = (click.option("--threads", type=int, metavar="N", help="Threads; 0 is one a core.  [default: 0]"),)
+_BUILD = (
+    click.option("--target", help="The machine that the artifact is for.  [default: x86_64-linux]"),
+    click.option(
+        "--verify/--no-verify",
+        default=None,
+        help="Compare with ONNX's reference evaluator.  [default: verify]",
+    ),
+    click.option(
+        "--strict", is_flag=True, default=None, help="Fail when a quantized layer gets no low-bit kernel."
+    ),
+    click.option("--seed", type=int, help="Seed of the comparison's inputs.  [default: 0]"),
+)
+_ONNX = (
+    click.option("--onnx/--no-onnx", default=None, help="Write the low-bit ONNX file.  [default: onnx]"),
+)
+_COMMON = (
+    click.option(
+        "-o",
+        "--output",
+        metavar="PREFIX",
+        help="What the names of the files begin with; a folder takes MODEL's name.  [default: MODEL.SCHEME]",
+    ),
+    click.option("--config", "config_file", type=_PATH, help="Read options from a TOML file."),
+    click.option("--save-config", type=_PATH, help="Write the options in effect to a TOML file."),
+    click.option(
+        "--dry-run", is_flag=True, help="Say what would be done and how large it is; write nothing."
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="List every layer."),
+)
+_PASSES = (
+    click.option("--dump", type=_PATH, metavar="DIR", help="Write the graph after every phase."),
+    click.option("--explain", is_flag=True, help="Say what passes left alone or assumed, and why."),
+)
+_FIELDS = tuple(field.name for field in fields(CompileConfig))
+
+
+def compile_options(artifact: bool) -> Decorator:
+    """The options of `compile`, or without `artifact` those of `quantize`."""
+    return _decorate([*_QUANTIZE, *((*_ONNX, *_BUILD) if artifact else ()), *_THREADS, *_COMMON, *_PASSES])
+
+
+def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of `build`."""
+    return _decorate([*_BUILD, *_THREADS, *_COMMON])(function)
+
+
+def _decorate(options: list[Decorator]) -> Decorator:
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([*options, json_option, quiet_option, standard_options]):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def make_config(options: dict[str, Any]) -> CompileConfig:
+    """The config of a config file, if any, with the options of the command line over it. Saves it when
+    asked."""
+    config = CompileConfig()
+    source = options["config_file"]
+    if source is not None:
+        try:
+            config = config.with_options(load_toml(source.read_text(), str(source)))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{source}: not a TOML file: {error}") from error
+    config = config.with_options({k: options[k] for k in _FIELDS if options.get(k) not in (None, ())})
+    target = options["save_config"]
+    if target is not None:
+        from qgraph.atomic import atomic_write
+
+        with atomic_write(target) as temporary:
+            Path(temporary).write_text(dump_toml(config))
+    return config
+
+
+def show(report: CompileReport, options: dict[str, Any]) -> None:
+    """Print the report as JSON or as a table, and where the files are."""
+    if options["as_json"]:
+        print_json(report.to_json())
+        return
+    if options["verbose"]:
+        print(
+            table(
+                _layer_rows(report),
+                ("layer", "K", "N", "scheme", "bits", "SQNR dB", "kernel", "kept"),
+                (1, 2, 4, 5),
+            )
+        )
+        print()
+    if options.get("explain"):
+        print("\n".join(table([(line,)]) for line in report.decisions) or "no pass left anything alone")
+        print()
+    print(table(summary(report)))
+    if options["dry_run"]:
+        print("nothing written: --dry-run")
+    else:
+        print(table([("wrote", path) for path in report.files.values()]))
+
+
+def _layer_rows(report: CompileReport) -> list[tuple[object, ...]]:
+    return [
+        (
+            layer.name, *layer.shape, layer.scheme or "float32", f"{layer.bits_per_weight:.3f}",
+            "" if layer.sqnr_db is None else f"{layer.sqnr_db:.2f}", layer.kernel, layer.kept,
+        )
+        for layer in report.layers
+    ]  # fmt: skip

@@ -1,0 +1,95 @@
+"""`qgraph inspect`: what a file holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qgraph.cli.console import print_json, table
+from qgraph.cli.options import json_option, standard_options
+from qgraph.report.text import size
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+@standard_options
+def command(file: Path, as_json: bool) -> None:
+    """Show what FILE holds: an artifact (.qg; its hashes are checked, its code is not run) or an ONNX
+    model."""
+    found = _artifact(file) if file.suffix == ".qg" else _onnx(file)
+    if as_json:
+        print_json(found)
+        return
+    print(table([(key, _text(key, value)) for key, value in found.items() if not isinstance(value, list)]))
+    for key, value in found.items():
+        if isinstance(value, list) and value:
+            print(f"\n{key}")
+            print(table([[_cell(cell) for cell in row.values()] for row in value], list(value[0])))
+
+
+def _artifact(path: Path) -> dict[str, Any]:
+    from qgraph.report.artifact import read_artifact
+
+    info = read_artifact(path)
+    return {
+        "nbytes": info.nbytes,
+        "weight_nbytes": info.weight_bytes,
+        **dict(sorted(info.metadata.items())),
+        "inputs": info.tensors_of("inputs"),
+        "outputs": info.tensors_of("outputs"),
+        "dims": info.plan["dims"],
+        "code": [
+            {
+                "isa": v["isa"],
+                "arch": v["arch"],
+                "nbytes": info.code_bytes[v["isa"]],
+                "features": " ".join(v["features"]),
+            }
+            for v in info.plan["variants"]
+        ],
+        "kernels": [{"kernel": name, "steps": count} for name, count in info.kernels.most_common()],
+    }
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    from qgraph.passes import load_model
+    from qgraph.report import layers_of
+
+    model = load_model(path)
+    graph = model.graph
+    weights = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
+    operators = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.all_nodes())
+    return {
+        "nbytes": path.stat().st_size,
+        "ir_version": model.ir_version,
+        "producer": f"{model.producer_name or '?'} {model.producer_version or ''}".strip(),
+        **{f"opset {domain or 'ai.onnx'}": version for domain, version in model.opset_imports.items()},
+        **dict(sorted(model.metadata_props.items())),
+        "weights": sum(w.size for w in weights),
+        "weight_nbytes": sum(w.nbytes for w in weights),
+        "inputs": [_value(v) for v in graph.inputs],
+        "outputs": [_value(v) for v in graph.outputs],
+        "operators": [{"operator": name, "nodes": count} for name, count in operators.most_common()],
+        "layers": [
+            {k: v for k, v in asdict(layer).items() if k not in ("kernel", "compute")}
+            for layer in layers_of(model)
+        ],
+    }
+
+
+def _value(value: Any) -> dict[str, Any]:
+    shape = None if value.shape is None else [d if isinstance(d, int) else str(d.value) for d in value.shape]
+    return {"name": value.name, "dtype": None if value.dtype is None else str(value.dtype), "shape": shape}
+
+
+def _text(key: str, value: Any) -> str:
+    return size(value) if key.endswith("nbytes") else f"{value:,}" if key == "weights" else str(value)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,76 @@
+"""`qgraph run`: one inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qgraph.cli.console import escape, print_json, table
+from qgraph.cli.options import json_option, standard_options, threads_option
+from qgraph.cli.tensors import make_feeds, tensor_options
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@tensor_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz file.")
+@click.option("--isa", help="Use this code variant rather than the best one for this CPU.")
+@threads_option
+@json_option
+@standard_options
+def command(
+    artifact: Path,
+    inputs: tuple[str, ...],
+    dims: tuple[str, ...],
+    seed: int,
+    output: Path | None,
+    isa: str | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Run the file ARTIFACT (.qg) once. Loading an artifact equals running a program: run only those you
+    trust."""
+    import numpy as np
+
+    from qgraph.runtime import load
+    from qgraph.samples import artifact_ranges, input_specs
+
+    with load(artifact, threads=threads, isa=isa) as model:
+        feeds = make_feeds(input_specs(model), artifact_ranges(model), inputs, dims, seed)
+        outputs = model.run(feeds)
+        variant = model.isa
+    if output is not None:
+        from qgraph.atomic import atomic_write
+
+        with atomic_write(output) as temporary, Path(temporary).open("wb") as file:
+            np.savez(file, **outputs)  # type: ignore[arg-type]
+    rows = [("input", name, array) for name, array in feeds.items()]
+    rows += [("output", name, array) for name, array in outputs.items()]
+    if as_json:
+        print_json({"isa": variant, "tensors": [_describe(*row) for row in rows]})
+        return
+    print(table([(kind, name, f"{a.dtype} {list(a.shape)}", _statistics(a)) for kind, name, a in rows]))
+    if output is not None:
+        print(f"wrote {escape(str(output))}")
+
+
+def _describe(kind: str, name: str, array: np.ndarray) -> dict[str, object]:
+    return {
+        "kind": kind,
+        "name": name,
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        "values": _statistics(array),
+    }
+
+
+def _statistics(array: np.ndarray) -> str:
+    if array.size == 0:
+        return "empty"
+    values = array.astype("f8")
+    return f"mean {values.mean():.6g}, min {values.min():.6g}, max {values.max():.6g}"

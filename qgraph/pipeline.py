@@ -1,0 +1,427 @@
+"""`compile()`, read top to bottom: the only place that wires the stages.
+
+    load, prepare, quantize -> low-bit ONNX -> load, prepare, kernels -> artifact -> verify -> report
+
+The artifact is always built from the low-bit file as written, so that `build()` of that file gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qgraph import __version__
+from qgraph.config import CompileConfig
+from qgraph.errors import BudgetError, InputError, UnsupportedError, UsageError
+from qgraph.progress import Progress
+from qgraph.report import CompileReport, LayerReport, Verification, layers_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qgraph.runtime import Model
+
+EXTERNAL_DATA_BYTES = 1 << 30  # a larger file keeps its weights beside it: protobuf ends at 2 GiB
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What was done, and the files that were written (None for those that were not)."""
+
+    report: CompileReport
+    onnx: Path | None = None
+    artifact: Path | None = None
+
+    def load(self, threads: int = 0) -> Model:
+        """The artifact, loaded. Raises UsageError when none was written."""
+        from qgraph.runtime import load
+
+        if self.artifact is None:
+            raise UsageError("no artifact was written")
+        return load(self.artifact, threads=threads)
+
+
+def compile(
+    model: str | os.PathLike[str],
+    config: CompileConfig | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    dump: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CompileResult:
+    """Compile the ONNX file `model` to a low-bit ONNX file, an artifact and a report.
+
+    Args:
+        model: path of the float model.
+        config: how; `options` are fields of CompileConfig that replace its own.
+        output: what is written is `<output>.onnx`, `.qg` and `.report.json`. A folder takes the model's name;
+            the default is beside the model: `model.nvfp4.*`.
+        dump: a folder for the graph after every phase of `prepare`.
+        dry_run: decide, quantize and plan, but compile no kernel and write nothing.
+        progress: hears of every phase.
+
+    Raises:
+        UsageError, InputError, UnsupportedError, ResourceError: see the stages.
+        BudgetError: the artifact disagrees with the low-bit model, or (`strict`) a layer got no low-bit
+            kernel.
+
+    On any error, what an earlier run wrote is as it was.
+    """
+    config = _config(config, options)
+    with _Run(Path(model), config, output, dry_run, progress, suffixes=(".onnx", ".qg")) as run:
+        lowbit = _quantize(run, dump)
+        _build(run, run.staged(".onnx"))
+        if config.onnx_style != "function":
+            _restyle(run, lowbit)
+        _verify(run, run.staged(".onnx"))
+        if not config.onnx:
+            run.drop(".onnx")
+        return run.finish()
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    config: CompileConfig | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    dump: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CompileResult:
+    """The first half of `compile`: `<output>.onnx` and `<output>.report.json`. Arguments and errors as
+    there."""
+    config = _config(config, options)
+    with _Run(Path(model), config, output, dry_run, progress, suffixes=(".onnx",)) as run:
+        lowbit = _quantize(run, dump)
+        if config.onnx_style != "function":
+            _restyle(run, lowbit)
+        return run.finish()
+
+
+def build(
+    lowbit: str | os.PathLike[str],
+    config: CompileConfig | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CompileResult:
+    """The second half of `compile`: a low-bit or float ONNX file to `<output>.qg` and `<output>.report.json`.
+
+    Arguments and errors as there; of the config only the fields of `CompileConfig.BUILD` matter.
+    """
+    config = _config(config, options)
+    with _Run(Path(lowbit), config, output, dry_run, progress, suffixes=(".qg",)) as run:
+        _build(run, Path(lowbit))
+        _verify(run, Path(lowbit))
+        return run.finish()
+
+
+# ---- stages ------------------------------------------------------------------------------------------------
+
+
+def _quantize(run: _Run, dump: str | os.PathLike[str] | None) -> ir.Model:
+    """Load, prepare and quantize the source; write the low-bit file to the staging folder. Returns the
+    model."""
+    from qgraph.passes import load_model, prepare_model, run_passes
+    from qgraph.passes.lowbit_functions import AddLowbitFunctions
+    from qgraph.passes.pipeline import PrepareOptions
+    from qgraph.passes.quantize_weights import QuantizeWeights
+    from qgraph.passes.select_layers import SelectLayers
+
+    config, report = run.config, run.report
+    with run.phase("load"):
+        model = load_model(run.source)
+        report.sizes["original"] = sum(file.stat().st_size for file in _files(run.source, model))
+        report.model["sha256"] = _hash(_files(run.source, model))
+    with run.phase("prepare"):
+        refusals: list[Any] = []
+        prepare_model(model, dump=None if dump is None else Path(dump), refusals=refusals, on_pass=run.heard)
+        already = [layer.name for layer in layers_of(model) if layer.scheme]
+        if already:
+            raise UsageError(f"{run.source}: node '{already[0]}' is quantized already: use `qgraph build`")
+        report.sizes["linear_float"] = sum(layer.elements * 4 for layer in layers_of(model))
+    with run.phase("quantize"):
+        threads = config.threads or None
+        options = PrepareOptions(refusals=refusals)
+        run_passes(
+            model,
+            [
+                SelectLayers(config.include, config.exclude),
+                QuantizeWeights(config.scheme, config.solver, threads=threads, on_layer=run.stepped),
+                AddLowbitFunctions(),
+            ],
+            options,
+        )
+        report.decisions += [str(refusal) for refusal in refusals]
+        model.metadata_props.update(
+            {
+                "qgraph.version": __version__,
+                "qgraph.scheme": config.scheme,
+                "qgraph.config": json.dumps(config.recipe(), sort_keys=True),
+                "qgraph.model_sha256": report.model["sha256"],
+            }
+        )
+    with run.phase("write"):
+        report.sizes["lowbit_onnx"] = _save(model, run.staged(".onnx"))
+    run.set_layers(layers_of(model))
+    return model
+
+
+def _restyle(run: _Run, model: ir.Model) -> None:
+    """Write the low-bit file anew with the bodies of its functions in place. Changes `model`."""
+    from qgraph.passes.lowbit_functions import InlineLowbitFunctions
+
+    with run.phase("restyle"):
+        InlineLowbitFunctions()(model)
+        run.report.sizes["lowbit_onnx"] = _save(model, run.staged(".onnx"))
+
+
+def _build(run: _Run, lowbit: Path) -> None:
+    """Build the artifact of the low-bit file and write it to the staging folder."""
+    from qgraph.codegen import build_artifact
+    from qgraph.passes import load_model, prepare_model
+    from qgraph.samples import METADATA_KEY, input_ranges
+
+    config, report = run.config, run.report
+    with run.phase("import"):
+        model = load_model(lowbit)
+        inputs = _files(lowbit, model)
+        report.sizes.setdefault("original", sum(file.stat().st_size for file in inputs))
+        report.model.setdefault("sha256", _hash(inputs))
+        _require_functions(lowbit, model)
+        prepare_model(model, on_pass=run.heard)
+        ranges = input_ranges(model)
+        metadata = {
+            "qgraph.version": __version__,
+            "qgraph.scheme": "none",
+            "qgraph.model_sha256": report.model["sha256"],
+        }
+        metadata |= {key: value for key, value in model.metadata_props.items() if key in _PROVENANCE}
+        metadata[METADATA_KEY] = json.dumps(ranges, sort_keys=True)
+    with run.phase("kernels"):
+        if run.dry_run:
+            report.sizes["artifact_weights"] = _plan_only(model)
+            run.set_layers(layers_of(model))
+            return
+        artifact = build_artifact(model, target=config.target, metadata=metadata, on_kernel=run.stepped)
+        realised = {layer.node_name: (layer.kernel, layer.compute) for layer in artifact.layers}
+        run.set_layers(layers_of(model, realised))
+        report.isas = list(artifact.isas)
+        _require_realised(run)
+    with run.phase("package"):
+        artifact.write(run.staged(".qg"))
+        report.sizes["artifact"] = run.staged(".qg").stat().st_size
+
+
+def _verify(run: _Run, lowbit: Path) -> None:
+    """Run artifact and low-bit file on the same inputs and compare."""
+    from qgraph.codegen.isa import TARGETS
+    from qgraph.verify import runs_here, verify
+
+    config = run.config
+    if run.dry_run:
+        return
+    if not config.verify:
+        run.report.verification = Verification("skipped", "--no-verify")
+    elif not runs_here(TARGETS[config.target]):
+        run.report.verification = Verification("skipped", f"this machine does not run {config.target}")
+    else:
+        with run.phase("verify"):
+            run.report.verification = verify(
+                run.staged(".qg"), lowbit, threads=config.threads, seed=config.seed, on_case=run.stepped
+            )
+
+
+# ---- what the stages share ---------------------------------------------------------------------------------
+
+_PROVENANCE = ("qgraph.version", "qgraph.scheme", "qgraph.config", "qgraph.model_sha256")
+
+
+class _Run:
+    """One call: its report, its timing, and a staging folder whose files appear under their names all at
+    once.
+
+    `suffixes`: what is written besides the report; the last is what counts and is renamed last.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        config: CompileConfig,
+        output: str | os.PathLike[str] | None,
+        dry_run: bool,
+        progress: Progress | None,
+        suffixes: tuple[str, ...],
+    ) -> None:
+        if not source.exists():
+            raise InputError(f"{source}: no such file")
+        self.source, self.config, self.dry_run, self.suffixes = source, config, dry_run, suffixes
+        self.prefix = _prefix(source, config.scheme if ".onnx" in suffixes else "", output)
+        for suffix in suffixes:
+            if self.final(suffix).resolve() == source.resolve():
+                raise UsageError(f"the output {self.final(suffix)} is the input: give another -o")
+        self.progress = progress or Progress()
+        self.report = CompileReport(__version__, {"name": source.name}, asdict(config))
+        self._stack = contextlib.ExitStack()
+        self._folder = Path()
+        self._heard = 0
+
+    def __enter__(self) -> _Run:
+        from qgraph.atomic import atomic_directory
+
+        if self.dry_run:
+            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qgraph-")))
+        else:
+            self._folder = self._stack.enter_context(atomic_directory(self.final(self.suffixes[-1])))
+        self._stack.enter_context(self.progress)
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def final(self, suffix: str) -> Path:
+        """Where the file with this ending goes."""
+        return self.prefix.with_name(self.prefix.name + suffix)
+
+    def staged(self, suffix: str) -> Path:
+        """Where it is until then."""
+        return self._folder / self.final(suffix).name
+
+    def drop(self, suffix: str) -> None:
+        """Do not write this file after all."""
+        for name in (suffix, f"{suffix}.data"):
+            self.staged(name).unlink(missing_ok=True)
+        self.suffixes = tuple(kept for kept in self.suffixes if kept != suffix)
+        self.report.sizes.pop("lowbit_onnx", None)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announces and times a phase."""
+        self.progress.phase(name)
+        self._heard, start = 0, time.monotonic()
+        yield
+        seconds = self.report.seconds
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
+
+    def heard(self, what: str) -> None:
+        """A step of a phase that cannot say how many there are."""
+        self._heard += 1
+        self.progress.step(self._heard, 0, what)
+
+    def stepped(self, done: int, total: int, what: str) -> None:
+        """`done` of `total` steps of the phase are over."""
+        self.progress.step(done, total, what)
+
+    def set_layers(self, layers: list[LayerReport]) -> None:
+        """What is known of the layers now."""
+        self.report.layers = layers
+        self.report.sizes["linear_stored"] = sum(layer.nbytes for layer in layers)
+        self.report.sizes.setdefault("linear_float", sum(layer.elements * 4 for layer in layers))
+
+    def finish(self) -> CompileResult:
+        """Write the report to the staging folder, and say what there will be."""
+        if self.dry_run:
+            return CompileResult(self.report)
+        kinds = {".onnx": "onnx", ".qg": "artifact", ".report.json": "report"}
+        self.report.files = {kinds[s]: str(self.final(s)) for s in (*self.suffixes, ".report.json")}
+        self.staged(".report.json").write_text(json.dumps(self.report.to_json(), indent=1) + "\n")
+        onnx, artifact = (self.final(s) if s in self.suffixes else None for s in (".onnx", ".qg"))
+        return CompileResult(self.report, onnx, artifact)
+
+
+def _config(config: CompileConfig | None, options: dict[str, Any]) -> CompileConfig:
+    return (config or CompileConfig()).with_options(options)
+
+
+def _prefix(source: Path, scheme: str, output: str | os.PathLike[str] | None) -> Path:
+    """What the names of all outputs begin with."""
+    name = source.name.removesuffix(".onnx") + (f".{scheme}" if scheme else "")
+    if output is None:
+        return source.with_name(name)
+    text = os.fspath(output)
+    if text.endswith(os.sep) or Path(text).is_dir():
+        return Path(text) / name
+    for suffix in (".qg", ".onnx"):
+        text = text.removesuffix(suffix)
+    return Path(text)
+
+
+def _save(model: ir.Model, path: Path) -> int:
+    """Write an ONNX file, with external data when it is large. Returns the bytes written."""
+    import onnx_ir as ir
+
+    data = path.with_name(f"{path.name}.data")
+    for old in (path, data):  # not overwritten: tensors may still be mapped from them
+        old.unlink(missing_ok=True)
+    weights = sum(
+        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+    )
+    ir.save(model, path, external_data=data.name if weights > EXTERNAL_DATA_BYTES else None)
+    return sum(file.stat().st_size for file in (path, data) if file.exists())
+
+
+def _files(path: Path, model: ir.Model) -> list[Path]:
+    """The file of a loaded model and those of its external data, in the order of their names."""
+    import onnx_ir as ir
+
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return [path, *sorted({Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)})]
+
+
+def _hash(files: list[Path]) -> str:
+    """SHA-256 of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _require_functions(path: Path, model: ir.Model) -> None:
+    """UnsupportedError for a file whose 4-bit weights are written out: only the function form says what they
+    are."""
+    import onnx_ir as ir
+
+    for node in model.graph.all_nodes():
+        first = node.inputs[0] if node.op_type == "DequantizeLinear" and node.inputs else None
+        if first is not None and first.dtype == ir.DataType.FLOAT4E2M1:
+            raise UnsupportedError(
+                f"{path}: node '{node.name}' dequantizes a 4-bit weight in place; "
+                "build from a file written with --onnx-style function"
+            )
+
+
+def _require_realised(run: _Run) -> None:
+    """`strict`: BudgetError for a layer that is stored in a low-bit format and not computed from it."""
+    if not run.config.strict:
+        return
+    for layer in run.report.quantized:
+        if not layer.realised:
+            found = f"kernel {layer.kernel}" if layer.kernel else "no kernel of its own"
+            raise BudgetError(
+                f"layer '{layer.name}' was quantized to {layer.scheme} but got {found} (--strict)"
+            )
+
+
+def _plan_only(model: ir.Model) -> int:
+    """Bytes of the weights that an artifact of `model` would hold. Raises UnsupportedError as
+    `build_artifact` does."""
+    from qgraph.codegen.lowering import lower
+    from qgraph.codegen.plan import make_plan
+
+    return sum(weight.data.nbytes for weight in make_plan(lower(model.graph), []).weights)

@@ -1,0 +1,111 @@
+"""The report of a compile as data, and as the JSON document that docs/cli.md describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qgraph.report.layers import LayerReport
+
+REPORT_VERSION = 1  # of the JSON document; a field may be added within a version, not changed or removed
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The artifact beside ONNX's reference evaluator, for inputs of one set of dims."""
+
+    dims: Mapping[str, int]
+    rel_error: Mapping[str, float]  # output -> |artifact - reference| / |reference|, Frobenius norms
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether the artifact computes what the low-bit ONNX file says. `status`: `passed`, or `skipped` with a
+    reason."""
+
+    status: str
+    reason: str = ""
+    limit: float = 0.0
+    comparisons: Sequence[Comparison] = ()
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of all outputs and inputs tried."""
+        return max((e for c in self.comparisons for e in c.rel_error.values()), default=0.0)
+
+
+@dataclass
+class CompileReport:
+    """What a compile did.
+
+    Attributes:
+        version: of qgraph.
+        model: `name`, `sha256`, `nbytes` of the original.
+        config: the fields of the CompileConfig.
+        layers: every linear layer.
+        sizes: bytes: `original`, `linear_float` and `linear_stored` (weights of the linear layers before and
+            after), `lowbit_onnx` and `artifact` where made, `artifact_weights` in a dry run.
+        decisions: what passes left alone or assumed, and why: `pass: node: reason`.
+        isas: code variants in the artifact.
+        verification: None when no artifact was built.
+        seconds: wall time by phase.
+        files: what was written, by kind: `onnx`, `artifact`, `report`.
+    """
+
+    version: str
+    model: dict[str, Any]
+    config: dict[str, Any]
+    layers: list[LayerReport] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    decisions: list[str] = field(default_factory=list)
+    isas: list[str] = field(default_factory=list)
+    verification: Verification | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> list[LayerReport]:
+        """The layers stored in a low-bit format."""
+        return [layer for layer in self.layers if layer.scheme]
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Mean over the weights of the quantized layers, all scales counted; None when there is none."""
+        return mean_bits(self.quantized)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document, keys in a fixed order."""
+        return {
+            "report_version": REPORT_VERSION,
+            "qgraph_version": self.version,
+            "model": self.model,
+            "config": self.config,
+            "summary": {
+                "linear_layers": len(self.layers),
+                "quantized_layers": len(self.quantized),
+                "bits_per_weight": self.bits_per_weight,
+                "bits_per_weight_all_linear": mean_bits(self.layers),
+            },
+            "sizes": self.sizes,
+            "layers": [asdict(layer) for layer in self.layers],
+            "decisions": self.decisions,
+            "isas": self.isas,
+            "verification": verification_json(self.verification),
+            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+            "files": self.files,
+        }
+
+
+def mean_bits(layers: Sequence[LayerReport]) -> float | None:
+    """Stored bits of all `layers` over their number of weights."""
+    elements = sum(layer.elements for layer in layers)
+    return sum(layer.bits_per_weight * layer.elements for layer in layers) / elements if elements else None
+
+
+def verification_json(verification: Verification | None) -> dict[str, Any] | None:
+    """The document's `verification`."""
+    if verification is None:
+        return None
+    worst = {"worst_rel_error": verification.worst} if verification.comparisons else {}
+    return {**asdict(verification), **worst}

@@ -1,0 +1,77 @@
+"""The lines a terminal shows of a report."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from qgraph.report.document import CompileReport
+from qgraph.report.layers import LayerReport
+
+Row = tuple[str, str]
+
+
+def summary(report: CompileReport) -> list[Row]:
+    """(label, text) rows: layers, sizes, bits, the worst layers, kernels, verification."""
+    return list(_rows(report))
+
+
+def _rows(report: CompileReport) -> Iterator[Row]:
+    quantized = report.quantized
+    yield (
+        "layers",
+        f"{len(quantized)} of {len(report.layers)} linear layers quantized to {report.config['scheme']}",
+    )
+    reasons: dict[str, list[LayerReport]] = defaultdict(list)
+    for layer in report.layers:
+        if not layer.scheme:
+            reasons[layer.kept].append(layer)
+    for reason, layers in reasons.items():
+        yield "kept", f"{len(layers)} in float: {reason}: {_some([layer.name for layer in layers])}"
+    sizes = report.sizes
+    if sizes["linear_float"]:
+        yield "weights", _before_after(sizes["linear_float"], sizes["linear_stored"]) + " (linear layers)"
+    if report.bits_per_weight is not None:
+        yield "bits/weight", f"{report.bits_per_weight:.3f} in quantized layers, scales counted"
+    worst = sorted((x for x in quantized if x.sqnr_db is not None), key=lambda x: (x.sqnr_db, x.name))[:3]
+    if worst:
+        yield "worst SQNR", ", ".join(f"{layer.name} {layer.sqnr_db:.2f} dB" for layer in worst)
+    for kernel, count in Counter((x.kernel, x.compute) for x in report.layers if x.kernel).items():
+        yield "kernels", f"{count} x {kernel[0]}: {kernel[1]}"
+    if report.isas:
+        yield "code", ", ".join(report.isas)
+    if "lowbit_onnx" in sizes:
+        yield "ONNX file", _before_after(sizes["original"], sizes["lowbit_onnx"])
+    if "artifact" in sizes:
+        yield "artifact", _before_after(sizes["original"], sizes["artifact"])
+    if "artifact_weights" in sizes:
+        yield "artifact", f"{size(sizes['artifact_weights'])} of weights, and the code of its kernels"
+    check = report.verification
+    if check is not None and check.status == "skipped":
+        yield "verify", f"skipped: {check.reason}"
+    elif check is not None:
+        yield (
+            "verify",
+            (
+                f"agrees with ONNX's reference evaluator on {len(check.comparisons)} inputs: "
+                f"relative error {check.worst:.1e} (allowed {check.limit:g})"
+            ),
+        )
+
+
+def _before_after(before: int, after: int) -> str:
+    return f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)" if after else size(before)
+
+
+def size(nbytes: float) -> str:
+    """`nbytes` for a reader, in powers of 1000: `45.8 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,146 @@
+"""Seeded inputs that a model accepts: token ids inside their tables, masks that keep everything.
+
+What an integer input may hold is found in the graph: one that reaches the indices of a Gather is bounded by
+that table. The pipeline writes the ranges into the artifact (`METADATA_KEY`), where the graph is no longer at
+hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qgraph.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from qgraph.runtime import Model
+
+METADATA_KEY = "qgraph.input_ranges"  # JSON: input name -> [lowest, highest]
+
+# Operators that hand on the integers they are given, by the input that carries them.
+_CARRIERS = dict.fromkeys(
+    (
+        "Cast",
+        "Expand",
+        "Flatten",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    ),
+    0,
+)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input as the user sees it: `shape` holds ints and the names (or expressions) of symbolic dims."""
+
+    name: str
+    dtype: str  # numpy's name
+    shape: tuple[int | str, ...]
+
+
+def input_ranges(model: ir.Model) -> dict[str, tuple[int, int]]:
+    """Input name -> (lowest, highest) for the integer and bool inputs of `model`.
+
+    An index gets all of its smallest table, anything else exactly 1: true for a mask, one for a length or
+    flag.
+    """
+    ranges = {}
+    for value in model.graph.inputs:
+        if value.dtype is None or value.dtype.is_floating_point():
+            continue
+        tables = list(_table_sizes(value))
+        ranges[str(value.name)] = (0, min(tables) - 1) if tables else (1, 1)
+    return ranges
+
+
+def _table_sizes(value: ir.Value) -> Iterator[int]:
+    """The lengths of the constant tables that `value` indexes, through operators that keep integers as they
+    are."""
+    seen, work = {value}, [value]
+    while work:
+        for node, index in work.pop().uses():
+            if node.op_type in ("Gather", "GatherElements") and index == 1:
+                table, axis = node.inputs[0], node.attributes.get_int("axis", 0)
+                size = table.shape[axis] if table is not None and table.shape is not None else None
+                if isinstance(size, int):
+                    yield size
+            elif _CARRIERS.get(node.op_type) == index and node.outputs[0] not in seen:
+                seen.add(node.outputs[0])
+                work.append(node.outputs[0])
+
+
+def input_specs(model: Model) -> list[InputSpec]:
+    """The inputs of a loaded artifact."""
+    return [InputSpec(info.name, info.dtype.name, info.shape) for info in model.inputs]
+
+
+def artifact_ranges(model: Model) -> dict[str, tuple[int, int]]:
+    """The ranges that the compiler wrote into a loaded artifact; none when another tool made it."""
+    return {
+        name: (low, high) for name, (low, high) in json.loads(model.metadata.get(METADATA_KEY, "{}")).items()
+    }
+
+
+def choose_dims(
+    inputs: Sequence[InputSpec], given: Mapping[str, int], defaults: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """A size for every symbolic dim of `inputs`: `given`, else `defaults`, else 1 for a batch and 16 for the
+    rest.
+
+    Raises UsageError when `given` names a dim that no input has, or is below 1.
+    """
+    names = {
+        dim: None for spec in inputs for dim in spec.shape if isinstance(dim, str) and dim.isidentifier()
+    }
+    for name, size in given.items():
+        if name not in names:
+            raise UsageError(
+                f"no input has a dim '{name}': the model's are {', '.join(names) or 'all fixed'}"
+            )
+        if size < 1:
+            raise UsageError(f"dim {name} must be at least 1, got {size}")
+    chosen = {name: (1 if "batch" in name.lower() else 16) for name in names}
+    return {**chosen, **{k: v for k, v in (defaults or {}).items() if k in names}, **given}
+
+
+def make_inputs(
+    inputs: Sequence[InputSpec], ranges: Mapping[str, tuple[int, int]], dims: Mapping[str, int], seed: int
+) -> dict[str, np.ndarray]:
+    """One array an input: floats from a normal distribution, integers uniform in their range, bools true.
+
+    Raises UsageError for a dim whose size is neither in `dims` nor fixed.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for spec in inputs:
+        shape = tuple(_size(spec, dim, dims) for dim in spec.shape)
+        dtype = np.dtype(spec.dtype)
+        if dtype.kind in "iub":
+            low, high = ranges.get(spec.name, (1, 1))
+            feeds[spec.name] = rng.integers(low, high, shape, endpoint=True).astype(dtype)
+        else:
+            feeds[spec.name] = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+    return feeds
+
+
+def _size(spec: InputSpec, dim: int | str, dims: Mapping[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    if dim in dims:
+        return dims[dim]
+    raise UsageError(
+        f"input '{spec.name}' has the dim '{dim}', whose size is not known: give the input itself"
+    )
