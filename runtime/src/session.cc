@@ -54,7 +54,7 @@ class Session::Exclusive {
 };
 
 Session::Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit)
-    : model_(std::move(model)), memory_limit_(memory_limit), pool_(checked_threads(threads)) {
+    : model_(std::move(model)), memory_limit_(memory_limit), pool_(new ThreadPool(checked_threads(threads))) {
   const Plan& plan = model_->plan();
   inputs_.resize(plan.inputs.size());
   outputs_.resize(plan.outputs.size());
@@ -238,7 +238,7 @@ void Session::resolve_memory() {
            checked_add(arena, slot_bytes_[slot], &arena);
   }
   fits =
-      fits && checked_mul(scratch_stride_, pool_.threads(), &scratch) && checked_add(arena, scratch, &total);
+      fits && checked_mul(scratch_stride_, pool_->threads(), &scratch) && checked_add(arena, scratch, &total);
   if (!fits) fail(QG_OUT_OF_MEMORY, "temporaries of more than 2^63 bytes", dims_text());
   if (memory_limit_ != 0 && static_cast<uint64_t>(total) > memory_limit_) {
     fail(QG_OUT_OF_MEMORY, "needs ", total, " bytes for temporaries and scratch memory, above the limit of ",
@@ -373,8 +373,8 @@ void Session::run_step(size_t index) {
   if (blocks_[index] == 0) return;
   StepCall call{&step, model_->kernel(step.kernel), args_.data() + first_arg_[index], scratch_.data(),
                 scratch_stride_};
-  pool_.run(blocks_[index], step.grain, run_blocks, &call);
-  // Several threads may have written it; the end of pool_.run() orders their writes before this.
+  pool_->run(blocks_[index], step.grain, run_blocks, &call);
+  // Several threads may have written it; the end of run() orders their writes before this.
   int32_t status = __atomic_load_n(&status_, __ATOMIC_RELAXED);
   if (status == kStatusIndexOutOfRange) fail(QG_BAD_DATA, "step '", step.name, "': an index is out of range");
   if (status != 0) fail(QG_BAD_DATA, "step '", step.name, "': the kernel reports status ", status);

@@ -29,7 +29,7 @@ class Session {
 
   void profile(bool enabled);
   int64_t step_time(size_t step) const { return step < step_times_.size() ? step_times_[step] : -1; }
-  int threads() const { return pool_.threads(); }
+  int threads() const { return pool_->threads(); }
   uint64_t memory() const { return arena_.size() + scratch_.size(); }
 
  private:
@@ -88,7 +88,8 @@ class Session {
   bool profile_ = false;
   std::vector<int64_t> step_times_;
 
-  ThreadPool pool_;  // last: its threads end before what they use goes away
+  // Last: its threads end before what they use goes away.
+  std::unique_ptr<ThreadPool, ThreadPoolDeleter> pool_;
 };
 
 }  // namespace qg

@@ -1,8 +1,8 @@
 #include "thread_pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <unistd.h>
 
 #include <algorithm>
 
@@ -34,6 +34,16 @@ class SignalsBlocked {
   sigset_t before_;
 };
 
+// Number of fork()s between the first process with a pool and this one.
+std::atomic<int> fork_generation{0};
+
+int count_forks() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++fork_generation; });
+  (void)registered;  // fails only for want of memory, and then only a child that goes on using a session
+                     // suffers
+  return fork_generation;
+}
+
 }  // namespace
 
 int available_cores() {
@@ -44,7 +54,7 @@ int available_cores() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-ThreadPool::ThreadPool(int threads) : process_(getpid()) {
+ThreadPool::ThreadPool(int threads) : generation_(count_forks()) {
   SignalsBlocked blocked;
   workers_.reserve(static_cast<size_t>(threads) - 1);
   try {
@@ -60,18 +70,16 @@ ThreadPool::ThreadPool(int threads) : process_(getpid()) {
 }
 
 ThreadPool::~ThreadPool() {
-  if (getpid() != process_) {
-    for (std::thread& thread : workers_) thread.detach();
-    return;
-  }
   stop_ = true;
   wake();
   for (std::thread& thread : workers_) thread.join();
 }
 
+bool ThreadPool::orphaned() const { return generation_ != fork_generation; }
+
 void ThreadPool::run(int64_t blocks, int64_t grain, Work work, const void* context) {
   if (blocks <= 0) return;
-  if (workers_.empty() || blocks <= grain) {
+  if (workers_.empty() || blocks <= grain || orphaned()) {
     work(context, 0, 0, blocks);
     return;
   }

@@ -2,8 +2,6 @@
 #ifndef QGRAPH_SRC_THREAD_POOL_H_
 #define QGRAPH_SRC_THREAD_POOL_H_
 
-#include <sys/types.h>
-
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -30,6 +28,11 @@ class ThreadPool {
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
+
+  // Whether this process is a fork()ed child of the one that made the pool. The threads, and what they may
+  // hold or wait for, stayed behind: run() then does all of the work itself, and the pool must be leaked, not
+  // destroyed.
+  bool orphaned() const;
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
@@ -72,7 +75,14 @@ class ThreadPool {
   std::condition_variable condition_;
   std::atomic<int> sleepers_{0};
 
-  pid_t process_;  // threads do not survive fork(): a child must not join its parent's
+  int generation_;  // of the process, see orphaned()
+};
+
+// Deletes a pool, unless it is orphaned.
+struct ThreadPoolDeleter {
+  void operator()(ThreadPool* pool) const {
+    if (!pool->orphaned()) delete pool;
+  }
 };
 
 }  // namespace qg

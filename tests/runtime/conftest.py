@@ -1,0 +1,38 @@
+"""Fixtures of the runtime's tests: the toy artifact, and a cache folder where the library is built once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for artifact_builder, under pytest's importlib mode
+
+import artifact_builder
+from artifact_builder import Parts
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty cache folder that qgraph uses during the tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QGRAPH_CACHE_DIR", str(folder))
+        patch.delenv("QGRAPH_RUNTIME_LIBRARY", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def toy_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    if artifact_builder.MISSING:
+        pytest.skip(f"needs {', '.join(artifact_builder.MISSING)} to make test kernels")
+    return artifact_builder.toy(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="session")
+def toy_path(tmp_path_factory: pytest.TempPathFactory, toy_parts: Parts) -> Path:
+    path = tmp_path_factory.mktemp("artifacts") / "toy.qg"
+    path.write_bytes(toy_parts.to_bytes())
+    return path
