@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def _cheap_stack(context: int = 1) -> list[inspect.FrameInfo]:
-    frame: FrameType | None = sys._getframe(1)
+    return _cheap_outer_frames(sys._getframe(1))
+
+
+def _cheap_outer_frames(frame: FrameType | None, context: int = 1) -> list[inspect.FrameInfo]:
     out = []
     while frame is not None:
         code = frame.f_code
@@ -37,8 +40,9 @@ def load_tvm() -> Any:
     import tvm
     from tvm.script.parser import core
 
-    # The script parser calls inspect.stack() for every function; the standard one rescans sys.modules for
-    # each frame, which takes over 50 ms a call in a large process. Only frames and names are read from it.
+    # The script parser walks the stack for every function and every call of an inline; the standard functions
+    # rescan sys.modules for each frame, which takes over 50 ms a call in a large process. Only frames and
+    # names are read from the result.
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("tvm.") and getattr(module, "inspect", None) is inspect:
             module.inspect = _InspectProxy()  # type: ignore[attr-defined]
@@ -47,9 +51,10 @@ def load_tvm() -> Any:
 
 
 class _InspectProxy:
-    """`inspect` with a cheap `stack`, given to TVM's modules only."""
+    """`inspect` with a cheap `stack` and `getouterframes`, given to TVM's modules only."""
 
     stack = staticmethod(_cheap_stack)
+    getouterframes = staticmethod(_cheap_outer_frames)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(inspect, name)
