@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from qgraph import __version__
 from qgraph.config import CompileConfig
 from qgraph.errors import BudgetError, InputError, UnsupportedError, UsageError
 from qgraph.progress import Progress
-from qgraph.report import CompileReport, LayerReport, Verification, layers_of
+from qgraph.report import CompileReport, LayerReport, layers_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -193,8 +194,8 @@ def _restyle(run: _Run, model: ir.Model) -> None:
 def _build(run: _Run, lowbit: Path) -> None:
     """Build the artifact of the low-bit file and write it to the staging folder."""
     from qgraph.codegen import build_artifact
+    from qgraph.evaluate.samples import METADATA_KEY, input_ranges
     from qgraph.passes import load_model, prepare_model
-    from qgraph.samples import METADATA_KEY, input_ranges
 
     config, report = run.config, run.report
     with run.phase("import"):
@@ -229,15 +230,15 @@ def _build(run: _Run, lowbit: Path) -> None:
 
 def _verify(run: _Run, lowbit: Path) -> None:
     """Run artifact and low-bit file on the same inputs and compare."""
-    from qgraph.codegen.isa import TARGETS
-    from qgraph.verify import runs_here, verify
+    from qgraph.codegen.isa import get_target
+    from qgraph.evaluate.verify import Verification, verify
 
     config = run.config
     if run.dry_run:
         return
     if not config.verify:
         run.report.verification = Verification("skipped", "--no-verify")
-    elif not runs_here(TARGETS[config.target]):
+    elif not any(isa.arch == platform.machine() for isa in get_target(config.target)):
         run.report.verification = Verification("skipped", f"this machine does not run {config.target}")
     else:
         with run.phase("verify"):

@@ -37,18 +37,18 @@ def command(
 ) -> None:
     """Time the file ARTIFACT (.qg): median and 90th percentile of one run. With --onnx, ONNX Runtime takes
     turns with it in the same process, on the same inputs and number of threads."""
-    from qgraph.bench import measure
-    from qgraph.ort import session_runner
+    from qgraph.evaluate.latency import measure
+    from qgraph.evaluate.runners import OnnxRuntimeRunner
+    from qgraph.evaluate.samples import artifact_ranges, input_specs
     from qgraph.runtime import load
-    from qgraph.samples import artifact_ranges, input_specs
 
     with load(artifact) as model, model.session(threads=threads) as session:
         feeds = make_feeds(input_specs(model), artifact_ranges(model), inputs, dims, seed)
         ours = f"qgraph ({model.isa})"
         contenders: dict[str, Callable[[], object]] = {ours: lambda: session.run(feeds)}
         if onnx is not None:
-            run = session_runner(onnx, session.threads)
-            contenders["ONNX Runtime, float"] = lambda: run(feeds)
+            original = OnnxRuntimeRunner(onnx, threads=session.threads)
+            contenders["ONNX Runtime, float"] = lambda: original.run(feeds)
         found = measure(contenders, repeat)
         used = session.threads
         slowest = sorted(session.profile(feeds), key=lambda item: -item[1])[:15] if profile else []

@@ -12,7 +12,7 @@ from qgraph.cli.console import print_json, table
 from qgraph.cli.options import json_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
 from qgraph.errors import BudgetError, UsageError
-from qgraph.verify import REL_ERROR_LIMIT
+from qgraph.evaluate.verify import REL_ERROR_LIMIT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,10 +58,10 @@ def command(
 ) -> None:
     """Run the file ARTIFACT (.qg) and its references on the same inputs and compare every output. Exits with
     5 when one differs too much."""
-    from qgraph.ort import session_runner
+    from qgraph.evaluate.compare import compare
+    from qgraph.evaluate.runners import open_runner
+    from qgraph.evaluate.samples import artifact_ranges, input_specs
     from qgraph.runtime import load
-    from qgraph.samples import artifact_ranges, input_specs
-    from qgraph.verify import compare, reference_runner
 
     if lowbit is None and original is None:
         raise UsageError("nothing to compare with: give --lowbit, --original or both")
@@ -69,11 +69,11 @@ def command(
         feeds = make_feeds(input_specs(model), artifact_ranges(model), inputs, dims, seed)
         got = model.run(feeds)
     rows, missed = [], []
-    for kind, path in (("lowbit", lowbit), ("original", original)):
+    for kind, path, engine in (("lowbit", lowbit, "reference"), ("original", original, "onnxruntime")):
         if path is None:
             continue
-        run = reference_runner(path) if kind == "lowbit" else session_runner(path, threads)
-        for name, found in compare(got, run(feeds)).items():
+        wanted = open_runner(path, engine=engine, threads=threads).run(feeds)
+        for name, found in compare(got, wanted).items():
             ok = found.rel_error <= max_rel_error if kind == "lowbit" else found.cosine >= min_cosine
             rows.append({"against": kind, "output": name, **vars(found), "ok": ok})
             if not ok:

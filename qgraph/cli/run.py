@@ -37,8 +37,8 @@ def command(
     trust."""
     import numpy as np
 
+    from qgraph.evaluate.samples import artifact_ranges, input_specs
     from qgraph.runtime import load
-    from qgraph.samples import artifact_ranges, input_specs
 
     with load(artifact, threads=threads, isa=isa) as model:
         feeds = make_feeds(input_specs(model), artifact_ranges(model), inputs, dims, seed)

@@ -16,7 +16,7 @@ from qgraph.errors import InputError, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from qgraph.samples import InputSpec
+    from qgraph.evaluate.samples import InputSpec
 
 
 def tensor_options(function: F) -> F:
@@ -44,7 +44,7 @@ def make_feeds(
     seed: int,
 ) -> dict[str, np.ndarray]:
     """The tensors that the options of `tensor_options` ask for."""
-    from qgraph.samples import choose_dims, make_inputs
+    from qgraph.evaluate.samples import choose_dims, make_inputs
 
     if inputs:
         if dims:

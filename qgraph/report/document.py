@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qgraph.evaluate.verify import Verification
 from qgraph.report.layers import LayerReport
 
 REPORT_VERSION = 1  # of the JSON document; a field may be added within a version, not changed or removed
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The artifact beside ONNX's reference evaluator, for inputs of one set of dims."""
-
-    dims: Mapping[str, int]
-    rel_error: Mapping[str, float]  # output -> |artifact - reference| / |reference|, Frobenius norms
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Whether the artifact computes what the low-bit ONNX file says. `status`: `passed`, or `skipped` with a
-    reason."""
-
-    status: str
-    reason: str = ""
-    limit: float = 0.0
-    comparisons: Sequence[Comparison] = ()
-
-    @property
-    def worst(self) -> float:
-        """The largest relative error of all outputs and inputs tried."""
-        return max((e for c in self.comparisons for e in c.rel_error.values()), default=0.0)
 
 
 @dataclass

@@ -1,1 +1,0 @@
-../../qgraph/samples.py

@@ -1,1 +1,0 @@
-../../qgraph/verify.py
