@@ -22,7 +22,7 @@ from qgraph.codegen.spec import KernelSpec
 Builder = Callable[[KernelSpec, Isa, str], Any]
 BUILDERS: dict[str, Builder] = {}
 
-_MODULES = ("elementwise", "matmul", "support")
+_MODULES = ("elementwise", "gather", "matmul", "norm", "reduce", "support")
 
 
 def kernel(op: str) -> Callable[[Builder], Builder]:

@@ -1,4 +1,5 @@
-"""What the operators of elementwise kernels mean: typed values in, one typed value out, on scalars and vectors alike.
+"""What the operators of elementwise kernels mean: typed values in, one typed value out, on scalars and
+vectors alike.
 
 Semantics are ONNX's, and where ONNX leaves a case open:
 
@@ -21,8 +22,8 @@ from qgraph.codegen.kernels import vmath
 from qgraph.codegen.kernels.vmath import Expr, const_like, convert, let, splat
 from qgraph.errors import UnsupportedError
 
-# dtype of the contracts -> TIR element type. A bool is a byte, 0 or 1, also in registers: TVM cannot bind vectors of
-# its own booleans, and simplifies logic on them slowly. LLVM turns such bytes back into masks.
+# dtype of the contracts -> TIR element type. A bool is a byte, 0 or 1, also in registers: TVM cannot bind
+# vectors of its own booleans, and simplifies logic on them slowly. LLVM turns such bytes back into masks.
 STORAGE = {"f32": "float32", "i64": "int64", "i32": "int32", "bool": "uint8", "u8": "uint8", "i8": "int8"}
 _NARROW = ("u8", "i8")
 _INTEGERS = ("i64", "i32", "u8", "i8")
@@ -30,7 +31,9 @@ _INTEGERS = ("i64", "i32", "u8", "i8")
 
 @dataclass(frozen=True)
 class Value:
-    """A typed expression. `expr` should be a variable or a constant: operators repeat it. `const` is known or None."""
+    """A typed expression. `expr` should be a variable or a constant: operators repeat it. `const` is known or
+    None.
+    """
 
     dtype: str
     expr: Expr
@@ -87,9 +90,7 @@ def cast(value: Value, dtype: str) -> Value:
 
 def _undefined(op: str, *args: Value) -> UnsupportedError:
     types = ", ".join(a.dtype for a in args)
-    return UnsupportedError(
-        f"elementwise operator '{op}' is not defined for ({types}): cast its operands first"
-    )
+    return UnsupportedError(f"no elementwise '{op}' of ({types}): cast its operands first")
 
 
 def _same_type(op: str, a: Value, b: Value) -> str:
@@ -102,7 +103,7 @@ def _same_type(op: str, a: Value, b: Value) -> str:
 
 
 def _int_divide(a: Expr, b: Expr, of_safe: Callable[[Expr], tuple[Expr, Expr]]) -> Expr:
-    """0 where b = 0; else of_safe(d) = (result for b = -1, result) where d is b with 0 and -1 replaced by 1."""
+    """0 where b = 0, else of_safe(d) = (result for b = -1, result); d is b without its 0 and -1."""
     zero, minus = const_like(b, 0), const_like(b, -1)
     safe = T.Select(T.Or(EQ(b, zero), EQ(b, minus)), const_like(b, 1), b)
 
@@ -113,7 +114,7 @@ def _int_divide(a: Expr, b: Expr, of_safe: Callable[[Expr], tuple[Expr, Expr]]) 
     return let(safe, select)
 
 
-def _int_div(a: Expr, b: Expr) -> Expr:
+def int_div(a: Expr, b: Expr) -> Expr:
     return _int_divide(a, b, lambda d: (const_like(a, 0) - a, T.truncdiv(a, d)))
 
 
@@ -150,7 +151,7 @@ _INT_BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
-    "div": _int_div,
+    "div": int_div,
     "mod": _int_mod,
     "fmod": _int_fmod,
     "min": T.min,
@@ -341,7 +342,9 @@ OPERATORS = _table()
 
 
 def apply(op: str, *args: Value) -> Value:
-    """Operator `op` of the `elementwise` contract. Raises UnsupportedError for an unknown one or for wrong types."""
+    """Operator `op` of the `elementwise` contract. Raises UnsupportedError for an unknown one or for wrong
+    types.
+    """
     if op not in OPERATORS or OPERATORS[op][0] != len(args):
         raise UnsupportedError(f"no elementwise operator '{op}' of {len(args)} operands")
     return OPERATORS[op][1](op, *args)

@@ -1,12 +1,14 @@
 """Elementary functions as TIR expressions: arithmetic, polynomials and bit operations only, never a call.
 
-Every function takes a float32 expression, scalar or vector of any number of lanes, and returns one of the same type.
-The target must have fused multiply-add; what else is used (division, min, max, rounding) is one instruction on AVX2,
-AVX-512 and NEON. NaN propagates, infinities and signed zeros follow C's libm unless a docstring says otherwise.
+Every function takes a float32 expression, scalar or vector of any number of lanes, and returns one of the
+same type. The target must have fused multiply-add; what else is used (division, min, max, rounding) is one
+instruction on AVX2, AVX-512 and NEON. NaN propagates, infinities and signed zeros follow C's libm unless a
+docstring says otherwise.
 
-Errors quoted are the largest over dense samples of the whole range, against float64 (tests/codegen/test_vmath.py
-asserts them); 1 ulp is at most 1.2e-7 of the value. Polynomials and rationals are minimax fits for relative error by Lawson's
-iteratively reweighted least squares in double precision; the error of the fit itself stands beside each.
+Errors quoted are the largest over dense samples of the whole range, against float64
+(tests/codegen/test_vmath.py asserts them); 1 ulp is at most 1.2e-7 of the value. Polynomials and rationals
+are minimax fits for relative error by Lawson's iteratively reweighted least squares in double precision; the
+error of the fit itself stands beside each.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _TAIL_P = (
     0.004077628808486503,
 )
 _TAIL_Q = (
-    1.0, 1.6723879788246891, 1.1992925449784988, 0.4674302234030877, 0.10120614201717885, 0.010220970918953078,
+    1.0, 1.6723879788246891, 1.1992925449784988,
+    0.4674302234030877, 0.10120614201717885, 0.010220970918953078,
 )  # fmt: skip
 _TAIL_MAX = 14.0  # Phi(-14) < 2^-126
 # erf(x) = x p(x^2), |x| <= 0.9: 1e-8.
@@ -53,15 +56,17 @@ _ERF = (
 )  # fmt: skip
 # tanh(x) = x p(x^2) / q(x^2), |x| <= 9.05: 2e-8.
 _TANH_P = (
-    0.9999999783438509, 0.133777548718363, 0.003491703296998611, 2.0545112404431368e-05, 1.3265853868655533e-08,
+    0.9999999783438509, 0.133777548718363, 0.003491703296998611,
+    2.0545112404431368e-05, 1.3265853868655533e-08,
 )  # fmt: skip
 _TANH_Q = (1.0, 0.46711069574762737, 0.02586220380112049, 0.0003279280266130613, 7.740251733613486e-07)
 _TANH_MAX = 9.05
 # sin(r) = r + r^3 s(r^2) and cos(r) = 1 - r^2/2 + r^4 c(r^2), |r| <= pi/4: 4e-9 and 1e-10.
 _SIN = (-0.16666654602253775, 0.008332160290789753, -0.00019515217993869475)
 _COS = (0.041666645670111795, -0.0013887315614715375, 2.4433082511270546e-05)
-# In float64, for pow: log2(m) = s p(s^2), s = (m-1)/(m+1), sqrt(1/2) <= m <= sqrt(2): 1e-11; 2^r, |r| <= 1/2: 4e-11.
+# For pow, in float64: log2(m) = s p(s^2), s = (m-1)/(m+1), sqrt(1/2) <= m <= sqrt(2): 1e-11.
 _LOG2 = (2.8853900817901534, 0.9617966732675823, 0.5770835978152202, 0.411672006149757, 0.34074246635919836)
+# 2^r, |r| <= 1/2: 4e-11.
 _EXP2 = (
     0.9999999999594847, 0.6931471805349851, 0.2402265121420639, 0.05550410976244309,
     0.009618025521185816, 0.0013333422534102257, 0.00015469758203643768, 1.5316487855488344e-05,
@@ -104,8 +109,8 @@ def const_like(x: Expr, value: float | int) -> Expr:
 def let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
     """`body(v)` with v bound to `value`, evaluated once however often v is used.
 
-    The binding is a statement at the current place of the function being built, by TVMScript or by the IR builder.
-    A vector of booleans cannot be bound.
+    The binding is a statement at the current place of the function being built, by TVMScript or by the IR
+    builder. A vector of booleans cannot be bound.
     """
     return body(value if isinstance(value, (tirx.Var, tirx.IntImm, tirx.FloatImm)) else named(value))
 
@@ -168,7 +173,7 @@ def _and(x: Expr, mask: int) -> Expr:
 
 
 def _exp_parts(x: Expr, finish: Callable[[Expr, Expr], Expr]) -> Expr:
-    """finish(exp(r), n) where x = n ln2 + r, n an int32 expression. x must be clamped to a range where |n| < 2^22."""
+    """finish(e^r, n) where x = n ln2 + r and n is an int32 expression; x must be clamped to |n| < 2^22."""
     return let(
         T.fma(x, const_like(x, 1 / math.log(2)), const_like(x, _ROUND32)),
         lambda t: let(
@@ -326,9 +331,10 @@ def vgelu_erf(x: Expr) -> Expr:
 
 
 def vgelu_tanh(x: Expr) -> Expr:
-    """x/2 (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3), as x / (1 + e^-2u), which never cancels. NaN at -inf.
+    """x/2 (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3), as x / (1 + e^-2u), which never cancels.
 
-    Relative error 5e-7 for x >= -2; it grows as |u| to 3e-6 where the result vanishes.
+    Relative error 5e-7 for x >= -2; it grows as |u| to 1e-5 where the result vanishes. NaN at
+    -inf.
     """
     a = -2 * math.sqrt(2 / math.pi)
 
@@ -391,7 +397,7 @@ def vcos(x: Expr) -> Expr:
 
 
 def vpow(x: Expr, y: Expr) -> Expr:
-    """x^y for float32 x and y, 1 ulp, computed in float64; C's pow for zeros, infinities, NaN and negative x."""
+    """x^y of float32 x and y, 1 ulp, by way of float64; C's pow for zeros, infinities, NaN and x < 0."""
     lanes = lanes_of(x)
 
     def f64(value: float) -> Expr:
@@ -446,16 +452,18 @@ def vpow(x: Expr, y: Expr) -> Expr:
 
 
 def vfloor_mod(x: Expr, y: Expr) -> Expr:
-    """x - floor(x / y) y with the sign of y, exact for |x / y| < 2^29; numpy's `mod`. NaN for y = 0 or x infinite."""
+    """Numpy's `mod`: x - floor(x / y) y with the sign of y, exact for |x / y| < 2^29."""
     return _mod(x, y, T.floor)
 
 
 def vfmod(x: Expr, y: Expr) -> Expr:
-    """x - trunc(x / y) y with the sign of x, exact for |x / y| < 2^29; C's `fmod`. NaN for y = 0 or x infinite."""
+    """C's `fmod`: x - trunc(x / y) y with the sign of x, exact for |x / y| < 2^29."""
     return _mod(x, y, T.trunc)
 
 
 def _mod(x: Expr, y: Expr, rounding: Callable[[Expr], Expr]) -> Expr:
+    """x - rounding(x / y) y, in float64. NaN for y = 0 or x infinite."""
+
     def remainder(xd: Expr, yd: Expr) -> Expr:
         return T.fma(-rounding(xd / yd), yd, xd)
 

@@ -1,0 +1,89 @@
+"""Gather: rows of a tensor picked by index. One block is one row of the output.
+
+An index counts from the end when negative. One that is out of range sets status[0] to 1 and leaves the row
+zero; nothing outside of the buffers is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as B
+
+from qgraph.codegen.isa import Isa
+from qgraph.codegen.kernels import kernel
+from qgraph.codegen.kernels.function import Function, function
+from qgraph.codegen.kernels.loops import each_vector, index, load, store
+from qgraph.codegen.kernels.ops import STORAGE
+from qgraph.codegen.kernels.vmath import Expr, named, splat
+from qgraph.codegen.spec import KernelSpec
+
+
+def _pointers(spec: KernelSpec) -> list[tuple[str, str]]:
+    data = STORAGE[spec["dtype"]]
+    return [("y", data), ("data", data), ("indices", STORAGE[spec["index"]]), ("status", "int32")]
+
+
+def _position(f: Function, at: Expr, size: Expr) -> tuple[Expr, Expr]:
+    """(indices[at] from the start of an axis of `size`, whether it is in range)."""
+    given = B.bind(T.Cast("int64", f.buffers["indices"][at]))
+    position = named(T.Select(given < 0, given + size, given))
+    return position, T.And(position >= 0, position < size)
+
+
+def _copy_row(f: Function, isa: Isa, row: Expr, inner: Expr, source: Expr, in_range: Expr) -> None:
+    """y[row, :] = data[source, :], or zeros and a status of 1."""
+    y, data = f.buffers["y"], f.buffers["data"]
+    lanes = isa.lanes
+
+    def copy(start: Expr, count: Expr | None) -> None:
+        store(y, load(data, source * inner + start, lanes, count), row * inner + start, count)
+
+    def clear(start: Expr, count: Expr | None) -> None:
+        store(y, splat(0, str(y.dtype), lanes), row * inner + start, count)
+
+    with B.If(in_range):
+        with B.Then():
+            each_vector(inner, lanes, copy)
+        with B.Else():
+            B.buffer_store(f.buffers["status"], T.int32(1), [index(0)])
+            each_vector(inner, lanes, clear)
+
+
+@kernel("gather")
+def gather(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
+    """y[o, i, :] = data[o, indices[i], :].
+
+    Parameters: dtype, index (i64 | i32).
+    Arguments: y [outer, m, inner], data [outer, n, inner], indices [m], status i32 [1], n, m, inner.
+    Block: 1 of outer * m.
+    """
+    with function(symbol, _pointers(spec), ["n", "m", "inner"]) as f:
+        n, m, inner = (f.scalars[name] for name in ("n", "m", "inner"))
+        with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
+            position, in_range = _position(f, T.truncmod(row, m), n)
+            _copy_row(f, isa, row, inner, T.truncdiv(row, m) * n + position, in_range)
+    return f.result
+
+
+@kernel("gather_nd")
+def gather_nd(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
+    """y[b, i, :] = data[b, indices[b, i, 0], .., indices[b, i, k - 1], :].
+
+    Parameters: dtype, index (i64 | i32), k (length of an index tuple, >= 1).
+    Arguments: y [batch, m, inner], data [batch, d0, .., d{k-1}, inner], indices [batch, m, k], status i32
+    [1], m, inner, d0, .., d{k-1}. Block: 1 of batch * m.
+    """
+    k = spec["k"]
+    with function(symbol, _pointers(spec), ["m", "inner", *(f"d{t}" for t in range(k))]) as f:
+        m, inner = f.scalars["m"], f.scalars["inner"]
+        with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
+            source, in_range = B.bind(T.truncdiv(row, m)), None
+            for t in range(k):
+                size = f.scalars[f"d{t}"]
+                position, inside = _position(f, row * k + t, size)
+                source = source * size + position
+                in_range = inside if in_range is None else T.And(in_range, inside)
+            _copy_row(f, isa, row, inner, source, in_range)
+    return f.result
