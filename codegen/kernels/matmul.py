@@ -69,7 +69,13 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
     K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]
     epilogue: tuple[str, ...] = spec["epilogue"]
     unknown = [e for e in epilogue if e not in ("bias", "residual", *ACTIVATIONS)]
-    if min(K, N, m_block) < 1 or n_block < LANES or n_block % LANES or n_block * GROUP > _PANEL_FLOATS or unknown:
+    if (
+        min(K, N, m_block) < 1
+        or n_block < LANES
+        or n_block % LANES
+        or n_block * GROUP > _PANEL_FLOATS
+        or unknown
+    ):
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
 
     L = isa.lanes
@@ -180,9 +186,7 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
             for kb in T.serial(T.ceildiv(kn, T.int64(GROUP))):
                 for v in T.unroll(tile_vectors):
                     scale = T.alloc_buffer((L,), "float32", scope="local")
-                    scale[lanes_at(0, L)] = scale_of(
-                        S, G, tile_of(panel, group, v), k0 // GROUP + kb, v
-                    )
+                    scale[lanes_at(0, L)] = scale_of(S, G, tile_of(panel, group, v), k0 // GROUP + kb, v)
                     for i in T.unroll(GROUP):
                         P[kb * GROUP + i, lanes_at(group * width + v * L, L)] = scaled(
                             raw_weight(W, tile_of(panel, group, v), k0 // GROUP + kb, i, v),
@@ -232,27 +236,23 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
             if full * tile_rows < rows:
                 tile(Y, X, W, P, m0, full * tile_rows, rows, panel, s * depth, kn, tile_rows // 2)
 
+    def finished(value: Any, B: Any, R: Any, row: Any, column: Any) -> Any:
+        for name in epilogue:
+            if name == "bias":
+                value = value + load(B, 0, column)
+            elif name == "residual":
+                value = value + load(R, row, column)
+            else:
+                value = ACTIVATIONS[name](value)
+        return value
+
     @T.inline
     def finish(Y, B, R, m0, rows, panel):
         """The epilogue, on the finished sums of the block."""
         for r in T.serial(rows):
             for v in T.serial(T.int64(n_block // L)):
                 column: T.let = panel * n_block + v * L
-                value = T.alloc_buffer((L,), "float32", scope="local")
-                value[lanes_at(0, L)] = load(Y, m0 + r, column)
-                apply(value, B, R, m0 + r, column, epilogue)
-                store(Y, m0 + r, column, value[lanes_at(0, L)])
-
-    @T.inline
-    def apply(value, B, R, row, column, names):
-        if len(names) > 0:
-            if names[0] == "bias":
-                value[lanes_at(0, L)] = value[lanes_at(0, L)] + load(B, 0, column)
-            elif names[0] == "residual":
-                value[lanes_at(0, L)] = value[lanes_at(0, L)] + load(R, row, column)
-            else:
-                value[lanes_at(0, L)] = ACTIVATIONS[names[0]](value[lanes_at(0, L)])
-            apply(value, B, R, row, column, names[1:])
+                store(Y, m0 + r, column, finished(load(Y, m0 + r, column), B, R, m0 + r, column))
 
     @T.prim_func(s_tir=True)
     def func(
@@ -276,7 +276,11 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
             if quantized
             else T.decl_buffer((tiles, K, LANES), "float32", data=w)
         )
-        S = T.decl_buffer((tiles, -(-K // GROUP), LANES), "uint8", data=block_scale) if quantized else T.meta_var(None)
+        S = (
+            T.decl_buffer((tiles, -(-K // GROUP), LANES), "uint8", data=block_scale)
+            if quantized
+            else T.meta_var(None)
+        )
         G = T.decl_buffer((1,), "float32", data=global_scale) if quantized else T.meta_var(None)
         B = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
         R = T.decl_buffer((M * N,), "float32", data=residual) if "residual" in epilogue else T.meta_var(None)

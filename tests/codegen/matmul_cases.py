@@ -1,0 +1,113 @@
+"""Operands and references shared by the tests of matmul kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from kernel_harness import Kernel, aligned, compile_kernel
+
+from qgraph.codegen.isa import Isa
+from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8
+from qgraph.codegen.spec import KernelSpec
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+@dataclass
+class Weight:
+    """A random NVFP4 weight and its float32 value [K, N]."""
+
+    codes: np.ndarray
+    block_scale: np.ndarray  # E4M3 bits
+    global_scale: np.ndarray
+
+    @property
+    def value(self) -> np.ndarray:
+        scale = self.block_scale.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * self.global_scale[0]
+        return E2M1[self.codes] * np.repeat(scale, 16, axis=0)[: self.codes.shape[0]]
+
+
+def make_weight(K: int, N: int, low: int = 0, high: int = 0x7F) -> Weight:
+    """Codes over all 16 values, scales over E4M3 bits [low, high), by default all finite ones >= 0."""
+    rng = np.random.default_rng(1000 * K + N)
+    codes = rng.integers(0, 16, (K, N), np.uint8)
+    return Weight(codes, rng.integers(low, high, (-(-K // 16), N), np.uint8), np.array([2.5e-3], np.float32))
+
+
+def gelu_erf(x: np.ndarray) -> np.ndarray:
+    from math import erf
+
+    return x * 0.5 * (1 + np.vectorize(erf)(x / np.sqrt(2)))
+
+
+ACTIVATIONS = {
+    "gelu_erf": gelu_erf,
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+}
+
+
+class MatMul:
+    """One matmul kernel with its operands: `run` returns y, `reference` the float64 answer."""
+
+    def __init__(
+        self,
+        isa: Isa,
+        op: str,
+        weight: Weight,
+        n_block: int = 32,
+        m_block: int = 128,
+        epilogue: tuple[str, ...] = (),
+    ) -> None:
+        self.K, self.N = weight.codes.shape
+        self.weight, self.epilogue = weight, epilogue
+        self.n_block, self.m_block = n_block, m_block
+        spec = KernelSpec.make(op, k=self.K, n=self.N, n_block=n_block, m_block=m_block, epilogue=epilogue)
+        self.kernel: Kernel = compile_kernel(spec, isa)
+        if op == "matmul_nvfp4":
+            words, scales = pack_nvfp4_n16k8(weight.codes, weight.block_scale)
+            self.operands = [aligned(words), aligned(scales), weight.global_scale]
+        else:
+            self.operands = [aligned(pack_f32_n16(weight.value))]
+        rng = np.random.default_rng(7)
+        self.bias = rng.standard_normal(self.N).astype(np.float32)
+        for a in (*self.operands, self.bias):
+            a.flags.writeable = False
+
+    def inputs(self, M: int) -> tuple[np.ndarray, np.ndarray]:
+        """x [M, K] and a residual [M, N]."""
+        rng = np.random.default_rng(M)
+        x = rng.standard_normal((M, self.K)).astype(np.float32)
+        return x, rng.standard_normal((M, self.N)).astype(np.float32)
+
+    def run(self, x: np.ndarray, residual: np.ndarray, **how: object) -> np.ndarray:
+        M = x.shape[0]
+        y = np.full((M, self.N), np.nan, np.float32)
+        args = [y, x, *self.operands]
+        args += [self.bias] if "bias" in self.epilogue else []
+        args += [residual] if "residual" in self.epilogue else []
+        blocks = -(-M // self.m_block) * -(-self.N // self.n_block)
+        self.kernel(*args, M, blocks=blocks, **how)  # type: ignore[arg-type]
+        return y
+
+    def reference(self, x: np.ndarray, residual: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            y = x.astype(np.float64) @ self.weight.value.astype(np.float64)
+            for name in self.epilogue:
+                if name == "bias":
+                    y = y + self.bias
+                elif name == "residual":
+                    y = y + residual
+                else:
+                    y = ACTIVATIONS[name](y)
+        return y
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative error in the 2-norm."""
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
