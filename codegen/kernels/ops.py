@@ -134,7 +134,7 @@ def _int_mod(a: Expr, b: Expr) -> Expr:
 
 def _nan_first(a: Expr, b: Expr, either: Expr) -> Expr:
     """`either` = TIR's min or max of (a, b), which gives b when unordered: keep a NaN in a."""
-    return T.Select(NE(a, a), a, either)
+    return T.Select(vmath.is_nan(a), a, either)
 
 
 _FLOAT_BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
@@ -324,7 +324,7 @@ def _is(op: str, a: Value) -> Value:
     if a.dtype != "f32":
         raise _undefined(op, a)
     if op == "isnan":
-        return _flag(NE(a.expr, a.expr))
+        return _flag(vmath.is_nan(a.expr))
     return _flag(EQ(vmath.vabs(a.expr), const_like(a.expr, math.inf)))
 
 

@@ -8,21 +8,21 @@ from typing import Any
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
-from tvm.tirx import EQ, NE
+from tvm.tirx import EQ
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.function import function
 from qgraph.codegen.kernels.loops import ACCUMULATORS, accumulate, each_vector, index, keep, load, store
 from qgraph.codegen.kernels.ops import STORAGE, int_div
-from qgraph.codegen.kernels.vmath import Expr, convert, lanes_of, let, named, splat
+from qgraph.codegen.kernels.vmath import Expr, convert, is_nan, lanes_of, let, named, splat
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import UnsupportedError
 
 
 def _first_nan(either: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
     # TIR's min and max give their second operand when unordered: keep a NaN in the first.
-    return lambda a, b: T.Select(NE(a, a), a, either(a, b))
+    return lambda a, b: T.Select(is_nan(a), a, either(a, b))
 
 
 def _range(dtype: str) -> tuple[int | float, int | float]:

@@ -150,6 +150,12 @@ def polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
     return acc
 
 
+def is_nan(x: Expr) -> Expr:
+    """Whether a float32 is NaN, as a boolean. By its bits: TVM's simplifier takes `x != x` for false."""
+    magnitude = _and(bits_as(x, "int32"), 0x7FFFFFFF)
+    return magnitude > const_like(magnitude, 0x7F800000)
+
+
 def vabs(x: Expr) -> Expr:
     """|x|, exact; of a float only the sign bit changes, also of NaN."""
     return T.abs(x)
@@ -388,7 +394,8 @@ def _sin_cos(x: Expr, quarter: int) -> Expr:
 
 def vsin(x: Expr) -> Expr:
     """Sine, 1.5 ulp for |x| <= 2^40. Beyond, where float32 cannot tell turns apart, some value in [-1, 1]."""
-    return _sin_cos(x, 0)
+    zero = const_like(x, 0.0)
+    return let(x, lambda v: T.Select(tirx.EQ(v, zero), v, _sin_cos(v, 0)))  # sin(-0) = -0
 
 
 def vcos(x: Expr) -> Expr:
@@ -444,7 +451,7 @@ def vpow(x: Expr, y: Expr) -> Expr:
         sign = T.Select(odd, _and(bits_as(xv, "int32"), -(2**31)), splat(0, "int32", lanes))
         signed = bits_as(T.bitwise_or(bits_as(magnitude, "int32"), sign), "float32")
         undefined = T.And(T.And(xv < f32(0.0), T.Not(integer)), xv > f32(-math.inf))
-        unordered = T.Or(T.Or(xv != xv, yv != yv), undefined)
+        unordered = T.Or(T.Or(is_nan(xv), is_nan(yv)), undefined)
         result = T.Select(unordered, f32(math.nan), signed)
         return T.Select(T.Or(xv == f32(1.0), yv == f32(0.0)), f32(1.0), result)
 
