@@ -81,7 +81,6 @@ def _lower(mod: Any, target: Any) -> Any:
             s_tir.LowerInitBlock(),
             s_tir.PlanAndUpdateBufferAllocationLocation(),
             s_tir.ConvertBlocksToOpaque(),
-            s_tir.CompactBufferAllocation(),
             s_tir.LowerMatchBuffer(),
             s_tir.StmtSimplify(),
             s_tir.LowerOpaqueBlock(),

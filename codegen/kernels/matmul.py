@@ -3,12 +3,13 @@
 Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` output columns. A chunk of
 at most _DIRECT_ROWS rows multiplies weights straight from registers (a matrix-vector product, bound by the bandwidth
 of the weights). A larger one decodes a K-slice of the panel once, to a tile on the stack, and runs a register-blocked
-kernel of _TILES[lanes] rows x vectors over it; sums wait in y between K-slices. Both end with the same pass that
+kernel over it (gemm.py); sums wait in y between K-slices. Both end with the same pass that
 applies the epilogue to the finished block. Sums are float32, and a row's result depends on no other row's values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -16,6 +17,7 @@ from tvm.tirx import PrimFunc
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
+from qgraph.codegen.kernels.gemm import TILES, accumulate
 from qgraph.codegen.kernels.decode import e2m1_decoder, e4m3
 from qgraph.codegen.kernels.vector import f32, lanes_at, load_first, splat, store_first
 from qgraph.codegen.kernels.vmath import const_like, vgelu_erf, vgelu_tanh, vsigmoid, vsilu, vtanh
@@ -32,8 +34,6 @@ ACTIVATIONS = {
     "sigmoid": vsigmoid,
 }
 
-# Rows x vectors of the accumulator tile: as many as the registers hold beside a row of weights and one x.
-_TILES = {16: (8, 2), 8: (6, 2), 4: (6, 4)}
 _DIRECT_ROWS = 4
 _PANEL_FLOATS = 8192  # of decoded weights: 32 KiB of stack, half of what a kernel may use
 
@@ -80,7 +80,7 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
 
     L = isa.lanes
     parts = LANES // L  # vectors of one n16 tile
-    tile_rows, tile_vectors = _TILES[L]
+    tile_rows, tile_vectors = TILES[L]
     if n_block % (tile_vectors * L):
         tile_vectors = parts
     width = tile_vectors * L  # columns of the accumulator tile
@@ -115,11 +115,15 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
             return value
         return (value if decoder.unit == 1.0 else value * f32(decoder.unit, L)) * scale
 
-    def sliced_weight(W: Any, P: Any, panel: Any, group: Any, k0: Any, k: Any, v: Any) -> Any:
-        """Weights of input k0 + k for the tile kernel: decoded to the stack, or where they are."""
+    def x_at(X: Any, m0: Any, row: Any, rows: Any, k0: Any) -> Callable[[Any, Any], Any]:
+        """Element (r, k) of the tile kernel's left operand; rows beyond the block repeat its last one."""
+        return lambda r, k: X[(m0 + T.min(row + r, rows - 1)) * K + k0 + k]
+
+    def weight_at(W: Any, P: Any, panel: Any, group: Any, k0: Any) -> Callable[[Any, Any], Any]:
+        """Vector (k, v) of its right operand: decoded to the stack, or where it is."""
         if quantized:
-            return P[k, lanes_at(group * width + v * L, L)]
-        return W[tile_of(panel, group, v), k0 + k, part_of(v)]
+            return lambda k, v: P[k, lanes_at(group * width + v * L, L)]
+        return lambda k, v: W[tile_of(panel, group, v), k0 + k, part_of(v)]
 
     def load(A: Any, row: Any, column: Any) -> Any:
         """L columns of a [rows, N] buffer; those beyond N are not read."""
@@ -198,15 +202,15 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
         """Adds inputs [k0, k0 + kn) to rows [row, row + R) of the block, as far as they are below `rows`."""
         for group in T.serial(T.int64(groups)):
             acc = T.alloc_buffer((R, tile_vectors, L), "float32", scope="local")
-            for r in T.unroll(T.int64(R)):
-                for v in T.unroll(tile_vectors):
-                    acc[r, v, lanes_at(0, L)] = f32(0, L)
-            for k in T.serial(kn):
-                for r in T.unroll(T.int64(R)):
-                    for v in T.unroll(tile_vectors):
-                        acc[r, v, lanes_at(0, L)] = acc[r, v, lanes_at(0, L)] + splat(
-                            X[(m0 + T.min(row + r, rows - 1)) * K + k0 + k], L
-                        ) * sliced_weight(W, P, panel, group, k0, k, v)
+            accumulate(
+                acc,
+                x_at(X, m0, row, rows, k0),
+                weight_at(W, P, panel, group, k0),
+                kn,
+                R,
+                tile_vectors,
+                L,
+            )
             for r in T.unroll(T.int64(R)):
                 if row + r < rows:
                     for v in T.unroll(tile_vectors):
