@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for artifact_builder, under py
 
 import artifact_builder
 from artifact_builder import Parts
+from cmake_build import RUNTIME, cmake_build, sanitizers
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +37,18 @@ def toy_path(tmp_path_factory: pytest.TempPathFactory, toy_parts: Parts) -> Path
     path = tmp_path_factory.mktemp("artifacts") / "toy.qg"
     path.write_bytes(toy_parts.to_bytes())
     return path
+
+
+@pytest.fixture(scope="session")
+def test_programs(tmp_path_factory: pytest.TempPathFactory, toy_path: Path) -> Path:
+    """Build folder of the C++ tests, with sanitizers where the compiler has them."""
+    folder = tmp_path_factory.mktemp("tests-build")
+    options = ["-DQGRAPH_BUILD_TESTS=ON", f"-DQGRAPH_TEST_ARTIFACT={toy_path}"]
+    if sanitizers():
+        options += [
+            f"-DQGRAPH_SANITIZE={sanitizers()}",
+            "-DCMAKE_BUILD_TYPE=Sanitize",
+            "-DCMAKE_CXX_FLAGS=-O1 -g1",
+        ]
+    cmake_build(RUNTIME, folder, *options)
+    return folder

@@ -1,0 +1,49 @@
+"""CMake builds of the runtime for the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RUNTIME = Path(__file__).parents[2] / "runtime"
+
+
+def run(*command: str | Path, **options: Any) -> str:
+    """Standard output of a command; a failure shows all that it printed."""
+    arguments = [str(part) for part in command]
+    done = subprocess.run(arguments, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return str(done.stdout)
+
+
+def tool(name: str) -> str:
+    """Path of a tool, from the PATH or beside this Python (wheels bring cmake, ctest, ninja); skips without."""
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if path is None:
+        pytest.skip(f"needs {name}")
+    return path
+
+
+def cmake_build(source: Path, folder: Path, *options: str) -> None:
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    run(tool("cmake"), "-S", source, "-B", folder, *generator, *options)
+    run(tool("cmake"), "--build", folder, "--parallel", str(os.cpu_count() or 1))
+
+
+@cache
+def sanitizers() -> str:
+    """What of address,undefined the compiler can link: all or nothing."""
+    compiler = os.environ.get("CXX", "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        command = f"{compiler} -fsanitize=address,undefined -x c++ - -o {folder}/a"
+        done = subprocess.run(command.split(), input="int main(){}", text=True, capture_output=True)
+        works = done.returncode == 0 and subprocess.run([f"{folder}/a"]).returncode == 0
+    return "address,undefined" if works else ""
