@@ -66,9 +66,10 @@ class _Expression:
         return scalar if self.lanes == 1 else T.broadcast(scalar, self.lanes)
 
     def _bind(self, value: Value) -> Value:
-        if value.const is not None or isinstance(value.expr, tirx.Var):
+        # Float constants are bound too: TVM's simplifier would take 0 * x for 0 and x + 0 for x.
+        if isinstance(value.expr, tirx.Var) or (value.const is not None and value.dtype != "f32"):
             return value
-        return Value(value.dtype, named(value.expr))
+        return Value(value.dtype, named(value.expr), value.const)
 
     def _iota(self, axis: int) -> Expr:
         if axis < len(self.index):

@@ -137,9 +137,14 @@ def _nan_first(a: Expr, b: Expr, either: Expr) -> Expr:
     return T.Select(vmath.is_nan(a), a, either)
 
 
+def _float_sub(a: Expr, b: Expr) -> Expr:
+    # TVM's simplifier takes x - x for 0, which infinities and NaN are not.
+    return T.fma(a, const_like(a, 1.0), -b) if a.same_as(b) else a - b
+
+
 _FLOAT_BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
+    "sub": _float_sub,
     "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b,
     "mod": vmath.vfloor_mod,
@@ -248,6 +253,10 @@ _COMPARE: dict[str, Callable[[Expr, Expr], Expr]] = {
 
 def _compare(op: str, a: Value, b: Value) -> Value:
     dtype = _same_type(op, a, b)
+    if dtype == "f32" and op in ("eq", "ne") and a.expr.same_as(b.expr):
+        # The usual test for NaN; TVM's simplifier takes x = x for true.
+        nan = _flag(vmath.is_nan(a.expr))
+        return nan if op == "ne" else _not(op, nan)
     if dtype in ("bool", *_NARROW):
         a, b = cast(a, "i32"), cast(b, "i32")
     return _flag(_COMPARE[op](a.expr, b.expr))
