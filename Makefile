@@ -8,51 +8,51 @@ CXX ?= c++
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
 
-DEMO := .venv/bin
-TEST := .venv-test/bin
+BIN := .venv/bin
 MODEL := out/minilm.onnx
+SOURCES := git ls-files -z 'runtime/*.h' 'runtime/*.hpp' 'runtime/*.c' 'runtime/*.cc'
 
 .PHONY: demo test lint format clean check-tools
 
-demo: $(DEMO)/.installed $(MODEL)
-	$(DEMO)/python -m qgraph.models demo minilm $(MODEL) -o out
+demo: .venv/.demo $(MODEL)
+	$(BIN)/python benchmarks/demo.py $(MODEL)
 
-$(MODEL): | $(DEMO)/.installed
+$(MODEL): | .venv/.demo
 	@mkdir -p out
-	$(DEMO)/python -m qgraph.models export minilm $@
+	$(BIN)/python -m qgraph.models export minilm $@
 
 test: lint
-	$(TEST)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-lint: $(TEST)/.installed
-	$(TEST)/ruff check
-	$(TEST)/ruff format --check
-	$(TEST)/mypy
-	git ls-files -z 'runtime/*.h' 'runtime/*.cc' 'runtime/*.cpp' 'runtime/*.c' | xargs -0 -r $(TEST)/clang-format --dry-run -Werror
+lint: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(SOURCES) | xargs -0 -r $(BIN)/clang-format --dry-run -Werror
 
-format: $(TEST)/.installed
-	$(TEST)/ruff check --fix
-	$(TEST)/ruff format
-	git ls-files -z 'runtime/*.h' 'runtime/*.cc' 'runtime/*.cpp' 'runtime/*.c' | xargs -0 -r $(TEST)/clang-format -i
+format: .venv/.test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(SOURCES) | xargs -0 -r $(BIN)/clang-format -i
 
-# An environment is remade when the requirements change; the sources are installed editable.
-$(DEMO)/.installed: pyproject.toml | check-tools
+# The sources are installed editable; the environment is brought up to date when the requirements change.
+.venv/.demo: pyproject.toml | check-tools
 	$(PYTHON) -m venv .venv
-	$(DEMO)/python -m pip install -q $(PIP_FLAGS) -e '.[demo]'
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[demo]'
 	@touch $@
 
-$(TEST)/.installed: pyproject.toml | check-tools
-	$(PYTHON) -m venv .venv-test
-	$(TEST)/python -m pip install -q $(PIP_FLAGS) -e '.[test]' 'setuptools>=77'
+.venv/.test: pyproject.toml | check-tools
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[test]'
 	@touch $@
 
 check-tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  { echo "error: qgraph needs Python 3.11 or newer: set PYTHON, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	  { echo "error: qgraph needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-	  { echo "error: $(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	  { echo "error: $(PYTHON) makes no virtual environments: install its venv module (python3-venv)" >&2; exit 1; }
 	@echo '#include <filesystem>' | $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null || \
-	  { echo "error: no C++17 compiler: install g++ or clang++ and set CXX" >&2; exit 1; }
+	  { echo "error: no C++17 compiler: install g++ or clang++, or set CXX" >&2; exit 1; }
 
 clean:
-	rm -rf .venv .venv-test out build dist
+	rm -rf .venv out build dist

@@ -27,11 +27,17 @@ class Check:
 
 
 @click.command()
+@click.option("--ops", is_flag=True, help="List the operators that can be compiled, and nothing else.")
 @json_option
 @standard_options
-def command(as_json: bool) -> None:
+def command(ops: bool, as_json: bool) -> None:
     """Check this machine: versions, CPU features, C++ compiler, cache folder, and whether the runtime builds
     and loads. Exits with 6 when something that qgraph needs is missing or broken."""
+    if ops:
+        from qgraph.codegen.lowering import supported_ops
+
+        print_json(supported_ops()) if as_json else print("\n".join(supported_ops()))
+        return
     checks = list(_checks())
     if as_json:
         print_json([asdict(check) for check in checks])
