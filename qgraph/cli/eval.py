@@ -1,0 +1,103 @@
+"""`qgraph eval`: a model's score on labelled data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qgraph.cli.console import make_progress, print_json, table
+from qgraph.cli.options import json_option, quiet_option, standard_options, threads_option
+
+if TYPE_CHECKING:
+    from qgraph.evaluate.runners import Runner
+    from qgraph.evaluate.sts import Pair, SentenceTokenizer, StsResult
+    from qgraph.progress import Progress
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.group()
+def command() -> None:
+    """Measure an artifact or an ONNX file on a task."""
+
+
+@command.command()
+@click.argument("model", type=_PATH)
+@click.option("--data", type=_PATH, required=True, help="CSV of sentence,sentence,score without a header.")
+@click.option("--tokenizer", type=_PATH, required=True, help="The model's tokenizer.json.")
+@click.option("--against", type=_PATH, help="Another model to score beside it, usually the float ONNX file.")
+@click.option("--output", default="last_hidden_state", show_default=True, help="The output that is pooled.")
+@click.option(
+    "--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens a sentence."
+)
+@click.option("--limit", type=click.IntRange(2), help="Only the first so many pairs.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Sentences a run.")
+@threads_option
+@quiet_option
+@json_option
+@standard_options
+def sts(
+    model: Path,
+    data: Path,
+    tokenizer: Path,
+    against: Path | None,
+    output: str,
+    max_length: int,
+    limit: int | None,
+    batch: int,
+    threads: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Semantic textual similarity: Spearman's correlation between the cosine of two sentences' mean-pooled
+    embeddings and the ratings in --data. MODEL is an artifact (.qg) or an ONNX file, which ONNX Runtime runs.
+    With --against, also the mean cosine between the two models' embeddings of the same sentence."""
+    from qgraph.evaluate.runners import open_runner
+    from qgraph.evaluate.similarity import cosine
+    from qgraph.evaluate.sts import SentenceTokenizer, read_pairs
+
+    pairs = read_pairs(data, limit)
+    tokenize = SentenceTokenizer(tokenizer, max_length=max_length)
+    results: list[tuple[Path, StsResult]] = []
+    with make_progress(quiet) as progress:
+        for path in (model, against):
+            if path is not None:
+                runner = open_runner(path, threads=threads)
+                results.append((path, _score(runner, tokenize, pairs, output, batch, progress)))
+    found: dict[str, Any] = {
+        "pairs": len(pairs),
+        "models": [{"path": str(path), "spearman": result.spearman} for path, result in results],
+    }
+    if against is not None:
+        found["mean_cosine"] = float(cosine(results[0][1].embeddings, results[1][1].embeddings).mean())
+        found["spearman_difference"] = results[0][1].spearman - results[1][1].spearman
+    if as_json:
+        print_json(found)
+        return
+    rows = [(path, f"Spearman {result.spearman:.4f}") for path, result in results]
+    print(table([("pairs", len(pairs)), *rows]))
+    if against is not None:
+        print(f"difference {found['spearman_difference']:+.4f}; mean cosine {found['mean_cosine']:.4f}")
+
+
+def _score(
+    runner: Runner,
+    tokenize: SentenceTokenizer,
+    pairs: list[Pair],
+    output: str,
+    batch: int,
+    progress: Progress,
+) -> StsResult:
+    from qgraph.evaluate.sts import evaluate_sts
+
+    progress.phase(runner.name)
+    return evaluate_sts(
+        runner,
+        tokenize,
+        pairs,
+        output=output,
+        batch=batch,
+        on_batch=lambda done, total: progress.step(done, total, f"{done} of {total} sentences"),
+    )

@@ -1,0 +1,363 @@
+"""Whatever is wrong: one clear line, the documented exit code, no traceback, and no file that was not there
+before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from cli_harness import Compiled, Result, command, qgraph
+from onnx import TensorProto, helper, numpy_helper
+from tiny_model import save_tiny, tiny_transformer
+
+USAGE, INPUT, UNSUPPORTED, BUDGET, RESOURCE = 2, 3, 4, 5, 6
+
+
+def assert_fails(result: Result, code: int, *words: str) -> None:
+    """One line on stderr that begins with `error: ` and holds `words`; nothing on stdout; the exit code."""
+    assert result.code == code, result
+    assert result.out == ""
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.err
+    assert all(char.isprintable() for char in lines[0])
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too, with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+
+def _missing(path: Path) -> None:
+    pass
+
+
+def _empty(path: Path) -> None:
+    path.touch()
+
+
+def _truncated(path: Path) -> None:
+    save_tiny(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _random(path: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(4096))
+
+
+def _text(path: Path) -> None:
+    path.write_text("this is not a model\n" * 20)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _change(change: Callable[[onnx.ModelProto], None]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        model = tiny_transformer()
+        change(model)
+        onnx.save(model, path)
+
+    return write
+
+
+def _foreign_op(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Gelu")
+    node.op_type, node.domain = "Frobnicate", "com.example"
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+
+
+def _standard_op_without_kernel(model: onnx.ModelProto) -> None:
+    next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Det"
+
+
+def _control_characters(model: onnx.ModelProto) -> None:
+    _foreign_op(model)
+    next(
+        node for node in model.graph.node if node.op_type == "Frobnicate"
+    ).name = "\x1b[31mred\x07\nnext\u202eline"
+
+
+def _nan_weight(model: onnx.ModelProto) -> None:
+    weight = next(t for t in model.graph.initializer if t.name == "layer.0.up.weight")
+    values = numpy_helper.to_array(weight).copy()
+    values[3, 5] = np.nan
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+
+
+def _no_opset(model: onnx.ModelProto) -> None:
+    del model.opset_import[:]
+
+
+def _undefined_value(model: onnx.ModelProto) -> None:
+    model.graph.node[5].input[0] = "nowhere"
+
+
+def _external(location: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        weight = model.graph.initializer[0]
+        weight.ClearField("raw_data")
+        weight.data_location = TensorProto.EXTERNAL
+        weight.external_data.add(key="location", value=location)
+
+    return change
+
+
+MODELS: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
+    "missing": (_missing, INPUT, ("bad.onnx", "no such file")),
+    "empty": (_empty, INPUT, ("bad.onnx", "empty")),
+    "truncated": (_truncated, INPUT, ("bad.onnx", "truncated")),
+    "random bytes": (_random, INPUT, ("bad.onnx", "not an ONNX model")),
+    "text": (_text, INPUT, ("bad.onnx",)),
+    "folder": (_folder, INPUT, ("bad.onnx", "not a file")),
+    "operator of another domain": (_change(_foreign_op), UNSUPPORTED, ("Frobnicate", "layer.0/gelu")),
+    "operator without a kernel": (_change(_standard_op_without_kernel), UNSUPPORTED, ("Det", "layer.0/gelu")),
+    "control characters in a name": (
+        _change(_control_characters),
+        UNSUPPORTED,
+        ("Frobnicate", r"\x1b[31mred"),
+    ),
+    "NaN weight": (_change(_nan_weight), INPUT, ("layer.0.up.weight",)),
+    "no opset": (_change(_no_opset), INPUT, ("opset",)),
+    "undefined value": (_change(_undefined_value), INPUT, ("nowhere",)),
+    "external data missing": (_change(_external("gone.bin")), INPUT, ("gone.bin", "missing")),
+    "external data above": (_change(_external("../gone.bin")), INPUT, ("../gone.bin",)),
+    "external data absolute": (_change(_external("/etc/passwd")), INPUT, ("/etc/passwd",)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bad_model(name: str, tmp_path: Path) -> None:
+    write, code, words = MODELS[name]
+    write(tmp_path / "bad.onnx")
+    before = files(tmp_path)
+    assert_fails(qgraph("compile", "-q", "bad.onnx", cwd=tmp_path), code, *words)
+    assert files(tmp_path) == before
+
+
+def test_a_failure_leaves_earlier_results(tiny: Path, tmp_path: Path) -> None:
+    """What an earlier run wrote under the same names is untouched, byte for byte."""
+    for suffix in (".onnx", ".qg", ".report.json"):
+        (tmp_path / f"out{suffix}").write_text(f"earlier {suffix}")
+    before = files(tmp_path)
+    _change(_nan_weight)(tmp_path / "bad.onnx")
+    before |= {"bad.onnx": (tmp_path / "bad.onnx").read_bytes()}
+    assert_fails(qgraph("compile", "-q", "bad.onnx", "-o", "out", cwd=tmp_path), INPUT)
+    assert files(tmp_path) == before
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = qgraph("compile", "-q", "missing.onnx", "--debug", cwd=tmp_path)
+    assert result.code == INPUT
+    assert "Traceback" in result.err
+
+
+# ---- options -----------------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
+    "unknown scheme": (("--scheme", "nvfp5"), USAGE, ("nvfp5", "did you mean 'nvfp4'?")),
+    "unknown solver": (("--solver", "sweeep"), USAGE, ("sweeep", "did you mean 'sweep'?")),
+    "unknown target": (("--target", "x86-linux"), USAGE, ("x86-linux", "did you mean 'x86_64-linux'?")),
+    "unknown style": (("--onnx-style", "qcd"), USAGE, ("qcd", "did you mean 'qdq'?")),
+    "unknown option": (("--schema", "nvfp4"), USAGE, ("--schema",)),
+    "option without value": (("--scheme",), USAGE, ("--scheme",)),
+    "two models": (("tiny.onnx",), USAGE, ("tiny.onnx",)),
+    "negative threads": (("--threads", "-1"), USAGE, ("threads",)),
+    "not a number": (("--seed", "x"), USAGE, ("--seed",)),
+    "pattern that matches nothing": (("--exclude", "no/such/layer"), USAGE, ("no/such/layer",)),
+    "config missing": (("--config", "none.toml"), INPUT, ("none.toml",)),
+    "output folder missing": (("-o", "none/out"), RESOURCE, ("none/out", "does not exist")),
+    "output is the input": (("-o", "tiny"), USAGE, ("tiny.onnx", "is the input")),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bad_option(name: str, tiny: Path, tmp_path: Path) -> None:
+    options, code, words = OPTIONS[name]
+    (tmp_path / "tiny.onnx").write_bytes(tiny.read_bytes())
+    before = files(tmp_path)
+    assert_fails(qgraph("compile", "-q", "tiny.onnx", *options, cwd=tmp_path), code, *words)
+    assert files(tmp_path) == before
+
+
+def test_unknown_command() -> None:
+    assert_fails(qgraph("comple"), USAGE, "comple", "did you mean 'compile'?")
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("scheme = ", INPUT, ("bad.toml", "TOML")),
+        ("shceme = 'nvfp4'", USAGE, ("shceme", "did you mean 'scheme'?")),
+        ("include = 'all'", USAGE, ("include",)),
+        ("threads = 'two'", USAGE, ("threads",)),
+        ("verify = 1", USAGE, ("verify",)),
+        ("\xff\xfe", INPUT, ("bad.toml",)),
+    ],
+)
+def test_bad_config(text: str, code: int, words: tuple[str, ...], tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_bytes(text.encode("latin-1"))
+    assert_fails(
+        qgraph("compile", "-q", tiny, "--config", tmp_path / "bad.toml", "-o", tmp_path / "x"), code, *words
+    )
+    assert set(files(tmp_path)) == {"bad.toml"}
+
+
+# ---- where the result goes ---------------------------------------------------------------------------------
+
+
+def test_unwritable_folder(tiny: Path, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    assert_fails(qgraph("compile", "-q", tiny, "-o", folder / "out"), RESOURCE, "permission denied")
+
+
+def test_output_below_a_file(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_fails(qgraph("compile", "-q", tiny, "-o", tmp_path / "file" / "out"), RESOURCE, "not a directory")
+
+
+def test_output_is_a_folder(tiny: Path, tmp_path: Path) -> None:
+    """A folder stands where the artifact should go."""
+    (tmp_path / "out.qg").mkdir()
+    assert_fails(qgraph("compile", "-q", tiny, "-o", tmp_path / "out"), RESOURCE, "out.qg", "directory")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.qg"]
+
+
+# Kilobytes that are too few for the tiny model's ONNX file, and too few for its artifact but not for the ONNX
+# file.
+TOO_SMALL = (32, 128)
+
+
+@pytest.fixture(params=TOO_SMALL)
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system that is too small."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root that may mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk(tiny: Path, small_disk: Path) -> None:
+    result = qgraph("compile", "-q", tiny, "-o", small_disk / "out")
+    assert_fails(result, RESOURCE, "the disk is full")
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", TOO_SMALL)
+def test_file_size_limit(limit: int, tiny: Path, tmp_path: Path) -> None:
+    """The same without root: the process may write no larger file."""
+    script = 'ulimit -f "$0"; trap "" XFSZ; exec "$1" -m qgraph compile -q "$2" -o "$3"'
+    result = command("bash", "-c", script, str(limit), sys.executable, str(tiny), str(tmp_path / "out"))
+    assert_fails(result, RESOURCE, "cannot write")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- at run time -------------------------------------------------------------------------------------------
+
+
+def _feeds(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
+    feeds: dict[str, np.ndarray | None] = {
+        "input_ids": np.arange(14, dtype=np.int64).reshape(2, 7),
+        "attention_mask": np.ones((2, 7), np.int64),
+        **changes,
+    }
+    return {name: array for name, array in feeds.items() if array is not None}
+
+
+FEEDS: dict[str, tuple[dict[str, np.ndarray], tuple[str, ...]]] = {
+    "missing input": (_feeds(attention_mask=None), ("attention_mask", "missing")),
+    "unknown input": (_feeds(token_types=np.ones((2, 7), np.int64)), ("token_types",)),
+    "wrong dtype": (_feeds(input_ids=np.ones((2, 7), np.float32)), ("input_ids", "int64", "float32")),
+    "wrong rank": (_feeds(input_ids=np.ones(7, np.int64)), ("input_ids",)),
+    "dims that disagree": (_feeds(attention_mask=np.ones((2, 8), np.int64)), ("attention_mask",)),
+    "no elements": (_feeds(input_ids=np.ones((0, 7), np.int64)), ("batch",)),
+    "id outside the table": (_feeds(input_ids=np.full((2, 7), 97, np.int64)), ("embedding",)),
+}
+
+
+@pytest.mark.parametrize("name", FEEDS)
+def test_bad_feeds(name: str, compiled: Compiled, tmp_path: Path) -> None:
+    feeds, words = FEEDS[name]
+    np.savez(tmp_path / "in.npz", **feeds)  # type: ignore[arg-type]
+    result = qgraph("run", compiled.artifact, "--input", tmp_path / "in.npz", "-o", tmp_path / "out.npz")
+    assert_fails(result, INPUT, *words)
+    assert set(files(tmp_path)) == {"in.npz"}
+
+
+RUN_OPTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
+    "input file missing": (("--input", "input_ids=none.npy"), INPUT, ("none.npy", "no such file")),
+    "input file not numpy": (("--input", "input_ids=text.npy"), INPUT, ("text.npy",)),
+    "input with pickle": (("--input", "input_ids=pickle.npy"), INPUT, ("pickle.npy",)),
+    "npy without a name": (("--input", "ids.npy"), USAGE, ("ids.npy", "name")),
+    "unknown dim": (("--dim", "bach=2"), USAGE, ("bach", "batch")),
+    "malformed dim": (("--dim", "batch"), USAGE, ("batch", "NAME=SIZE")),
+    "zero dim": (("--dim", "batch=0"), USAGE, ("batch", "at least 1")),
+    "unknown isa": (("--isa", "pentium"), UNSUPPORTED, ("pentium",)),
+}
+
+
+@pytest.mark.parametrize("name", RUN_OPTIONS)
+def test_bad_run_option(name: str, compiled: Compiled, tmp_path: Path) -> None:
+    options, code, words = RUN_OPTIONS[name]
+    (tmp_path / "text.npy").write_text("not numpy")
+    np.save(tmp_path / "ids.npy", np.ones((2, 7), np.int64))
+    np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    assert_fails(qgraph("run", compiled.artifact, *options, cwd=tmp_path), code, *words)
+
+
+def test_damaged_artifact(compiled: Compiled, tmp_path: Path) -> None:
+    """A flipped bit, a cut, and what is no artifact at all: by `run` and by `inspect`."""
+    data = bytearray(compiled.artifact.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "flipped.qg").write_bytes(data)
+    (tmp_path / "cut.qg").write_bytes(compiled.artifact.read_bytes()[:-1])
+    (tmp_path / "empty.qg").touch()
+    (tmp_path / "onnx.qg").write_bytes(compiled.model.read_bytes())
+    for name in ("flipped", "cut", "empty", "onnx", "missing"):
+        for verb in ("run", "inspect"):
+            assert_fails(qgraph(verb, tmp_path / f"{name}.qg"), INPUT, f"{name}.qg")
+
+
+def test_check_exits_with_5_beyond_its_limits(compiled: Compiled) -> None:
+    """Against the original at a demand that 4-bit weights cannot meet: the table is printed, then the
+    error."""
+    result = qgraph("check", compiled.artifact, "--original", compiled.model, "--min-cosine", "0.99999999")
+    assert result.code == BUDGET
+    assert result.err.count("\n") == 1 and result.err.startswith("error: ")
+    assert "MISSED" in result.out
+
+
+def test_check_needs_a_reference(compiled: Compiled) -> None:
+    assert_fails(qgraph("check", compiled.artifact), USAGE, "--lowbit")
+
+
+def test_internal_errors_are_one_line_and_70(tmp_path: Path) -> None:
+    """An exception that nobody foresaw."""
+    code = (
+        "import sys, qgraph.cli.schemes as s\n"
+        "s.SCHEMES = None\n"
+        "from qgraph.cli import run\n"
+        "sys.exit(run(['schemes']))"
+    )
+    assert_fails(command(sys.executable, "-c", code), 70, "internal error", "--debug")
