@@ -137,6 +137,19 @@ def replace_node(
     ir.convenience.replace_nodes_and_values(graph, node, [node], new_nodes, node.outputs, new_values)
 
 
+def remove_dead(values: Iterable[ir.Value | None]) -> None:
+    """Removes the producers of `values` that nobody reads any more, and what only they read."""
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is None or node.graph is None:
+            continue
+        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            waiting.extend(node.inputs)
+            node.graph.remove(node, safe=True)
+
+
 def replace_value(old: ir.Value, new: ir.Value) -> bool:
     """Lets every reader of `old` read `new`. False, and nothing done, where ONNX cannot express it.
 

@@ -13,6 +13,8 @@ from qgraph.passes.infer_shapes import CONTENT
 SMALL = 1 << 20  # bytes a folded tensor may always have
 BUDGET = 64 << 20  # bytes that all folded tensors of a model may add to what it has
 
+_LEFT = "qgraph.fold_bytes_left"  # in graph.meta: the budget is for all runs of the pass together
+
 # Not functions of their inputs, or (quantized weights) larger and less useful when computed.
 _KEPT = frozenset(
     [
@@ -45,8 +47,10 @@ class FoldConstants(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        held = sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
-        self._left = BUDGET + held
+        if _LEFT not in graph.meta:
+            graph.meta[_LEFT] = BUDGET + sum(
+                v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None
+            )
         modified = False
         for node in tuple(graph):
             if any(v.is_graph_output() for v in node.outputs):
@@ -89,7 +93,7 @@ class FoldConstants(GraphPass):
             return None
         total = sum(size for size in sizes if size is not None)
         given = sum(v.const_value.nbytes for v in inputs)
-        if total > max(SMALL, 2 * given) or total > self._left:
+        if total > max(SMALL, 2 * given) or total > node.graph.meta[_LEFT]:
             self.refuse(node, f"its constant result has {total} bytes, too many to store")
             return None
         try:
@@ -104,7 +108,7 @@ class FoldConstants(GraphPass):
             if ir.DataType.from_numpy(array.dtype) != value.dtype:
                 self.refuse(node, f"its computed type {array.dtype} is not the inferred one")
                 return None
-        self._left -= total
+        node.graph.meta[_LEFT] -= total
         return arrays
 
 

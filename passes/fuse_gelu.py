@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qgraph.passes.base import GraphPass, is_op, make_node, replace_node, scalar, used_once
+from qgraph.passes.base import GraphPass, is_op, make_node, remove_dead, replace_node, scalar, used_once
 
 # GELU(x) = x/2 (1 + erf(x/sqrt(2))), and its approximation x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
 # (Hendrycks and Gimpel, "Gaussian error linear units", 2016, section 2).
@@ -41,7 +41,9 @@ class FuseGelu(GraphPass):
             match = match_gelu(node) if node.graph is not None else None
             if match is not None:
                 gelu = make_node("Gelu", [match.x], {"approximate": match.approximate}, name=match.last.name)
+                replaced = list(match.last.inputs)
                 replace_node(match.last, [gelu])
+                remove_dead(replaced)
                 modified = True
             elif is_op(node, "Erf"):
                 self.refuse(node, "it is not part of a GELU in a known spelling")

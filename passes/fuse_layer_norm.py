@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph.passes.base import GraphPass, is_op, make_node, replace_node, shape_of
+from qgraph.passes.base import GraphPass, is_op, make_node, remove_dead, replace_node, shape_of
 from qgraph.passes.norm_pattern import (
     Normalized,
     absorb,
@@ -51,7 +51,9 @@ class FuseLayerNorm(GraphPass):
         norm = make_node(
             "LayerNormalization", inputs, {"axis": match.axis, "epsilon": match.epsilon}, name=name
         )
+        replaced = list(last.inputs)
         replace_node(last, [norm])
+        remove_dead(replaced)
 
 
 def match_layer_norm(node: ir.Node) -> tuple[Normalized, ir.Value] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph.passes.base import GraphPass, make_node, replace_node, shape_of
+from qgraph.passes.base import GraphPass, make_node, remove_dead, replace_node, shape_of
 from qgraph.passes.fuse_layer_norm import match_layer_norm
 from qgraph.passes.norm_pattern import Normalized, absorb, affine, match_normalized, refusal
 
@@ -36,7 +36,9 @@ class FuseRMSNorm(GraphPass):
             last, scale = scaled
         inputs = [match.d, affine(graph, scale, dims, f"{last.name}.scale")]
         attributes = {"axis": match.axis, "epsilon": match.epsilon}
+        replaced = list(last.inputs)
         replace_node(last, [make_node("RMSNormalization", inputs, attributes, name=last.name)])
+        remove_dead(replaced)
 
 
 def match_rms_norm(node: ir.Node) -> Normalized | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from qgraph.errors import InputError, ResourceError
+from qgraph.errors import InputError, QGraphError, ResourceError
 from qgraph.passes.base import printable
 from qgraph.passes.structure import check_structure
 
@@ -29,62 +29,64 @@ def load_model(path: str | os.PathLike) -> ir.Model:
     """Loads and checks an ONNX model; weights in external files are mapped, not read.
 
     Raises:
-        InputError: missing, empty, truncated or malformed file; external data missing or outside the model's
-        directory. UnsupportedError: a newer opset, sparse tensors.
+        InputError: missing, empty, truncated or malformed file; external data missing or outside its directory.
+        UnsupportedError: a newer opset, sparse tensors.
         ResourceError: the file cannot be read.
     """
     file = Path(path)
     shown = printable(file)
     try:
-        proto = _parse(file, shown)
+        proto = _parse(file)
         check_structure(proto)
         base, real = file.parent.resolve(), file.resolve().parent
         external = {
             _location(t): _external(t, base, real) for t in _tensors(proto) if t.data_location == t.EXTERNAL
         }
-    except InputError as error:
-        raise type(error)(f"{shown}: {error}" if not str(error).startswith(shown) else str(error)) from None
-    try:
-        model = ir.serde.deserialize_model(proto)
-        model.graph.sort()
-        for function in model.functions.values():
-            function.sort()
-    except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
-        cause = error
-        while isinstance(cause.__cause__, Exception):
-            cause = cause.__cause__
-        raise InputError(f"{shown}: {printable(cause)}") from error
-    _bind_external(model, external)
-    return model
+        return _deserialize(proto, external)
+    except QGraphError as error:
+        raise type(error)(f"{shown}: {error}") from error.__cause__
 
 
-def _parse(file: Path, shown: str) -> onnx.ModelProto:
+def _parse(file: Path) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
         info = file.stat()
         if not stat.S_ISREG(info.st_mode):
-            raise InputError(f"{shown}: not a file; pass the path of an .onnx file")
+            raise InputError("not a file; pass the path of an .onnx file")
         if info.st_size == 0:
-            raise InputError(f"{shown}: the file is empty")
+            raise InputError("the file is empty")
         data = file.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{shown}: no such file") from None
+        raise InputError("no such file") from None
     except (NotADirectoryError, ValueError):
-        raise InputError(f"{shown}: not a usable path") from None
+        raise InputError("not a usable path") from None
     except OSError as error:
-        raise ResourceError(f"{shown}: cannot be read ({error.strerror})") from None
+        raise ResourceError(f"cannot be read ({error.strerror})") from None
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
     except (DecodeError, ValueError):
         if len(data) >= 2**31:
-            raise InputError(
-                f"{shown}: protobuf holds at most 2 GiB; save the model with external data"
-            ) from None
-        raise InputError(f"{shown}: not an ONNX model, or truncated") from None
+            raise InputError("protobuf holds at most 2 GiB; save the model with external data") from None
+        raise InputError("not an ONNX model, or truncated") from None
     return proto
+
+
+def _deserialize(proto: onnx.ModelProto, external: dict[str, Path]) -> ir.Model:
+    try:
+        model = ir.serde.deserialize_model(proto)
+        model.graph.sort()
+        for function in model.functions.values():
+            function.sort()
+    except (ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise InputError(printable(cause)) from error
+    _bind_external(model, external)
+    return model
 
 
 def _tensors(proto: onnx.ModelProto):

@@ -66,7 +66,9 @@ def _scaled(graph: ir.Graph, value: ir.Value, factor: float, name: str) -> tuple
     """`factor * value`: a new constant where nobody else needs the old one, else a Mul node."""
     array = constant(value)
     if array is not None and used_once(value):
-        return add_initializer(graph, (array * array.dtype.type(factor)), f"{value.name}.scaled"), []
+        return add_initializer(
+            graph, np.asarray(array * array.dtype.type(factor)), f"{value.name}.scaled"
+        ), []
     dtype = (value.dtype or ir.DataType.FLOAT).numpy()
     node = make_node(
         "Mul", [value, add_initializer(graph, np.array(factor, dtype), name)], name=f"{name}/mul"

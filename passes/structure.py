@@ -30,6 +30,7 @@ def check_structure(proto: onnx.ModelProto) -> None:
             a tensor whose bytes do not fit its shape, an expansion beyond `MAX_NODES`.
         UnsupportedError: an opset this version does not know, sparse initializers.
     """
+    _check_text(proto)
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise InputError("the file holds no ONNX graph: it is not an ONNX model, or it is truncated")
     if proto.ir_version < 3:
@@ -44,6 +45,20 @@ def check_structure(proto: onnx.ModelProto) -> None:
     _Scope(functions, opsets).check_graph(proto.graph, frozenset())
     for function in proto.functions:
         _Scope(functions, {**opsets, **_opsets(function.opset_import)}).check_function(function)
+
+
+def _check_text(proto: onnx.ModelProto) -> None:
+    """ONNX strings are UTF-8. The parser hands out others as bytes, which nothing downstream expects."""
+    stack: list[Any] = [proto]
+    while stack:
+        for field, value in stack.pop().ListFields():
+            if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+                continue
+            values = (value,) if hasattr(value, "ListFields") or isinstance(value, (str, bytes)) else value
+            if field.type == field.TYPE_MESSAGE:
+                stack.extend(values)
+            elif any(isinstance(v, bytes) for v in values):
+                raise InputError(f"the file is damaged: a '{field.name}' in it is not UTF-8")
 
 
 def _opsets(imports: Iterable[Any]) -> dict[str, int]:
