@@ -13,7 +13,7 @@ from qgraph.formats import QTensor
 from qgraph.formats.packing import pack_nibbles
 from qgraph.passes.base import GraphPass, replace_node
 from qgraph.passes.lowbit_functions import DOMAIN, OPERATORS
-from qgraph.passes.select_layers import DECISIONS, LayerDecision
+from qgraph.passes.select_layers import DECISION, DECISIONS
 from qgraph.schemes import get_scheme
 from qgraph.solvers import get_solver
 
@@ -74,11 +74,11 @@ class QuantizeWeights(GraphPass):
         if self.scheme.weight_format is None:
             model.meta[QUANTIZED] = []
             return ir.passes.PassResult(model, False)
-        chosen = {d.node_name for d in model.meta[DECISIONS] if d.quantize}
         by_weight: dict[ir.Value, list[ir.Node]] = {}
-        for node in model.graph.all_nodes():
-            if node.name in chosen and node.op_type == "MatMul" and node.inputs[1] is not None:
-                by_weight.setdefault(node.inputs[1], []).append(node)
+        for node in _chosen(model):
+            weight = node.inputs[1]
+            assert weight is not None
+            by_weight.setdefault(weight, []).append(node)
 
         done = []
         for i, (weight, nodes) in enumerate(by_weight.items()):
@@ -90,9 +90,7 @@ class QuantizeWeights(GraphPass):
 
     def ensures(self, model: ir.Model) -> None:
         """Every layer that was chosen is low-bit now."""
-        decisions: list[LayerDecision] = model.meta[DECISIONS]
-        chosen = {d.node_name for d in decisions if d.quantize} if self.scheme.weight_format else set()
-        left = [n.name for n in model.graph.all_nodes() if n.name in chosen and n.domain != DOMAIN]
+        left = [node.name for node in _chosen(model)] if self.scheme.weight_format else []
         if left:
             raise ir.passes.PostconditionError(f"chosen but not quantized: {left}")
 
@@ -133,6 +131,11 @@ class QuantizeWeights(GraphPass):
             nbytes=q.nbytes(),
             original_nbytes=W.nbytes,
         )
+
+
+def _chosen(model: ir.Model) -> list[ir.Node]:
+    """The MatMuls that `SelectLayers` chose and that are still there."""
+    return [n for n in model.graph.all_nodes() if DECISION in n.meta and n.meta[DECISION].quantize]
 
 
 def _initializers(graph: ir.Graph, name: str, q: QTensor) -> list[ir.Value]:

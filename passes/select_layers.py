@@ -15,6 +15,7 @@ from qgraph.errors import UsageError
 from qgraph.passes.base import GraphPass, is_op
 
 DECISIONS = "qgraph.decisions"  # key of model.meta: list[LayerDecision], in graph order
+DECISION = "qgraph.decision"  # key of node.meta: the node's LayerDecision
 KEPT = "qgraph.kept"  # key of a node's metadata_props: why its weight stays float
 
 # Below these a layer is too small to gain: scales and rounding cost more than the bytes saved are worth.
@@ -97,6 +98,7 @@ class SelectLayers(GraphPass):
             elif not reason and i not in included:
                 reason = candidate.doubt
             decisions.append(_decision(candidate, reason))
+            candidate.node.meta[DECISION] = decisions[-1]
             if reason:
                 modified |= candidate.node.metadata_props.get(KEPT) != reason
                 candidate.node.metadata_props[KEPT] = reason

@@ -23,7 +23,7 @@ class Runner(Protocol):
     outputs: tuple[str, ...]
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """All outputs. `feeds` holds exactly the inputs; InputError says what is missing, unknown or wrong."""
+        """All outputs. `feeds` holds exactly the inputs; InputError says what is missing or wrong."""
 
 
 class OnnxRuntimeRunner:

@@ -69,9 +69,10 @@ def _pair(row: Sequence[str], where: str) -> Pair:
 
 
 class SentenceTokenizer:
-    """Sentences -> padded `input_ids`, `attention_mask`, `token_type_ids`, by Hugging Face's `tokenizer.json`.
+    """Sentences -> padded `input_ids`, `attention_mask`, `token_type_ids`, by a `tokenizer.json`.
 
-    Raises ResourceError where the package `tokenizers` is missing, InputError for a file that it refuses.
+    The file is that of Hugging Face's package `tokenizers`. Raises ResourceError where the package is
+    missing, InputError for a file that it refuses.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, max_length: int = 256) -> None:

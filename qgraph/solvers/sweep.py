@@ -128,7 +128,7 @@ def sweep_blocks(X: Array, buffers: Sequence[Array]) -> Swept:
     while column.size:
         v, q = _round_at(x, code, buffers)
         np.subtract(v, q, out=v)
-        trial = np.einsum("kb,kb->b", v, v) * np.square(_D.take(code))
+        trial = np.add.reduce(np.square(v, out=v), axis=0) * np.square(_D.take(code))
         better = trial < e
         np.copyto(e, trial, where=better)
         np.copyto(best, code, where=better)
@@ -144,10 +144,12 @@ def sweep_blocks(X: Array, buffers: Sequence[Array]) -> Swept:
         np.maximum(code, 1, out=code)
 
     scale_codes[amax == 0] = e4m3.ONE_CODE
-    _, q = _round_at(X, scale_codes, buffers)
+    v, q = _round_at(X, scale_codes, buffers)
     d = _D[scale_codes].astype(np.float64)
-    wq, qq = np.einsum("kb,kb->b", X, q) * d, np.einsum("kb,kb->b", q, q) * d * d
-    # No matrix product here: BLAS would add in an order that depends on its number of threads.
+    wq = np.add.reduce(np.multiply(X, q, out=v), axis=0) * d
+    qq = np.add.reduce(np.multiply(q, q, out=v), axis=0) * d * d
+    # Sums of products, not matrix products: BLAS and fused multiply-adds would make the result, and so the
+    # file, depend on the machine and its number of threads.
     return Swept(
         scale_codes.astype(np.uint8), float(errors.sum(dtype=np.float64)), float(wq.sum()), float(qq.sum())
     )
