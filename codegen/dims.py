@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sympy
 
@@ -17,7 +17,7 @@ from qgraph.errors import QGraphError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Dim = sympy.Expr
+Dim: TypeAlias = sympy.Expr
 PlanExpr = int | str | list[Any]
 
 
@@ -103,7 +103,7 @@ def plan_expr(expr: Dim | int) -> PlanExpr:
         return _quotient("floordiv", expr.args[0])
     if isinstance(expr, sympy.ceiling):
         return _quotient("ceildiv", expr.args[0])
-    ops: dict[type, str] = {sympy.Max: "max", sympy.Min: "min", sympy.Mod: "mod"}
+    ops: dict[Any, str] = {sympy.Max: "max", sympy.Min: "min", sympy.Mod: "mod"}
     for kind, op in ops.items():
         if isinstance(expr, kind):
             return _fold(

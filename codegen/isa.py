@@ -21,8 +21,8 @@ class Isa:
         runtime/FORMAT.md).
         lanes: float32 elements of the widest register.
         registers: number of vector registers, which bounds the register blocking of GEMM kernels.
-        decode: how a kernel looks up E2M1 codes (codegen/kernels/decode.py): `permute16` (a 16-entry permute of
-            float32 lanes) or `bytes16` (a 16-entry byte lookup, then widening).
+        decode: how a kernel looks up E2M1 codes (codegen/kernels/decode.py): `permute16` (a 16-entry permute
+            of float32 lanes) or `bytes16` (a 16-entry byte lookup, then widening).
     """
 
     name: str

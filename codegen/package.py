@@ -40,7 +40,7 @@ class Tensor:
 
     @property
     def raw(self) -> memoryview:
-        return memoryview(np.ascontiguousarray(self.data).reshape(-1).view(np.uint8))
+        return np.ascontiguousarray(self.data).reshape(-1).view(np.uint8).data
 
 
 def raw_tensor(name: str, data: bytes) -> Tensor:

@@ -30,7 +30,7 @@ def qlinear_nvfp4(low: Lowering, node: ir.Node) -> None:
 
     def pack(part: int) -> np.ndarray:
         if not packed:
-            packed.extend(packing.pack_nvfp4_n16k8(q.view(np.uint8) & 0xF, s.view(np.uint8)))
+            packed.extend(packing.pack_nvfp4_n16k8(q.view(np.uint8) & np.uint8(0xF), s.view(np.uint8)))
         return packed[part]
 
     weights = (

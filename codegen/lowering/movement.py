@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 import sympy
 
@@ -177,8 +179,8 @@ def range_(low: Lowering, node: ir.Node) -> None:
     dtype = low.dtype(node.outputs[0])
     if start is None or step is None or dtype not in ("i64", "i32"):
         raise unsupported(node, "start and step must be constant integers")
-    index = ("iota", 0) if dtype == "i64" else ("cast", dtype, ("iota", 0))
-    expr = index if step.item() == 1 else ("mul", index, ("const", step.item(), dtype))
+    index: tuple[Any, ...] = ("iota", 0) if dtype == "i64" else ("cast", dtype, ("iota", 0))
+    expr: tuple[Any, ...] = index if step.item() == 1 else ("mul", index, ("const", step.item(), dtype))
     expr = expr if start.item() == 0 else ("add", expr, ("const", start.item(), dtype))
     low.bind(node, Pointwise(expr, (), (), low.shape(node.outputs[0]), dtype, node.name or "Range"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from qgraph.codegen.dims import Dim, product, static
@@ -75,7 +76,7 @@ _REDUCE = {
 
 
 def _axes(low: Lowering, node: ir.Node, rank: int) -> Sequence[int]:
-    axes = low.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    axes: Sequence[int] | np.ndarray | None = low.constant(node.inputs[1]) if len(node.inputs) > 1 else None
     if axes is None:
         if len(node.inputs) > 1 and node.inputs[1] is not None:
             raise unsupported(node, "axes must be constant")

@@ -155,7 +155,7 @@ def _extend_linear(low: Lowering, node: ir.Node) -> Linear | None:
     if node.op_type == "Add":
         for mine, other in ((0, 1), (1, 0)):
             a, b = node.inputs[mine], node.inputs[other]
-            lazy = low.values.get(a)
+            lazy = low.values.get(a) if a is not None else None
             if a is None or b is None or not isinstance(lazy, Linear) or low.uses[a] != 1 or a is b:
                 continue
             shape = low.shape(b)
