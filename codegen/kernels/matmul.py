@@ -19,6 +19,7 @@ from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.gemm import TILES, accumulate
 from qgraph.codegen.kernels.decode import e2m1_decoder, e4m3
+from qgraph.codegen.kernels.signature import keep_parameters
 from qgraph.codegen.kernels.vector import f32, lanes_at, load_first, splat, store_first
 from qgraph.codegen.kernels.vmath import const_like, vgelu_erf, vgelu_tanh, vsigmoid, vsilu, vtanh
 from qgraph.codegen.packing import GROUP, LANES, WORD
@@ -57,12 +58,6 @@ def matmul_f32(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     Spec, blocks: as of matmul_nvfp4. Arguments: y, x, w f32, [bias], [residual], M, begin, end.
     """
     return _matmul(spec, isa, symbol, quantized=False)
-
-
-def _keep(func: PrimFunc, names: set[str]) -> PrimFunc:
-    """`func` without the parameters that are not in `names` (which its body does not use)."""
-    params = [p for p in func.params if p.name in names]
-    return PrimFunc(params, func.body, func.ret_type, func.attrs)
 
 
 def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFunc:
@@ -305,4 +300,4 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
                 finish(Y, B, R, m0, rows, panel)
 
     names = {"y", "x", "M", "begin", "end", *epilogue}
-    return _keep(func, names | ({"codes", "block_scale", "global_scale"} if quantized else {"w"}))
+    return keep_parameters(func, names | ({"codes", "block_scale", "global_scale"} if quantized else {"w"}))

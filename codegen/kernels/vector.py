@@ -6,9 +6,12 @@ written where it is used: TVM cannot bind a vector of booleans to a name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
+
+from qgraph.codegen.kernels.vmath import lanes_of, let
 
 
 def lanes_at(start: Any, lanes: int) -> Any:
@@ -40,3 +43,12 @@ def load_first(buffer: Any, start: Any, count: Any, lanes: int) -> Any:
 def store_first(buffer: Any, value: Any, start: Any, count: Any, lanes: int) -> Any:
     """Statement: store the first `count` lanes of `value` to a flat buffer from `start`."""
     return T.evaluate(T.masked_store(buffer, value, T.ramp(start, 1, lanes), first(count, lanes)))
+
+
+def reduce_lanes(op: Callable[[Any, Any], Any], value: Any) -> Any:
+    """One scalar from the lanes of `value` (a power of two of them), by halves: op(low half, high half), ..."""
+    lanes = lanes_of(value)
+    if lanes == 1:
+        return value
+    low, high = list(range(lanes // 2)), list(range(lanes // 2, lanes))
+    return let(value, lambda v: reduce_lanes(op, op(T.Shuffle([v], low), T.Shuffle([v], high))))
