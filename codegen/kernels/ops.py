@@ -80,7 +80,7 @@ def cast(value: Value, dtype: str) -> Value:
     if value.const is not None and not (value.dtype == "f32" and dtype in _INTEGERS):
         return constant(bool(value.const) if dtype == "bool" else value.const, dtype, value.lanes)
     if dtype == "bool":
-        return _flag(NE(x, const_like(x, 0)))
+        return _not("cast", _flag(EQ(x, const_like(x, 0))))  # of a NaN, true
     if value.dtype == "f32" and dtype != "f32":
         wide = dtype if dtype == "i64" else "i32"
         x = T.call_llvm_pure_intrin(vmath.typed(STORAGE[wide], value.lanes), "llvm.fptosi.sat", x)
@@ -253,10 +253,10 @@ _COMPARE: dict[str, Callable[[Expr, Expr], Expr]] = {
 
 def _compare(op: str, a: Value, b: Value) -> Value:
     dtype = _same_type(op, a, b)
-    if dtype == "f32" and op in ("eq", "ne") and a.expr.same_as(b.expr):
-        # The usual test for NaN; TVM's simplifier takes x = x for true.
-        nan = _flag(vmath.is_nan(a.expr))
-        return nan if op == "ne" else _not(op, nan)
+    if dtype == "f32" and op == "ne":  # TIR's NE is false of a NaN
+        return _not(op, _compare("eq", a, b))
+    if dtype == "f32" and op == "eq" and a.expr.same_as(b.expr):  # TVM's simplifier takes x = x for true
+        return _not(op, _flag(vmath.is_nan(a.expr)))
     if dtype in ("bool", *_NARROW):
         a, b = cast(a, "i32"), cast(b, "i32")
     return _flag(_COMPARE[op](a.expr, b.expr))

@@ -447,7 +447,7 @@ def vpow(x: Expr, y: Expr) -> Expr:
         magnitude = let(clamp(p, -200.0, 200.0), exp2)
         half = yv * f32(0.5)
         integer = T.floor(yv) == yv
-        odd = T.And(integer, T.floor(half) != half)
+        odd = T.And(integer, T.Not(T.floor(half) == half))
         sign = T.Select(odd, _and(bits_as(xv, "int32"), -(2**31)), splat(0, "int32", lanes))
         signed = bits_as(T.bitwise_or(bits_as(magnitude, "int32"), sign), "float32")
         undefined = T.And(T.And(xv < f32(0.0), T.Not(integer)), xv > f32(-math.inf))

@@ -14,7 +14,7 @@ from qgraph.codegen.kernels import kernel, load_builders
 from qgraph.codegen.spec import KernelSpec
 
 load_builders()
-from tvm.script.ir_builder import tirx as B  # noqa: E402
+from tvm.script.ir_builder import tirx as B  # noqa: E402, N812
 
 from qgraph.codegen.kernels import loops, vmath  # noqa: E402
 from qgraph.codegen.kernels.function import function  # noqa: E402
