@@ -26,6 +26,8 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
 }
 
+_FULL = 1 << 16  # free bytes below which a write that stopped half-way is put down to the disk
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -79,6 +81,9 @@ def _flush(path: Path) -> None:
 
 
 def _reason(error: OSError, temporary: Path) -> str:
+    # numpy reports a short write without an errno.
+    if error.errno is None and temporary.exists() and shutil.disk_usage(temporary).free < _FULL:
+        return _REASONS[errno.ENOSPC]
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     file = None if error.filename is None else Path(os.fsdecode(error.filename))
     ours = file is None or file == temporary or temporary in file.parents or file == temporary.parent

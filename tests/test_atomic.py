@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qgraph.atomic import atomic_directory, atomic_write
@@ -74,6 +75,17 @@ def test_full_disk(small_disk: Path):
         temporary.write_bytes(bytes(1 << 20))
     assert target.read_bytes() == b"old"
     assert names(small_disk) == ["a.bin"]
+
+
+def test_full_disk_as_numpy_reports_it(small_disk: Path):
+    """`tofile`, by which onnx-ir writes external data, raises an OSError without an errno."""
+    with (
+        pytest.raises(ResourceError, match=r"cannot write .*a\.bin: the disk is full$"),
+        atomic_write(small_disk / "a.bin") as temporary,
+        temporary.open("wb") as file,
+    ):
+        np.zeros(1 << 20, np.uint8).tofile(file)
+    assert names(small_disk) == []
 
 
 def test_full_disk_at_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
