@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 
@@ -114,9 +115,11 @@ def text(value: bytes | None) -> str:
 
 
 def load(path: str, isa: str | None) -> c_void_p:
+    if "\0" in path:
+        raise InputError(f"no such file: {path!r}")
     handle = c_void_p()
     options = LoadOptions(ctypes.sizeof(LoadOptions), isa.encode() if isa is not None else None)
-    check(library().qg_load(path.encode("utf-8", "surrogateescape"), byref(options), byref(handle)))
+    check(library().qg_load(os.fsencode(path), byref(options), byref(handle)))
     return handle
 
 

@@ -80,11 +80,11 @@ class Model:
     ) -> None:
         self._handle: c_void_p | None = None
         self._session: Session | None = None
-        self._lock = threading.Lock()  # of the default session
+        self._lock = threading.Lock()
         self._threads, self._memory_limit = threads, memory_limit
         lib = _native.library()
-        handle = self._handle = _native.load(os.fspath(path), isa)
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)
+        handle = self._handle = _native.load(self.path, isa)
         self.isa = _native.text(lib.qg_model_isa(handle))
         self.metadata = _native.metadata(handle)
         self.inputs = _tensors(handle, _native.INPUT)
@@ -110,7 +110,8 @@ class Model:
         with self._lock:
             if self._session is None:
                 self._session = self.session()
-            return self._session.run(inputs)
+            session = self._session
+        return session.run(inputs)
 
     def session(self, *, threads: int | None = None, memory_limit: int | None = None) -> Session:
         """A new session, for a thread of the caller's; by default with the model's settings.
@@ -158,16 +159,16 @@ class Model:
 
 
 class Session:
-    """Buffers and threads for one inference at a time. Not to be used by two threads at once."""
+    """Buffers and threads for one inference at a time: calls from several threads take turns."""
 
     def __init__(self, model: Model, threads: int, memory_limit: int) -> None:
         self._handle: c_void_p | None = None
         for name, value, limit in (("threads", threads, 2**31), ("memory_limit", memory_limit, 2**64)):
             if not 0 <= value < limit:
                 raise InputError(f"{name} is {value}: give 0 for the default, or a positive number")
-        self._handle = _native.create_session(model._open_handle(), threads, memory_limit)
+        self._lock = threading.RLock()
         self._model = model
-        self._profile = False
+        self._handle = _native.create_session(model._open_handle(), threads, memory_limit)
 
     @property
     def threads(self) -> int:
@@ -194,8 +195,12 @@ class Session:
                 as a token id outside the vocabulary.
             ResourceError: not enough memory, or above the memory limit.
         """
-        lib, handle = _native.library(), self._open_handle()
         arrays = _arrays(self._model.inputs, inputs)
+        with self._lock:
+            return self._run(arrays)
+
+    def _run(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+        lib, handle = _native.library(), self._open_handle()
         for i, (info, array) in enumerate(zip(self._model.inputs, arrays, strict=True)):
             view = _native.view(array.ctypes.data, _dtype_name(info.dtype), array.shape)
             _native.check(lib.qg_bind_input(handle, i, byref(view)))
@@ -209,19 +214,24 @@ class Session:
 
     def profile(self, inputs: Mapping[str, Any]) -> list[tuple[Step, int]]:
         """Run once with timing on: every step with the nanoseconds it took. Arguments and errors as `run`."""
-        lib, handle = _native.library(), self._open_handle()
-        _native.check(lib.qg_session_profile(handle, 1))
-        try:
-            self.run(inputs)
-            return [(step, lib.qg_session_step_time(handle, i)) for i, step in enumerate(self._model.steps)]
-        finally:
-            _native.check(lib.qg_session_profile(handle, 0))
+        lib = _native.library()
+        with self._lock:
+            handle = self._open_handle()
+            _native.check(lib.qg_session_profile(handle, 1))
+            try:
+                self.run(inputs)
+                return [
+                    (step, lib.qg_session_step_time(handle, i)) for i, step in enumerate(self._model.steps)
+                ]
+            finally:
+                _native.check(lib.qg_session_profile(handle, 0))
 
     def close(self) -> None:
         """Free buffers and threads. Closing twice is fine."""
-        if self._handle is not None:
-            _native.library().qg_session_free(self._handle)
-            self._handle = None
+        with self._lock:
+            if self._handle is not None:
+                _native.library().qg_session_free(self._handle)
+                self._handle = None
 
     def _open_handle(self) -> c_void_p:
         if self._handle is None:

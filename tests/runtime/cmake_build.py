@@ -25,7 +25,7 @@ def run(*command: str | Path, **options: Any) -> str:
 
 
 def tool(name: str) -> str:
-    """Path of a tool, from the PATH or beside this Python (wheels bring cmake, ctest, ninja); skips without."""
+    """Path of a tool, from the PATH or beside this Python (wheels bring cmake and ninja); else skips."""
     path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if path is None:
         pytest.skip(f"needs {name}")

@@ -41,14 +41,17 @@ def toy_path(tmp_path_factory: pytest.TempPathFactory, toy_parts: Parts) -> Path
 
 @pytest.fixture(scope="session")
 def test_programs(tmp_path_factory: pytest.TempPathFactory, toy_path: Path) -> Path:
-    """Build folder of the C++ tests, with sanitizers where the compiler has them."""
+    """Build folder of the C++ tests, with sanitizers where the compiler has them.
+
+    Unoptimised then: checking for undefined behaviour makes optimising several times slower than it gains.
+    """
     folder = tmp_path_factory.mktemp("tests-build")
     options = ["-DQGRAPH_BUILD_TESTS=ON", f"-DQGRAPH_TEST_ARTIFACT={toy_path}"]
     if sanitizers():
         options += [
             f"-DQGRAPH_SANITIZE={sanitizers()}",
             "-DCMAKE_BUILD_TYPE=Sanitize",
-            "-DCMAKE_CXX_FLAGS=-O1 -g1",
+            "-DCMAKE_CXX_FLAGS=-O0 -g1",
         ]
     cmake_build(RUNTIME, folder, *options)
     return folder

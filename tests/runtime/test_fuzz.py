@@ -17,21 +17,8 @@ from cmake_build import sanitizers
 PLANS, TEXTS, HEADERS = 3000, 600, 600
 VALUES: list[Any] = [
     *(0, 1, 2, 3, -1, 7, 8, 63, 64, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63), 2**63, 2**64),
-    *(
-        "",
-        "batch",
-        "sequence",
-        "v",
-        "i",
-        "scratch",
-        "status",
-        "temp",
-        "input",
-        "output",
-        "weight",
-        "f32",
-        "bool",
-    ),
+    *("", "batch", "sequence", "v", "i", "scratch", "status", "f32", "bool"),
+    *("temp", "input", "output", "weight"),
     *(None, True, 1.5, [], {}, [[]], ["v", 0], ["v", 8, 4], ["i", "batch"], ["scratch", 64], ["status"]),
     *([op, "batch", 3] for op in ("add", "sub", "mul", "floordiv", "ceildiv", "mod", "min", "max", "pow")),
     ["sub", "batch", "sequence"],
@@ -41,7 +28,7 @@ VALUES: list[Any] = [
 
 
 def harmless(parts: Parts) -> Parts:
-    """With kernels that return at once: what they would do with mutated arguments is not the runtime's matter."""
+    """With kernels that return at once: real ones would be right to crash on mutated arguments."""
     parts = copy.deepcopy(parts)
     for variant in parts.plan["variants"]:
         variant["entries"] = [0] * len(parts.plan["kernels"])

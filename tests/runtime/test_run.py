@@ -308,6 +308,28 @@ def test_unusable_files(
     assert str(path) in str(caught.value)
 
 
+def test_paths_of_any_kind(cache: Path, toy_path: Path) -> None:
+    for path in (toy_path, str(toy_path), os.fsencode(toy_path)):
+        runtime.load(path).close()
+    with pytest.raises(InputError, match="no such file"):
+        runtime.load(f"{toy_path}\0.txt")
+
+
+def test_forgotten_models_end_quietly(cache: Path, toy_path: Path) -> None:
+    """A process that ends with open models and sessions ends well, and says nothing."""
+    script = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+from artifact_builder import toy_inputs
+from qgraph import runtime
+model = runtime.load({str(toy_path)!r}, threads=2)
+session = model.session()
+model.run(toy_inputs(2, 3)), session.run(toy_inputs(2, 3))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_symlink_is_followed(cache: Path, toy_path: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.qg"
     link.symlink_to(toy_path)
