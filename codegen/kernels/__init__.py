@@ -22,7 +22,7 @@ from qgraph.codegen.spec import KernelSpec
 Builder = Callable[[KernelSpec, Isa, str], Any]
 BUILDERS: dict[str, Builder] = {}
 
-_MODULES = ("elementwise", "gather", "matmul", "norm", "reduce", "support")
+_MODULES = ("attention", "elementwise", "gather", "matmul", "matmul_dynamic", "norm", "reduce", "support")
 
 
 def kernel(op: str) -> Callable[[Builder], Builder]:

@@ -59,7 +59,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     while V > 1 and V * L * (D + Dv_rows + (2 if biased else 1) * KT) > _STACK_FLOATS:
         V //= 2
     W = V * L  # queries side by side
-    few = max(1, W // 8)  # queries below which one at a time is faster
+    few = max(1, W // 4)  # queries up to which one at a time is faster
     Dp, Dvp, KTp = (-(-n // L) * L for n in (D, Dv, KT))
     chunk_vectors = min(4, Dvp // L)  # of a value row, summed at a time
     chunks = -(-Dvp // (chunk_vectors * L))
