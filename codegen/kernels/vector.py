@@ -37,7 +37,9 @@ def first(count: Any, lanes: int) -> Any:
 
 def load_first(buffer: Any, start: Any, count: Any, lanes: int) -> Any:
     """float32 lanes of a flat buffer from `start`; lanes from `count` on are 0 and not read."""
-    return T.masked_load(f"float32x{lanes}", buffer, T.ramp(start, 1, lanes), first(count, lanes))
+    # A masked load leaves lanes that are off undefined (poison); LLVM folds the selection into it.
+    loaded = T.masked_load(f"float32x{lanes}", buffer, T.ramp(start, 1, lanes), first(count, lanes))
+    return T.Select(first(count, lanes), loaded, f32(0, lanes))
 
 
 def store_first(buffer: Any, value: Any, start: Any, count: Any, lanes: int) -> Any:
