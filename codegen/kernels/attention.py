@@ -26,7 +26,7 @@ from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.gemm import TILES, accumulate
 from qgraph.codegen.kernels.signature import drop_parameters
 from qgraph.codegen.kernels.vector import f32, first, lanes_at, load_first, reduce_lanes, splat, store_first
-from qgraph.codegen.kernels.vmath import const_like, let, vexp_nonpositive, vtanh
+from qgraph.codegen.kernels.vmath import const_like, let, named, vexp_nonpositive, vtanh
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError
 
@@ -66,6 +66,10 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
 
     def add(a: Any, b: Any) -> Any:
         return a + b
+
+    def keys_up_to(end: Any, Sk: Any) -> Any:
+        """How many of the keys any query here may attend. Named, for TVM takes seconds to see through it."""
+        return named(T.min(Sk, T.max(end, T.int64(0)))) if causal else Sk
 
     def capped(s: Any) -> Any:
         return vtanh(s * const_like(s, 1 / softcap)) * const_like(s, softcap) if softcap else s
@@ -108,8 +112,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     def causal_mask(s: Any, j: Any, last: Any, v: Any) -> Any:
         """-inf in the lanes whose query may not attend key j; lane 0 may attend keys up to `last`."""
         ahead = T.cast(T.max(T.min(j - last, T.int64(W)), T.int64(0)), "int32")
-        lane = T.ramp(T.Cast("int32", v * L), 1, L)
-        return T.Select(lane < splat(ahead, L), f32(-math.inf, L), s)
+        return T.Select(T.ramp(T.Cast("int32", v * L), 1, L) < splat(ahead, L), f32(-math.inf, L), s)
 
     @T.inline
     def bias_tile(Bt, B, b0, stride_q, stride_k, keys, queries):
@@ -196,7 +199,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
             for j in T.serial(T.int64(KT)):  # lanes without a query
                 for v in T.unroll(V):
                     Bt[j, lanes_at(v * L, L)] = f32(0, L)
-        reach: T.let = T.min(Sk, T.max(last + n, T.int64(0))) if causal else Sk
+        reach: T.let = keys_up_to(last + n, Sk)
         for t in T.serial(T.truncdiv(reach + (KT - 1), T.int64(KT))):
             j0: T.let = t * KT
             keys: T.let = T.min(T.int64(KT), reach - j0)
@@ -279,7 +282,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
             Qr[lanes_at(c * L, L)] = load_first(Q, q0 + c * L, D - c * L, L) * f32(scale, L)
         for c in T.serial(T.int64(chunks * chunk_vectors)):
             Or[lanes_at(c * L, L)] = f32(0, L)
-        reach: T.let = T.min(Sk, T.max(last + 1, T.int64(0))) if causal else Sk
+        reach: T.let = keys_up_to(last + 1, Sk)
         for t in T.serial(T.truncdiv(reach + (KT - 1), T.int64(KT))):
             j0: T.let = t * KT
             keys: T.let = T.min(T.int64(KT), reach - j0)
