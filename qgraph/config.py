@@ -63,7 +63,10 @@ class CompileConfig:
         scheme = get_scheme(self.scheme)
         if not self.solver:
             object.__setattr__(self, "solver", scheme.default_solver)
-        _one_of("solver", self.solver, scheme.solvers)
+        if scheme.solvers:
+            _one_of("solver", self.solver, scheme.solvers)
+        elif self.solver:
+            raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no solver")
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("target", self.target, TARGETS)
         for name in ("threads", "seed"):
