@@ -1,7 +1,7 @@
 """Loops over a dense row in vectors: full ones, then one masked vector for what is left.
 
 The functions emit statements at the current place of the IR builder. A masked access touches no memory of
-lanes that are off, so a row may end at the end of a page; masked loads give 0 there.
+lanes that are off, so a row may end at the end of a page.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
-from qgraph.codegen.kernels.vmath import Expr, element_of, lanes_of, named, typed
+from qgraph.codegen.kernels.vmath import Expr, element_of, lanes_of, named, splat, typed
 
 # Independent accumulators of a reduction, to cover the latency of an addition.
 ACCUMULATORS = 4
@@ -32,11 +32,11 @@ def mask(count: Expr, lanes: int) -> Expr:
 def load(buffer: Any, start: Expr, lanes: int, count: Expr | None = None) -> Expr:
     """`lanes` elements of a flat buffer from `start`; with `count`, 0 in the lanes from there on."""
     at = T.ramp(start, 1, lanes)
-    return (
-        buffer[at]
-        if count is None
-        else T.masked_load(typed(buffer.dtype, lanes), buffer, at, mask(count, lanes))
-    )
+    if count is None:
+        return buffer[at]
+    loaded = T.masked_load(typed(str(buffer.dtype), lanes), buffer, at, mask(count, lanes))
+    # It leaves lanes that are off undefined, and even to divide by one of those would be undefined.
+    return keep(loaded, count, splat(0, str(buffer.dtype), lanes))
 
 
 def store(buffer: Any, value: Expr, start: Expr, count: Expr | None = None) -> None:
@@ -51,7 +51,9 @@ def store(buffer: Any, value: Expr, start: Expr, count: Expr | None = None) -> N
 
 def keep(value: Expr, count: Expr | None, other: Expr) -> Expr:
     """`value`, with `count` replaced by `other` in the lanes from there on."""
-    return value if count is None else T.Select(mask(count, lanes_of(value)), value, other)
+    # Named first: within the arm of a selection TVM's simplifier takes its condition for true, and would load
+    # without the mask.
+    return value if count is None else T.Select(mask(count, lanes_of(value)), named(value), other)
 
 
 def each_vector(size: Expr, lanes: int, body: Callable[[Expr, Expr | None], None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from qgraph.codegen.kernels.vmath import lanes_of, let
+from qgraph.codegen.kernels.vmath import lanes_of, let, named
 
 
 def lanes_at(start: Any, lanes: int) -> Any:
@@ -37,9 +37,10 @@ def first(count: Any, lanes: int) -> Any:
 
 def load_first(buffer: Any, start: Any, count: Any, lanes: int) -> Any:
     """float32 lanes of a flat buffer from `start`; lanes from `count` on are 0 and not read."""
-    # A masked load leaves lanes that are off undefined (poison); LLVM folds the selection into it.
+    # A masked load leaves lanes that are off undefined. It is named before the selection: within an arm of
+    # that, TVM's simplifier takes the condition for true, and would load without the mask.
     loaded = T.masked_load(f"float32x{lanes}", buffer, T.ramp(start, 1, lanes), first(count, lanes))
-    return T.Select(first(count, lanes), loaded, f32(0, lanes))
+    return T.Select(first(count, lanes), named(loaded), f32(0, lanes))
 
 
 def store_first(buffer: Any, value: Any, start: Any, count: Any, lanes: int) -> Any:
