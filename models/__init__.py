@@ -1,7 +1,7 @@
 """Real models as code: where they come from, how they become ONNX, how their outputs are judged.
 
-A model is one file here with a class that satisfies `qgraph.models.base.ExampleModel`, and one line in `_MODELS`.
-Torch, transformers and the weights are loaded only when a model is exported.
+A model is one file here with a class that satisfies `qgraph.models.base.ExampleModel`, and one line in
+`_MODELS`. Torch, transformers and the weights are loaded only when a model is exported.
 """
 
 from __future__ import annotations

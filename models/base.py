@@ -32,8 +32,8 @@ class ExampleModel(Protocol):
     def export(self, path: str | os.PathLike[str], *, verbose: bool = False) -> Path:
         """Writes the float ONNX file, whole or not at all; the same bytes every time. Returns its path.
 
-        Raises ResourceError where a package it needs is missing (with the command that installs it), or the file
-        cannot be written.
+        Raises ResourceError where a package it needs is missing (with the command that installs it), or the
+        file cannot be written.
         """
 
     def tokenizer_path(self) -> Path:

@@ -54,10 +54,17 @@ def describe(item: ir.Node | ir.Value) -> str:
     return f"'{printable(item.name)}'"
 
 
+def top_graphs(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    """The main graph and the functions."""
+    found: list[ir.Graph | ir.Function] = [model.graph]
+    found.extend(model.functions.values())
+    return found
+
+
 def all_graphs(model: ir.Model) -> list[ir.Graph | ir.Function]:
     """The main graph, the functions, and every subgraph of both."""
     found: list[ir.Graph | ir.Function] = []
-    for top in (model.graph, *model.functions.values()):
+    for top in top_graphs(model):
         found.append(top)
         found.extend(top.subgraphs())
     return found
@@ -190,6 +197,8 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol | np.ndarray, wan
     """Registers a new initializer under a free name near `wanted` and returns its value."""
     name = fresh_name(graph, wanted)
     held: ir.TensorProtocol = ir.Tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor
-    value = ir.Value(name=name, shape=ir.Shape(held.shape), type=ir.TensorType(held.dtype), const_value=held)
+    value = ir.Value(
+        name=name, shape=ir.Shape(held.shape.numpy()), type=ir.TensorType(held.dtype), const_value=held
+    )
     graph.register_initializer(value)
     return value

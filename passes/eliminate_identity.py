@@ -9,6 +9,8 @@ from qgraph.passes.base import (
     attribute,
     int_list,
     is_op,
+    make_node,
+    replace_node,
     replace_value,
     scalar,
     shape_of,
@@ -36,12 +38,19 @@ class EliminateIdentity(GraphPass):
             if source is None:
                 continue
             target = node.outputs[0]
-            if not replace_value(target, source):
-                self.refuse(node, "it names a graph output")
-                continue
-            model.graph.remove(node, safe=True)
-            modified = True
+            if replace_value(target, source):
+                model.graph.remove(node, safe=True)
+                modified = True
+            elif node.op_type != "Identity":
+                self._rename(node, source)
+                modified = True
         return ir.passes.PassResult(model, modified)
+
+    @staticmethod
+    def _rename(node: ir.Node, source: ir.Value) -> None:
+        """Puts an Identity in the place of another no-op that names a graph output."""
+        identity = make_node("Identity", [source], name=node.name)
+        replace_node(node, [identity], [identity.outputs[0], *(ir.Value() for _ in node.outputs[1:])])
 
     def _copied(self, node: ir.Node) -> ir.Value | None:
         """The input that `node` copies, or None."""

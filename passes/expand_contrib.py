@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.passes.base import GraphPass, add_initializer, attribute, make_node, replace_node
+from qgraph.passes.base import GraphPass, add_initializer, attribute, make_node, replace_node, shape_of
 
 _MS = "com.microsoft"
 
@@ -93,7 +93,7 @@ class ExpandContrib(GraphPass):
         for index, flag in enumerate(("transA", "transB")):
             if not attribute(node, flag, 0):
                 continue
-            shape = operands[index].shape if operands[index] is not None else None
+            shape = shape_of(operands[index])
             if shape is None:
                 self.refuse(node, f"{flag} needs the rank of its operand")
                 return False

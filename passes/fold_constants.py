@@ -55,7 +55,7 @@ class FoldConstants(GraphPass):
         for node in tuple(graph):
             if any(v.is_graph_output() for v in node.outputs):
                 continue
-            arrays = self._known(node) or self._computed(node, graph.opset_imports[""])
+            arrays = self._known(node) or self._computed(graph, node)
             if arrays is None:
                 continue
             for value, array in zip(node.outputs, arrays, strict=True):
@@ -76,28 +76,25 @@ class FoldConstants(GraphPass):
             arrays.append(content.astype(value.dtype.numpy()))
         return arrays or None
 
-    def _computed(self, node: ir.Node, opset: int) -> list[np.ndarray] | None:
+    def _computed(self, graph: ir.Graph, node: ir.Node) -> list[np.ndarray] | None:
         if node.domain != "" or node.op_type in _KEPT or not node.outputs:
             return None
-        inputs = [v for v in node.inputs if v is not None]
-        if any(v.const_value is None or v.is_graph_input() for v in inputs):
+        inputs = [_tensor(v) for v in node.inputs if v is not None]
+        tensors = [t for t in inputs if t is not None]
+        if len(tensors) < len(inputs):
             return None
-        if (
-            node.op_type == "Transpose"
-            and inputs[0].const_value.size > 1
-            and len(inputs[0].const_value.shape) == 2
-        ):
+        if node.op_type == "Transpose" and tensors[0].size > 1 and len(tensors[0].shape) == 2:
             return None
         sizes = [_bytes(v) for v in node.outputs]
         if any(size is None for size in sizes):
             return None
         total = sum(size for size in sizes if size is not None)
-        given = sum(v.const_value.nbytes for v in inputs)
-        if total > max(SMALL, 2 * given) or total > node.graph.meta[_LEFT]:
+        given = sum(t.nbytes for t in tensors)
+        if total > max(SMALL, 2 * given) or total > graph.meta[_LEFT]:
             self.refuse(node, f"its constant result has {total} bytes, too many to store")
             return None
         try:
-            arrays = _evaluate(node, opset)
+            arrays = _evaluate(node, graph.opset_imports[""])
         except Exception as error:  # the reference evaluator raises what numpy raises
             self.refuse(node, f"it could not be computed ahead: {printable(error)}")
             return None
@@ -108,8 +105,12 @@ class FoldConstants(GraphPass):
             if ir.DataType.from_numpy(array.dtype) != value.dtype:
                 self.refuse(node, f"its computed type {array.dtype} is not the inferred one")
                 return None
-        node.graph.meta[_LEFT] -= total
+        graph.meta[_LEFT] -= total
         return arrays
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    return None if value.is_graph_input() else value.const_value
 
 
 def _bytes(value: ir.Value) -> int | None:

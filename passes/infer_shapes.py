@@ -115,7 +115,7 @@ class InferShapes(GraphPass):
 
 def _known_checks(graph: ir.Graph) -> list[tuple[Dim, Dim, str]]:
     """Checks of an earlier run hold on: a pass may since have removed the node that needed them."""
-    known = []
+    known: list[tuple[Dim, Dim, str]] = []
     for a, b, message in graph.meta.get(CHECKS, []):
         left, right = from_ir(a), from_ir(b)
         assert left is not None and right is not None

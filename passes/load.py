@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qgraph.errors import InputError, QGraphError, ResourceError
-from qgraph.passes.base import printable
+from qgraph.passes.base import printable, top_graphs
 from qgraph.passes.structure import check_structure
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def load_model(path: str | os.PathLike) -> ir.Model:
     """Loads and checks an ONNX model; weights in external files are mapped, not read.
 
     Raises:
-        InputError: missing, empty, truncated or malformed file; external data missing or outside its directory.
-        UnsupportedError: a newer opset, sparse tensors.
+        InputError: missing, empty, truncated or malformed file; external data missing or outside its
+        directory. UnsupportedError: a newer opset, sparse tensors.
         ResourceError: the file cannot be read.
     """
     file = Path(path)
@@ -49,7 +49,7 @@ def load_model(path: str | os.PathLike) -> ir.Model:
 
 def _parse(file: Path) -> onnx.ModelProto:
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         info = file.stat()
@@ -183,7 +183,7 @@ def _bind_external(model: ir.Model, files: dict[str, Path]) -> None:
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = bound(value.const_value)
-    for top in (model.graph, *model.functions.values()):
+    for top in top_graphs(model):
         for node in top.all_nodes():
             for name, attribute in list(node.attributes.items()):
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(

@@ -29,7 +29,8 @@ class OrientWeights(GraphPass):
        ids, axis=1)). So there is one initializer, and the output layer is an ordinary linear layer. Both
        nodes carry `qgraph.tied` with the other's name. The price is a strided read of one column for each
        token.
-    3. W is read some other way too: W^T is stored beside it, and the reason is recorded.
+    3. The exporter has stored W^T beside such a table already (equal bytes, turned): the table goes as in 2.
+    4. W is read some other way too: W^T is stored beside it, and the reason is recorded.
     A Transpose of a constant that no MatMul reads as its right operand is treated alike.
     """
 
@@ -40,6 +41,10 @@ class OrientWeights(GraphPass):
             turns = [node for node, _ in value.uses() if self._turns(node)]
             if turns:
                 self._orient(graph, value, turns)
+                modified = True
+        for table in list(graph.initializers.values()):
+            if (weight := _stored_transpose(graph, table)) is not None:
+                self._tie(graph, table, weight)
                 modified = True
         return ir.passes.PassResult(model, modified)
 
@@ -88,6 +93,22 @@ class OrientWeights(GraphPass):
         if not weight.uses() and not weight.is_graph_output() and weight.name is not None:
             del graph.initializers[weight.name]
 
+    @staticmethod
+    def _tie(graph: ir.Graph, table: ir.Value, weight: ir.Value) -> None:
+        """Lets every lookup in `table` read columns of `weight`, its transpose."""
+        readers = [node for node, _ in weight.uses()]
+        names = sorted({node.name or "" for node in readers})
+        gathers = [node for node, _ in table.uses()]
+        for gather in gathers:
+            gather.metadata_props[TIED] = ", ".join(names)
+        tied = sorted(_gather_columns(gather, weight) for gather in gathers)
+        for reader in readers:
+            reader.metadata_props[TIED] = ", ".join(tied)
+        name = table.name
+        assert name is not None
+        del graph.initializers[name]
+        weight.name = name  # the table's name is the model's own; a transposed copy has the exporter's
+
     def ensures(self, model: ir.Model) -> None:
         if left := [node for node in model.graph if self._turns(node)]:
             raise ir.passes.PostconditionError(f"{left[0].name} still transposes a constant")
@@ -102,6 +123,33 @@ def _is_embedding(node: ir.Node, weight: ir.Value) -> bool:
         and node.inputs[1] is not None
         and node.inputs[1].shape is not None
     )
+
+
+def _stored_transpose(graph: ir.Graph, table: ir.Value) -> ir.Value | None:
+    """The right operand of a MatMul that equals `table` transposed, where only embedding lookups read
+    `table`."""
+    tensor = table.const_value
+    if tensor is None or len(tensor.shape) != 2 or table.is_graph_output() or not table.uses():
+        return None
+    if not all(_is_embedding(node, table) for node, _ in table.uses()):
+        return None
+    for weight in graph.initializers.values():
+        other = weight.const_value
+        if (
+            weight is not table
+            and other is not None
+            and other.dtype == tensor.dtype
+            and tuple(other.shape) == tuple(tensor.shape)[::-1]
+            and not weight.is_graph_output()
+            and all(is_op(node, "MatMul") and index == 1 for node, index in weight.uses())
+            and _is_transpose(tensor.numpy(), other.numpy())
+        ):
+            return weight
+    return None
+
+
+def _is_transpose(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a[0], b[:, 0]) and np.array_equal(a, b.T)
 
 
 def _gather_columns(node: ir.Node, columns: ir.Value) -> str:
@@ -125,7 +173,7 @@ def _transposed(weight: ir.Value) -> ir.TensorProtocol:
     """W^T, computed when it is read; nothing is copied before."""
     tensor = weight.const_value
     assert tensor is not None
-    rows, columns = tensor.shape
+    rows, columns = tensor.shape.numpy()
     return ir.LazyTensor(
         lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype),
         dtype=tensor.dtype,

@@ -16,6 +16,7 @@ from qgraph.passes.base import (
     make_node,
     replace_node,
     shape_of,
+    top_graphs,
 )
 
 TARGET = 23
@@ -51,7 +52,7 @@ class RaiseOpset(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = self._join_default_domain(model)
-        for top in (model.graph, *model.functions.values()):
+        for top in top_graphs(model):
             version = top.opset_imports.get("", model.opset_imports.get("", TARGET))
             if version < TARGET:
                 for node in tuple(top.all_nodes()):
@@ -63,8 +64,8 @@ class RaiseOpset(GraphPass):
                 modified = True
             for node in top.all_nodes():
                 node.version = None
-        newest = max(top.opset_imports[""] for top in (model.graph, *model.functions.values()))
-        for top in (model.graph, *model.functions.values()):
+        newest = max(top.opset_imports[""] for top in top_graphs(model))
+        for top in top_graphs(model):
             if top.opset_imports[""] < newest:
                 # Every operator in use means the same from 23 on: see infer_shapes for those of 24 and later.
                 top.opset_imports[""] = newest
@@ -78,7 +79,7 @@ class RaiseOpset(GraphPass):
     def _join_default_domain(model: ir.Model) -> bool:
         """`ai.onnx` is a second spelling of the default domain."""
         modified = False
-        for top in (model.graph, *model.functions.values()):
+        for top in top_graphs(model):
             version = top.opset_imports.pop("ai.onnx", None)
             if version is not None:
                 top.opset_imports[""] = max(version, top.opset_imports.get("", 0))
@@ -153,7 +154,8 @@ class RaiseOpset(GraphPass):
         self._move_to_input(node, "value", 2, _float_type(node))
 
     def topk(self, node: ir.Node, version: int) -> None:
-        self._move_to_input(node, "k", 1)
+        if (given := node.attributes.pop("k", None)) is not None:
+            self._append_input(node, 1, self._constant(node, np.array([given.value], np.int64)))
 
     def drop_ratio(self, node: ir.Node, version: int) -> None:
         """Inference ignores the ratio, and an old Dropout has no training input: it is the identity."""

@@ -93,7 +93,8 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 def _count(nodes: Iterable[onnx.NodeProto], functions: dict) -> tuple[int, dict[FunctionKey, int]]:
     """Own nodes, and how often each function is called, in `nodes` and their subgraphs."""
-    own, calls, stack = 0, {}, [nodes]
+    own, stack = 0, [nodes]
+    calls: dict[FunctionKey, int] = {}
     while stack:
         for node in stack.pop():
             own += 1
@@ -220,7 +221,7 @@ class _Scope:
             known = schema.attributes.get(attribute.name)
             if known is None:
                 raise InputError(f"{_at(node)} has an unknown attribute '{printable(attribute.name)}'")
-            if not attribute.ref_attr_name and int(known.type.value) != attribute.type:
+            if not attribute.ref_attr_name and known.type != attribute.type:
                 raise InputError(f"{_at(node)}: attribute '{printable(attribute.name)}' has the wrong type")
 
 

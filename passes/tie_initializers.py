@@ -50,14 +50,19 @@ def equal_initializers(graph: ir.Graph) -> list[list[ir.Value]]:
         for key, group in groups.items():
             if len(group) > 1:
                 for value in group:
-                    finer.setdefault((*key, digest(value.const_value)), []).append(value)
+                    finer.setdefault((*key, digest(value)), []).append(value)
         groups = finer
     return [sorted(g, key=lambda v: (len(v.name or ""), v.name or "")) for g in groups.values() if len(g) > 1]
 
 
-def _first_bytes(tensor: ir.TensorProtocol) -> bytes:
-    return tensor.numpy().reshape(-1)[:256].tobytes()
+def _first_bytes(value: ir.Value) -> bytes:
+    return _array(value).reshape(-1)[:256].tobytes()
 
 
-def _all_bytes(tensor: ir.TensorProtocol) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(tensor.numpy())).digest()
+def _all_bytes(value: ir.Value) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(_array(value)).data).digest()
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    return value.const_value.numpy()

@@ -87,14 +87,13 @@ def where(n: NodeView) -> None:
 
 def _elementwise(n: NodeView, dtype: ir.DataType) -> None:
     shape = n.broadcast(*(n.shape(i) for i in range(len(n))))
-    contents = [n.content(i) for i in range(len(n))]
+    contents = [c for c in (n.content(i) for i in range(len(n))) if c is not None]
     content = None
     function = _BINARY.get(n.node.op_type)
-    if function is not None and all(c is not None for c in contents) and n.known_size(shape):
-        content = contents[0] if len(contents) > 1 else np.broadcast_to(contents[0], shape)
+    if function is not None and len(contents) == len(n) and n.known_size(shape):
+        content = np.broadcast_to(contents[0], shape)
         for other in contents[1:]:
-            step = np.broadcast_shapes(content.shape, other.shape)
-            content = _apply(n, lambda a, b: function(n, a, b), [content, other], step)
+            content = _apply(n, lambda a, b: function(n, a, b), [content, other], shape)
     n.out(0, dtype, shape, content)
 
 

@@ -34,8 +34,8 @@ def constant_of_shape(n: NodeView) -> None:
     fill = 0.0 if value is None else value.numpy().reshape(-1)[0].item()
     content = None
     if n.known_size(target):
-        count = math.prod(target)  # type: ignore[arg-type]
-        content = object_array([fill] * count, target)  # type: ignore[arg-type]
+        count = math.prod(target)
+        content = object_array([fill] * count, target)
     n.out(0, dtype, target, content)
 
 
@@ -56,7 +56,7 @@ def range_(n: NodeView) -> None:
     length = n.world.maximum(d.ceildiv(span, abs(delta)), 0)
     content = None
     if n.known_size([length]):
-        content = object_array([d.tidy(start + i * delta) for i in range(length)])  # type: ignore[arg-type]
+        content = object_array([d.tidy(start + i * delta) for i in range(length)])
     n.out(0, n.dtype(0), [length], content)
 
 

@@ -128,8 +128,8 @@ def concat(n: NodeView) -> None:
                 shape[i] = shape[i] + dim
             else:
                 shape[i] = n.equal(shape[i], dim, f"axis {i} of inputs 0 and {index}")
-    contents = [n.content(i) for i in range(len(n))]
-    known = n.known_size([d.tidy(s) for s in shape]) and all(c is not None for c in contents)
+    contents = [c for c in (n.content(i) for i in range(len(n))) if c is not None]
+    known = n.known_size([d.tidy(s) for s in shape]) and len(contents) == len(n)
     n.out(0, n.dtype(0), shape, np.concatenate(contents, axis=axis) if known else None)
 
 
@@ -174,7 +174,7 @@ def slice_(n: NodeView) -> None:
             n.fail("a step is 0")
         shape[axis] = _sliced(n, x[axis], start, end, step)
         if picks is not None and all(isinstance(v, int) for v in (start, end, x[axis])):
-            picks[axis] = _python_slice(start, end, step, x[axis])  # type: ignore[arg-type]
+            picks[axis] = _python_slice(start, end, step, x[axis])
         else:
             picks = None
     content = n.content(0)
@@ -192,7 +192,7 @@ def _python_slice(start: int, end: int, step: int, size: int) -> slice:
 
 def _sliced(n: NodeView, dim: d.Dim, start: d.Dim, end: d.Dim, step: int) -> d.Dim:
     if all(isinstance(v, int) for v in (dim, start, end)):
-        return len(range(dim)[_python_slice(start, end, step, dim)])  # type: ignore[arg-type,index]
+        return len(range(dim)[_python_slice(start, end, step, dim)])
     if step < 0:
         return _reversed_size(n, dim, start, end, step)
     first, last = _clamped(n, dim, start), _clamped(n, dim, end)
@@ -245,7 +245,7 @@ def tile(n: NodeView) -> None:
     shape = [d.tidy(a * b) for a, b in zip(x, repeats, strict=True)]
     content = n.content(0)
     if content is not None:
-        content = np.tile(content, repeats) if n.known_size(shape) else None  # type: ignore[arg-type]
+        content = np.tile(content, repeats) if n.known_size(shape) else None
     n.out(0, n.dtype(0), shape, content)
 
 

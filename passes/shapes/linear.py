@@ -130,7 +130,27 @@ def _split_heads(n: NodeView, index: int, heads: int) -> Dim:
 
 @rule("RotaryEmbedding")
 def rotary(n: NodeView) -> None:
-    n.out(0, n.dtype(0), n.shape(0))
+    """x [B, heads, L, size] or [B, L, heads * size]; cos and sin [B or 1, L, size/2], or tables with
+    position ids.
+
+    A cache of batch 1 under a larger batch is beyond the standard, but is what the torch exporter writes.
+    """
+    x = n.shape(0)
+    if len(x) not in (3, 4):
+        n.fail(f"its input has rank {len(x)}, not 3 or 4")
+    batch, length = x[0], x[-2] if len(x) == 4 else x[1]
+    if n.rank(1) != n.rank(2) or n.rank(1) != (2 if n.has(3) else 3):
+        n.fail("its caches have the wrong rank")
+    for index in (1, 2):
+        if not n.has(3):
+            if n.shape(index)[0] != 1:
+                n.equal(n.shape(index)[0], batch, "batch of input and cache")
+            n.equal(n.shape(index)[1], length, "lengths of input and cache")
+        n.equal(n.shape(index)[-1], n.shape(1)[-1], "widths of the caches")
+    if n.has(3):
+        n.equal(n.shape(3)[0], batch, "batch of input and positions")
+        n.equal(n.shape(3)[1], length, "lengths of input and positions")
+    n.out(0, n.dtype(0), x)
 
 
 @rule("Det")

@@ -92,7 +92,7 @@ class NodeView:
         values = self.dims(index, what)
         if not all(isinstance(v, int) for v in values):
             self.refuse(f"{what} ('{printable(self.input_name(index))}') depends on the input's shape")
-        return values  # type: ignore[return-value]
+        return values
 
     def input_name(self, index: int) -> str | None:
         value = self.node.inputs[index] if index < len(self.node.inputs) else None

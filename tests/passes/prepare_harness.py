@@ -1,4 +1,5 @@
-"""What the pass tests share: graphs from text, runs through ONNX Runtime, and the checks every pass must meet."""
+"""What the pass tests share: graphs from text, runs through ONNX Runtime, and the checks every pass must
+meet."""
 
 from __future__ import annotations
 
@@ -88,8 +89,8 @@ def check_pass(
 ) -> ir.Model:
     """Runs passes and holds them to what every pass promises. Returns the model, changed in place.
 
-    The outputs stay the same through ONNX Runtime; `modified` is true just when the file changed; a second run
-    changes nothing.
+    The outputs stay the same through ONNX Runtime; `modified` is true just when the file changed; a second
+    run changes nothing.
     """
     before = ir.to_proto(model)
     feeds = feeds_for(model, **dims)
@@ -113,7 +114,8 @@ def check_pass(
 
 
 def check_shapes(model: ir.Model, bindings: Iterable[Mapping[str, int]], high: int = 4) -> int:
-    """Compares every inferred shape, dtype and tracked content with real runs. Returns how many were compared.
+    """Compares every inferred shape, dtype and tracked content with real runs. Returns how many were
+    compared.
 
     All intermediate values become outputs of the model; it runs once for each of `bindings` (name -> size).
     """

@@ -66,11 +66,13 @@ GRAPHS = {
     "attention_past": "(float[b,4,s,8] q, float[b,4,s,8] k, float[b,4,s,8] v, float[b,4,p,8] pk, float[b,4,p,8] pv, "
     "float[s,n] m) => (float[b,4,s,8] y) { y, nk, nv = Attention(q, k, v, m, pk, pv) }",
     "rotary": "(float[b,4,s,8] x, float[b,s,4] c, float[b,s,4] i) => (float[b,4,s,8] y) { y = RotaryEmbedding(x, c, i) }",
+    "rotary_positions": "(float[b,s,32] x, int64[b,s] p) => (float[b,s,32] y) { y = RotaryEmbedding<num_heads=4>(x, c, i, p) }",
     "cumsum_trilu": "(float[s,s] x) => (float[s,s] y) { c = CumSum(x, axis) y = Trilu(c) }",
     "quantize": "(float[b,s] x) => (float[b,s] y) { q = QuantizeLinear(x, scale, zero) y = DequantizeLinear(q, scale, zero) }",
     "dynamic_quantize": "(float[b,s] x) => (uint8[b,s] y) { y, a, z = DynamicQuantizeLinear(x) }",
 }
 WEIGHTS = {
+    "rotary_positions": {"c": np.ones((16, 4), np.float32), "i": np.zeros((16, 4), np.float32)},
     "one_hot": {"depth": np.array(5, I64), "values": np.array([0, 1], np.float32)},
     "cumsum_trilu": {"axis": np.array(0, I64)},
     "quantize": {"scale": np.array(0.1, np.float32), "zero": np.array(3, np.uint8)},

@@ -113,6 +113,21 @@ def test_tied_embedding_is_stored_once() -> None:
     assert gather.attributes["axis"].value == 1
 
 
+def test_transposed_copy_of_an_embedding_is_dropped() -> None:
+    """Exporters fold the transpose of small tied tables: the weight is then stored twice."""
+    table = f32(9, 4)
+    body = "(int64[b,s] ids) => (float[b,s,9] y) { h = Gather(embed, ids) y = MatMul(h, val_3) }"
+    model = parse(body, embed=table, val_3=np.ascontiguousarray(table.T))
+    check_pass(model, OrientWeights(), b=2, s=5)
+    assert [(v.name, v.const_value.shape) for v in model.graph.initializers.values()] == [("embed", [4, 9])]
+    gather, _, matmul = model.graph
+    assert (gather.metadata_props[TIED], matmul.metadata_props[TIED]) == (matmul.name, gather.name)
+    other = table.T.copy()
+    other[-1, -1] += 1
+    model = parse(body, embed=table, val_3=other)
+    check_pass(model, OrientWeights(), expect_modified=False)
+
+
 def test_tied_embedding_of_one_id() -> None:
     model = parse(
         "(int64 id) => (float[9] y) { h = Gather(embed, id) t = Transpose(embed) y = MatMul(h, t) }",
