@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
+from typing import NoReturn
 
 import onnx_ir as ir
 import sympy
@@ -151,10 +152,14 @@ def _infer(graph: ir.Graph, world: World, opset: int) -> dict[ir.Value, Fact]:
     for value in graph.initializers.values():
         facts[value] = _constant(value)
     for node in graph:
-        inputs = [None if v is None else facts[v] for v in node.inputs]
+        inputs = [None if v is None else facts.get(v) or _undefined(node, v) for v in node.inputs]
         for value, fact in zip(node.outputs, _infer_node(node, inputs, world, opset), strict=True):
             facts[value] = fact
     return facts
+
+
+def _undefined(node: ir.Node, value: ir.Value) -> NoReturn:
+    raise InputError(f"{describe(node)} reads {describe(value)}, which is not computed before it")
 
 
 def _infer_node(node: ir.Node, inputs: list[Fact | None], world: World, opset: int) -> list[Fact]:

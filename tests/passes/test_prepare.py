@@ -183,3 +183,36 @@ def test_stories260k() -> None:
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
     check_shapes(model, [dims, dict.fromkeys(dims, 5)])
     assert "RMSNormalization" in ops(model)
+
+
+@pytest.mark.parametrize("style", ["function", "qdq"])
+def test_a_low_bit_file_is_prepared_again(style: str, tmp_path: Path) -> None:
+    """What `quantize` writes can be loaded, prepared and checked; its low-bit layers stay what they are."""
+    from qgraph.passes.lowbit_functions import AddLowbitFunctions, InlineLowbitFunctions
+    from qgraph.passes.quantize_weights import QuantizeWeights
+    from qgraph.passes.select_layers import SelectLayers
+
+    model = parse(
+        "(float[n,s,40] x) => (float[n,s,32] y) { h = MatMul(x, w) k = Add(h, b) g = Gelu(k) y = MatMul(g, v) }",
+        w=f32(40, 48),
+        b=f32(48),
+        v=f32(48, 32),
+    )
+    prepare_model(model)
+    steps = [SelectLayers([], []), QuantizeWeights("nvfp4"), AddLowbitFunctions()]
+    run_passes(model, [*steps, InlineLowbitFunctions()] if style == "qdq" else steps, PrepareOptions())
+    ir.save(model, tmp_path / "low.onnx")
+    expected = [(n.op_type, n.name) for n in model.graph]
+    loaded = prepare_model(load_model(tmp_path / "low.onnx"))
+    assert [(n.op_type, n.name) for n in loaded.graph] == expected
+    assert str(loaded.graph.outputs[0].shape) == "[n,s,32]"
+    codes = [v for v in loaded.graph.initializers.values() if v.dtype == ir.DataType.FLOAT4E2M1]
+    assert sorted(tuple(v.shape) for v in codes) == [(40, 48), (48, 32)]
+    assert len(loaded.functions) == (style == "function")
+
+
+def test_undefined_and_unsorted_values_of_models_made_in_memory() -> None:
+    model = parse("(float[n,4] x) => (float[n,4] y) { h = Neg(x) y = Exp(h) }")
+    model.graph[1].replace_input_with(0, ir.Value(name="ghost"))
+    with pytest.raises(InputError, match="reads 'ghost', which is not computed before it"):
+        prepare_model(model)
