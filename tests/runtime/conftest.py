@@ -40,7 +40,7 @@ def toy_path(tmp_path_factory: pytest.TempPathFactory, toy_parts: Parts) -> Path
 
 
 @pytest.fixture(scope="session")
-def test_programs(tmp_path_factory: pytest.TempPathFactory, toy_path: Path) -> Path:
+def cpp_tests(tmp_path_factory: pytest.TempPathFactory, toy_path: Path) -> Path:
     """Build folder of the C++ tests, with sanitizers where the compiler has them.
 
     Unoptimised then: checking for undefined behaviour makes optimising several times slower than it gains.

@@ -15,15 +15,15 @@ TESTS = ["test_units", "test_thread_pool", "header_is_c99", "test_session", "tes
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_ctest(test_programs: Path, name: str) -> None:
-    output = run(tool("ctest"), "--test-dir", test_programs, "-R", f"^{name}$", "-V", "--no-tests=error")
+def test_ctest(cpp_tests: Path, name: str) -> None:
+    output = run(tool("ctest"), "--test-dir", cpp_tests, "-R", f"^{name}$", "-V", "--no-tests=error")
     if name == "test_corruption":
         assert "changed bytes" in output
         assert "all refused" in output
 
 
-def test_no_test_is_forgotten(test_programs: Path) -> None:
-    listing = run(tool("ctest"), "--test-dir", test_programs, "-N")
+def test_no_test_is_forgotten(cpp_tests: Path) -> None:
+    listing = run(tool("ctest"), "--test-dir", cpp_tests, "-N")
     assert [line.split()[-1] for line in listing.splitlines() if "Test #" in line] == TESTS
 
 
