@@ -61,12 +61,10 @@ class CompileConfig:
         from qgraph.schemes import get_scheme
 
         scheme = get_scheme(self.scheme)
-        if not self.solver:
-            object.__setattr__(self, "solver", scheme.default_solver)
-        if scheme.solvers:
-            _one_of("solver", self.solver, scheme.solvers)
-        elif self.solver:
+        if self.solver and not scheme.solvers:
             raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no solver")
+        if self.solver:
+            _one_of("solver", self.solver, scheme.solvers)
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("target", self.target, TARGETS)
         for name in ("threads", "seed"):
@@ -86,9 +84,15 @@ class CompileConfig:
         """A copy with `options` in place of the same fields."""
         return self.from_options({**asdict(self), **options})
 
+    def resolved(self) -> dict[str, Any]:
+        """All fields, with the solver that an empty one stands for."""
+        from qgraph.schemes import get_scheme
+
+        return {**asdict(self), "solver": self.solver or get_scheme(self.scheme).default_solver}
+
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""
-        return {name: getattr(self, name) for name in ("scheme", "solver", "include", "exclude")}
+        return {key: self.resolved()[key] for key in ("scheme", "solver", "include", "exclude")}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,13 +16,13 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qgraph import __version__
 from qgraph.config import CompileConfig
-from qgraph.errors import BudgetError, InputError, UnsupportedError, UsageError
+from qgraph.errors import BudgetError, InputError, UsageError
 from qgraph.progress import Progress
 from qgraph.report import CompileReport, LayerReport, layers_of
 
@@ -203,7 +203,6 @@ def _build(run: _Run, lowbit: Path) -> None:
         inputs = _files(lowbit, model)
         report.sizes.setdefault("original", sum(file.stat().st_size for file in inputs))
         report.model.setdefault("sha256", _hash(inputs))
-        _require_functions(lowbit, model)
         prepare_model(model, on_pass=run.heard)
         ranges = input_ranges(model)
         metadata = {
@@ -276,7 +275,7 @@ class _Run:
             if self.final(suffix).resolve() == source.resolve():
                 raise UsageError(f"the output {self.final(suffix)} is the input: give another -o")
         self.progress = progress or Progress()
-        self.report = CompileReport(__version__, {"name": source.name}, asdict(config))
+        self.report = CompileReport(__version__, {"name": source.name}, config.resolved())
         self._stack = contextlib.ExitStack()
         self._folder = Path()
         self._heard = 0
@@ -391,20 +390,6 @@ def _hash(files: list[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _require_functions(path: Path, model: ir.Model) -> None:
-    """UnsupportedError for a file whose 4-bit weights are written out: only the function form says what they
-    are."""
-    import onnx_ir as ir
-
-    for node in model.graph.all_nodes():
-        first = node.inputs[0] if node.op_type == "DequantizeLinear" and node.inputs else None
-        if first is not None and first.dtype == ir.DataType.FLOAT4E2M1:
-            raise UnsupportedError(
-                f"{path}: node '{node.name}' dequantizes a 4-bit weight in place; "
-                "build from a file written with --onnx-style function"
-            )
 
 
 def _require_realised(run: _Run) -> None:

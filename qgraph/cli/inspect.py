@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +69,12 @@ def _onnx(path: Path) -> dict[str, Any]:
         "producer": f"{model.producer_name or '?'} {model.producer_version or ''}".strip(),
         **{f"opset {domain or 'ai.onnx'}": version for domain, version in model.opset_imports.items()},
         **dict(sorted(model.metadata_props.items())),
-        "weights": sum(w.size for w in weights),
         "weight_nbytes": sum(w.nbytes for w in weights),
         "inputs": [_value(v) for v in graph.inputs],
         "outputs": [_value(v) for v in graph.outputs],
         "operators": [{"operator": name, "nodes": count} for name, count in operators.most_common()],
         "layers": [
-            {k: v for k, v in asdict(layer).items() if k not in ("kernel", "compute")}
+            {k: v for k, v in layer.to_json().items() if k not in ("kernel", "compute")}
             for layer in layers_of(model)
         ],
     }
@@ -88,8 +86,10 @@ def _value(value: Any) -> dict[str, Any]:
 
 
 def _text(key: str, value: Any) -> str:
-    return size(value) if key.endswith("nbytes") else f"{value:,}" if key == "weights" else str(value)
+    return size(value) if key.endswith("nbytes") else str(value)
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(str, value))}]"
     return "" if value is None else str(value)

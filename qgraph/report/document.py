@@ -65,7 +65,7 @@ class CompileReport:
                 "bits_per_weight_all_linear": mean_bits(self.layers),
             },
             "sizes": self.sizes,
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [layer.to_json() for layer in self.layers],
             "decisions": self.decisions,
             "isas": self.isas,
             "verification": verification_json(self.verification),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -50,6 +51,11 @@ class LayerReport:
         """Whether the kernel reads the low-bit weight itself: kernels are named after the format they
         read."""
         return bool(self.scheme) and self.scheme in self.kernel.split("_")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; a float or exact layer has no SQNR that JSON could say."""
+        finite = self.sqnr_db is not None and math.isfinite(self.sqnr_db)
+        return {**asdict(self), "sqnr_db": self.sqnr_db if finite else None}
 
 
 def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = None) -> list[LayerReport]:

@@ -4,6 +4,7 @@ before."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from cli_harness import Compiled, Result, command, qgraph
+from cli_harness import ROOT, Compiled, Result, command, qgraph
 from onnx import TensorProto, helper, numpy_helper
 from tiny_model import save_tiny, tiny_transformer
 
@@ -193,6 +194,26 @@ def test_bad_option(name: str, tiny: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
+def test_an_interrupt_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle: 130, one line, no file."""
+    args = [sys.executable, "-m", "qgraph", "compile", str(tiny), "-o", str(tmp_path / "out")]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "QGRAPH_CACHE_DIR": str(tmp_path / "cache"),
+    }  # kernels take long
+    process = subprocess.Popen(args, env=env, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.split()[0] == "import":  # the phase before
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert rest.strip() == "error: interrupted"
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == []
+
+
 def test_unknown_command() -> None:
     assert_fails(qgraph("comple"), USAGE, "comple", "did you mean 'compile'?")
 
@@ -219,12 +240,32 @@ def test_bad_config(text: str, code: int, words: tuple[str, ...], tiny: Path, tm
 # ---- where the result goes ---------------------------------------------------------------------------------
 
 
-def test_unwritable_folder(tiny: Path, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
+def _mount(folder: Path, options: str) -> bool:
+    """Whether a tmpfs could be mounted there: a matter of being root."""
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this user cannot write to."""
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
-    assert_fails(qgraph("compile", "-q", tiny, "-o", folder / "out"), RESOURCE, "permission denied")
+    mounted = _mount(folder, "ro")  # modes do not bind root
+    if os.access(folder, os.W_OK):
+        pytest.skip("nothing is read-only to root, and a tmpfs cannot be mounted")
+    yield folder
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_unwritable_folder(tiny: Path, locked: Path) -> None:
+    result = qgraph("compile", "-q", tiny, "-o", locked / "out")
+    assert_fails(result, RESOURCE, "cannot write", "read-only" if os.geteuid() == 0 else "permission denied")
+
+
+def test_unwritable_run_output(compiled: Compiled, locked: Path) -> None:
+    assert_fails(qgraph("run", compiled.artifact, "-o", locked / "out.npz"), RESOURCE, "cannot write")
 
 
 def test_output_below_a_file(tiny: Path, tmp_path: Path) -> None:
@@ -249,8 +290,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     """A file system that is too small."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+    if not _mount(folder, f"size={request.param}k"):
         pytest.skip("needs root that may mount a tmpfs")
     try:
         yield folder

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from cli_harness import Compiled, qgraph
+from cli_harness import ROOT, Compiled, qgraph
 from tiny_model import HIDDEN, INNER, VOCABULARY, save_tiny
 
 LAYERS = 12  # linear layers of the tiny transformer
@@ -93,9 +100,13 @@ def test_report_document(report: dict, compiled: Compiled) -> None:
 
 
 def test_compile_is_reproducible_and_build_gives_the_same_artifact(
-    compiled: Compiled, tmp_path: Path
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = qgraph("compile", "-q", compiled.model, "-o", tmp_path / "again", "--threads", "1")
+    """Kernels are compiled anew for it, in a process with another hash seed; the solver uses one thread."""
+    monkeypatch.setenv("QGRAPH_CACHE_DIR", str(tmp_path / "cache"))
+    options = ("--threads", "1", "--no-verify")
+    again = qgraph("compile", "-q", compiled.model, "-o", tmp_path / "again", *options)
+    monkeypatch.undo()
     assert again.code == 0 and again.err == ""
     assert (tmp_path / "again.qg").read_bytes() == compiled.artifact.read_bytes()
     assert (tmp_path / "again.onnx").read_bytes() == compiled.onnx.read_bytes()
@@ -303,3 +314,70 @@ def test_version() -> None:
     import qgraph as package
 
     assert qgraph("--version").out == f"qgraph, version {package.__version__}\n"
+
+
+def test_eval_sts(compiled: Compiled, tmp_path: Path) -> None:
+    """With a tokenizer of single words. The float model against itself is a cosine of 1."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
+    words = [f"w{i}" for i in range(VOCABULARY)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+
+    def sentence() -> str:
+        return " ".join(rng.choice(words, rng.integers(2, 9)))
+
+    rows = [f"{sentence()},{sentence()},{rng.integers(0, 6)}" for _ in range(20)]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    task = (
+        "--data",
+        tmp_path / "pairs.csv",
+        "--tokenizer",
+        tmp_path / "tokenizer.json",
+        "--output",
+        "hidden",
+    )
+    done = qgraph("eval", "sts", compiled.artifact, *task, "--against", compiled.model, "-q", "--json")
+    assert done.code == 0, done.err
+    found = load_json(done.out)
+    assert found["pairs"] == 20
+    ours, theirs = (row["spearman"] for row in found["models"])
+    assert found["spearman_difference"] == pytest.approx(ours - theirs)
+    assert 0.9 < found["mean_cosine"] < 0.99999
+    itself = qgraph("eval", "sts", compiled.model, *task, "--against", compiled.model, "-q", "--json")
+    assert load_json(itself.out)["mean_cosine"] == pytest.approx(1)
+
+
+def test_view_serves_on_loopback(compiled: Compiled) -> None:
+    pytest.importorskip("netron", reason="needs the package netron")
+    args = [sys.executable, "-u", "-m", "qgraph", "view", str(compiled.onnx), "--no-browser"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[0]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address, timeout=10) as page:
+            assert b"Netron" in page.read()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+
+
+def test_live_progress_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
+    """On a terminal there are bars; names in them are escaped by the same function as everywhere."""
+    reader, writer = pty.openpty()
+    args = [sys.executable, "-m", "qgraph", "quantize", str(tiny), "-o", str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    process = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an I/O error
+        while block := os.read(reader, 4096):
+            shown += block
+    os.close(reader)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert "\u2713".encode() in shown and b"quantize" in shown
+    assert b"\x1b" not in out
