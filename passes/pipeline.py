@@ -26,6 +26,7 @@ from qgraph.passes.name_weights import NameWeights
 from qgraph.passes.order_bias import OrderBias
 from qgraph.passes.orient_weights import OrientWeights
 from qgraph.passes.raise_opset import RaiseOpset
+from qgraph.passes.recognize_lowbit import RecognizeLowbit
 from qgraph.passes.remove_unused import RemoveUnused
 from qgraph.passes.simplify_reshape import SimplifyReshape
 from qgraph.passes.tie_initializers import TieInitializers
@@ -50,12 +51,14 @@ def prepare(options: PrepareOptions) -> list[Pass]:
         RaiseOpset(),
         InlineFunctions(),
         LiftConstants(),
+        RecognizeLowbit(),
         ExpandContrib(),
         RemoveUnused(),
         NameFixPass(),
         Dump("00-import", options),
         # 1. What is known at compile time is computed, what does nothing goes
         UntilStable(
+            options,
             InferShapes(),
             FoldConstants(),
             SimplifyReshape(),
@@ -116,7 +119,7 @@ def run_passes(model: ir.Model, passes: Iterable[Pass], options: PrepareOptions)
     themselves."""
     modified = False
     for step in passes:
-        if options.on_pass is not None and not isinstance(step, Dump):
+        if options.on_pass is not None and not isinstance(step, Dump | UntilStable):
             options.on_pass(type(step).__name__)
         try:
             modified |= step(model).modified
@@ -135,12 +138,13 @@ class UntilStable(GraphPass):
 
     MAX_ROUNDS = 20
 
-    def __init__(self, *passes: Pass) -> None:
+    def __init__(self, options: PrepareOptions, *passes: Pass) -> None:
         super().__init__()
+        self.on_pass = options.on_pass
         self.passes = passes
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        options = PrepareOptions(refusals=self.refusals)
+        options = PrepareOptions(on_pass=self.on_pass, refusals=self.refusals)
         modified = False
         for _ in range(self.MAX_ROUNDS):
             if not run_passes(model, self.passes, options):

@@ -1,0 +1,79 @@
+"""NVFP4 weights written out in standard operators become low-bit layers again."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qgraph.formats.nvfp4 import NVFP4
+from qgraph.passes.base import GraphPass, attribute, is_op, remove_dead, replace_node
+from qgraph.passes.lowbit_functions import DOMAIN, AddLowbitFunctions
+
+
+class RecognizeLowbit(GraphPass):
+    """`MatMul(x, DequantizeLinear(codes, DequantizeLinear(block_scale, global_scale)))` -> `QLinearNVFP4`.
+
+    The inverse of `InlineLowbitFunctions`, so that a file of style `qdq` (ours, or another tool's with blocks
+    of 16 along K) compiles to the same kernels as one with functions. `codes` must be a FLOAT4E2M1 matrix and
+    `block_scale` FLOAT8E4M3FN, both constant, dequantized to float32 without a zero point; anything else
+    stays and is refused with the reason.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in tuple(model.graph.all_nodes()):
+            if is_op(node, "MatMul") and node.inputs[1] is not None:
+                modified |= self._try_matmul(node, node.inputs[1])
+        if modified:
+            AddLowbitFunctions()(model)
+        return ir.passes.PassResult(model, modified)
+
+    def _try_matmul(self, node: ir.Node, weight: ir.Value) -> bool:
+        outer = weight.producer()
+        if outer is None or not is_op(outer, "DequantizeLinear"):
+            return False
+        codes, scale = outer.inputs[:2]
+        if codes is None or codes.dtype != ir.DataType.FLOAT4E2M1 or scale is None:
+            return False
+        inner = scale.producer()
+        if inner is None or not is_op(inner, "DequantizeLinear"):
+            self.refuse(node, "the scale of its 4-bit weight is not a dequantized E4M3 tensor")
+            return False
+        block_scale, global_scale = inner.inputs[:2]
+        reason = _mismatch(outer, inner, codes, block_scale, global_scale)
+        if reason:
+            self.refuse(node, reason)
+            return False
+        layer = ir.node(
+            "QLinearNVFP4", [node.inputs[0], codes, block_scale, global_scale], domain=DOMAIN, name=node.name
+        )
+        layer.doc_string = node.doc_string
+        replace_node(node, [layer])
+        remove_dead([weight])
+        return True
+
+
+def _mismatch(
+    outer: ir.Node,
+    inner: ir.Node,
+    codes: ir.Value,
+    block_scale: ir.Value | None,
+    global_scale: ir.Value | None,
+) -> str:
+    """Why these two DequantizeLinear are not the body of QLinearNVFP4; empty when they are."""
+    if any(len(n.inputs) > 2 and n.inputs[2] is not None for n in (outer, inner)):
+        return "its 4-bit weight has a zero point"
+    if block_scale is None or block_scale.dtype != ir.DataType.FLOAT8E4M3FN:
+        return "the block scales of its 4-bit weight are not FLOAT8E4M3FN"
+    if any(v is None or v.const_value is None for v in (codes, block_scale, global_scale)):
+        return "its 4-bit weight or a scale of it is not constant"
+    assert global_scale is not None and global_scale.const_value is not None and codes.shape is not None
+    if global_scale.dtype != ir.DataType.FLOAT or global_scale.const_value.size != 1:
+        return "the global scale of its 4-bit weight is not one float32"
+    if len(codes.shape) != 2 or attribute(outer, "axis", 1) not in (0, -2):
+        return "its 4-bit weight is not a matrix with blocks along the first axis"
+    if attribute(outer, "block_size", 0) != NVFP4.block:
+        return f"the blocks of its 4-bit weight are not of {NVFP4.block}"
+    for n in (outer, inner):
+        if attribute(n, "output_dtype", 0) not in (0, int(ir.DataType.FLOAT)):
+            return "its 4-bit weight is not dequantized to float32"
+    return ""
