@@ -536,7 +536,9 @@ def test_constants(isa: Isa) -> None:
 
 @pytest.mark.parametrize("isa", [i for i in ISAS.values() if i not in native_isas()], ids=lambda i: i.name)
 def test_every_operator_links_where_it_cannot_run(isa: Isa) -> None:
-    """No operator may call a library: linking fails on an undefined symbol. (The tests above link the others.)"""
+    """No operator may call a library: linking fails on an undefined symbol. (The tests above link the
+    others.)
+    """
     from qgraph.codegen.kernels.ops import OPERATORS
 
     operands = {1: (x,), 2: (x, y)}
