@@ -83,6 +83,8 @@ def test_hooks_and_dump(tmp_path: Path) -> None:
     prepare_model(block(), on_pass=heard.append, dump=tmp_path / "new")
     assert heard[0] == "RaiseOpset"
     assert heard[-1] == "CheckPrepared"
+    assert "FoldConstants" in heard
+    assert not {"UntilStable", "Dump"} & set(heard)
     files = sorted(f.name for f in (tmp_path / "new").iterdir())
     assert files == ["00-import.onnx", "10-simple.onnx", "20-layers.onnx", "30-prepared.onnx"]
     reloaded = load_model(tmp_path / "new" / "30-prepared.onnx")
@@ -216,3 +218,23 @@ def test_undefined_and_unsorted_values_of_models_made_in_memory() -> None:
     model.graph[1].replace_input_with(0, ir.Value(name="ghost"))
     with pytest.raises(InputError, match="reads 'ghost', which is not computed before it"):
         prepare_model(model)
+
+
+def test_damaged_files_are_models_or_refused(tmp_path: Path) -> None:
+    """Up to three changed bytes in a file that uses most passes: prepared, or one printable line."""
+    data = ir.to_proto(block()).SerializeToString()
+    generator = np.random.default_rng(7)
+    path = tmp_path / "damaged.onnx"
+    outcomes = {"prepared": 0, "refused": 0}
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(generator.integers(1, 4)):
+            damaged[generator.integers(len(damaged))] = generator.integers(256)
+        path.write_bytes(damaged)
+        try:
+            prepare_model(load_model(path))
+            outcomes["prepared"] += 1
+        except (InputError, UnsupportedError) as error:
+            assert str(error).isprintable()
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 10, outcomes
