@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (one graph a line is easier to read)
 """Files of older opsets mean the same at opset 23: run before and after by ONNX Runtime."""
 
 from __future__ import annotations
