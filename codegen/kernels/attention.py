@@ -1,15 +1,17 @@
 """softmax(q k^T * scale + mask) v without the score matrix: `attention`.
 
 The online softmax of Milakov and Gimelshein (arXiv:1805.02867) over tiles of keys, as in FlashAttention
-(arXiv:2205.14135, algorithm 1): running maximum m and sum l per query, and outputs rescaled by e^(m_old - m_new).
+(arXiv:2205.14135, algorithm 1): running maximum m and sum of weights (norm) per query, and outputs
+rescaled by corr = e^(m_old - m_new).
 
 Two arrangements of the same sums:
-* queries in lanes, for a chunk of many queries. q is transposed once, then keys and values are read as they lie,
-  one element to all lanes, and the softmax needs no reduction over lanes. The outputs are transposed at the end.
+* queries in lanes, for a chunk of many queries. q is transposed once, then keys and values are read as they
+  lie, one element to all lanes, and the softmax needs no reduction over lanes. The outputs are transposed at
+  the end.
 * one query at a time, for the last few of a chunk (in decoding, the only one): head dims and keys in lanes.
 
-Scores that the mask or causality forbids are -inf whatever their value. As in ONNX's reference, a query with no key
-to attend (or none with a score above -inf) gives zeros.
+Scores that the mask or causality forbids are -inf whatever their value. As in ONNX's reference, a query with
+no key to attend (or none with a score above -inf) gives zeros.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
 
     Spec: head_dim and value_dim <= 256, mask "none" | "bool" (true: attend) | "f32" (added), causal (query i
     attends keys j <= i + P), scale, softcap (0: none; c tanh(s / c)), q_block: queries of one block.
-    Arguments: y, q, k, v, [mask], H query heads, G of them per key head, Sq, Sk, P, strides qs_b, qs_h, qs_s, ks_b,
-    ks_h, ks_s, vs_b, vs_h, vs_s, [ms_b, ms_h, ms_q, ms_k], ys_b, ys_h, ys_s; begin, end. The stride within a head
-    is 1. Blocks: batch * H * ceil(Sq/q_block), the last fastest.
+    Arguments: y, q, k, v, [mask], H query heads, G of them per key head, Sq, Sk, P, strides qs_b, qs_h, qs_s,
+    ks_b, ks_h, ks_s, vs_b, vs_h, vs_s, [ms_b, ms_h, ms_q, ms_k], ys_b, ys_h, ys_s; begin, end. The stride
+    within a head is 1. Blocks: batch * H * ceil(Sq/q_block), the last fastest.
     """
     D, Dv, mask_kind, causal = spec["head_dim"], spec["value_dim"], spec["mask"], spec["causal"]
     scale, softcap, q_block = spec["scale"], spec["softcap"], spec["q_block"]
@@ -81,7 +83,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
         return B[at]
 
     def masked(s: Any, bias: Any) -> Any:
-        """s + bias; -inf wherever the bias is, so that a NaN or infinity in a forbidden place does not count."""
+        """s + bias; -inf wherever the bias is, so that a NaN in a forbidden place does not count."""
         low = const_like(s, -math.inf)
         return let(bias, lambda b: T.Select(b == low, low, s + b))
 
@@ -147,8 +149,8 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
                     S[j, lanes_at(v * L, L)] = s[lanes_at(0, L)]
 
     @T.inline
-    def weight_tile(S, m, l, corr, keys):
-        """Scores to weights e^(s - m), with m, l and corr = e^(m_old - m_new) brought up to date."""
+    def weight_tile(S, m, norm, corr, keys):
+        """Scores to weights e^(s - m), with m, norm and corr = e^(m_old - m_new) brought up to date."""
         for v in T.unroll(V):
             top = T.alloc_buffer((L,), "float32", scope="local")
             total = T.alloc_buffer((L,), "float32", scope="local")
@@ -158,11 +160,11 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
             corr[v, lanes_at(0, L)] = rescale(m[v, lanes_at(0, L)], finite(top[lanes_at(0, L)]))
             m[v, lanes_at(0, L)] = top[lanes_at(0, L)]
             top[lanes_at(0, L)] = finite(top[lanes_at(0, L)])
-            total[lanes_at(0, L)] = l[v, lanes_at(0, L)] * corr[v, lanes_at(0, L)]
+            total[lanes_at(0, L)] = norm[v, lanes_at(0, L)] * corr[v, lanes_at(0, L)]
             for j in T.serial(keys):
                 S[j, lanes_at(v * L, L)] = vexp_nonpositive(S[j, lanes_at(v * L, L)] - top[lanes_at(0, L)])
                 total[lanes_at(0, L)] = total[lanes_at(0, L)] + S[j, lanes_at(v * L, L)]
-            l[v, lanes_at(0, L)] = total[lanes_at(0, L)]
+            norm[v, lanes_at(0, L)] = total[lanes_at(0, L)]
 
     @T.inline
     def add_values(Ot, S, corr, Vb, v0, stride, keys):
@@ -178,14 +180,14 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
                     )
 
     @T.inline
-    def many_queries(Y, Q, K, Vb, B, Qt, Ot, S, Bt, y0, q0, k0, v0, b0, sy, sq, sk, sv, sbq, sbk, n, Sk, last):
+    def many_queries(Y, Q, K, Vb, B, Qt, Ot, S, Bt, y0, q0, k0, v0, b0, sy, sq, sk, sv, bq, bk, n, Sk, last):
         """Queries 0 .. n-1, n <= W, from the offsets given; query i attends keys j < Sk, j <= last + i."""
         m = T.alloc_buffer((V, L), "float32", scope="local")
-        l = T.alloc_buffer((V, L), "float32", scope="local")  # noqa: E741
+        norm = T.alloc_buffer((V, L), "float32", scope="local")
         corr = T.alloc_buffer((V, L), "float32", scope="local")
         for v in T.unroll(V):
             m[v, lanes_at(0, L)] = f32(-math.inf, L)
-            l[v, lanes_at(0, L)] = f32(0, L)
+            norm[v, lanes_at(0, L)] = f32(0, L)
         for d in T.serial(T.int64(D)):
             for v in T.unroll(V):
                 Qt[d, lanes_at(v * L, L)] = f32(0, L)
@@ -204,12 +206,12 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
             j0: T.let = t * KT
             keys: T.let = T.min(T.int64(KT), reach - j0)
             if biased:
-                bias_tile(Bt, B, b0 + j0 * sbk, sbq, sbk, keys, n)
+                bias_tile(Bt, B, b0 + j0 * bk, bq, bk, keys, n)
             score_tile(S, Qt, Bt, K, k0 + j0 * sk, sk, keys, last - j0)
-            weight_tile(S, m, l, corr, keys)
+            weight_tile(S, m, norm, corr, keys)
             add_values(Ot, S, corr, Vb, v0 + j0 * sv, sv, keys)
         for v in T.unroll(V):
-            corr[v, lanes_at(0, L)] = inverse(l[v, lanes_at(0, L)])
+            corr[v, lanes_at(0, L)] = inverse(norm[v, lanes_at(0, L)])
         for d in T.serial(T.int64(Dv)):
             for v in T.unroll(V):
                 Ot[d, lanes_at(v * L, L)] = Ot[d, lanes_at(v * L, L)] * corr[v, lanes_at(0, L)]
@@ -248,8 +250,8 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
             Sr[j] = reduce_lanes(add, acc[lanes_at(0, L)])
 
     @T.inline
-    def weight_row(Sr, Br, m, l, corr, keys):
-        """Scores to weights, keys in lanes; m, l and corr as in `weight_tile`, scalars."""
+    def weight_row(Sr, Br, m, norm, corr, keys):
+        """Scores to weights, keys in lanes; m, norm and corr as in `weight_tile`, scalars."""
         top = T.alloc_buffer((L,), "float32", scope="local")
         total = T.alloc_buffer((L,), "float32", scope="local")
         top[lanes_at(0, L)] = f32(-math.inf, L)
@@ -268,16 +270,16 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
         for c in T.serial(T.int64(KTp // L)):
             Sr[lanes_at(c * L, L)] = vexp_nonpositive(Sr[lanes_at(c * L, L)] - splat(finite(m[0]), L))
             total[lanes_at(0, L)] = total[lanes_at(0, L)] + Sr[lanes_at(c * L, L)]
-        l[0] = l[0] * corr[0] + reduce_lanes(add, total[lanes_at(0, L)])
+        norm[0] = norm[0] * corr[0] + reduce_lanes(add, total[lanes_at(0, L)])
 
     @T.inline
-    def one_query(Y, Q, K, Vb, B, Qr, Or, Sr, Br, y0, q0, k0, v0, b0, sk, sv, sbk, Sk, last):
+    def one_query(Y, Q, K, Vb, B, Qr, Or, Sr, Br, y0, q0, k0, v0, b0, sk, sv, bk, Sk, last):
         """A query that attends keys j < Sk, j <= last."""
         m = T.alloc_buffer((1,), "float32", scope="local")
-        l = T.alloc_buffer((1,), "float32", scope="local")  # noqa: E741
+        norm = T.alloc_buffer((1,), "float32", scope="local")
         corr = T.alloc_buffer((1,), "float32", scope="local")
         m[0] = T.float32(-math.inf)
-        l[0] = T.float32(0)
+        norm[0] = T.float32(0)
         for c in T.serial(T.int64(Dp // L)):
             Qr[lanes_at(c * L, L)] = load_first(Q, q0 + c * L, D - c * L, L) * f32(scale, L)
         for c in T.serial(T.int64(chunks * chunk_vectors)):
@@ -289,8 +291,8 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
             score_row(Sr, Qr, K, k0 + j0 * sk, sk, keys)
             if biased:
                 for j in T.serial(keys):
-                    Br[j] = bias_at(B, b0 + (j0 + j) * sbk)
-            weight_row(Sr, Br, m, l, corr, keys)
+                    Br[j] = bias_at(B, b0 + (j0 + j) * bk)
+            weight_row(Sr, Br, m, norm, corr, keys)
             for chunk in T.serial(T.int64(chunks)):
                 acc = T.alloc_buffer((1, chunk_vectors, L), "float32", scope="local")
                 accumulate(
@@ -307,7 +309,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
                     Or[lanes_at(at, L)] = Or[lanes_at(at, L)] * splat(corr[0], L) + acc[0, v, lanes_at(0, L)]
         for c in T.serial(T.int64(Dvp // L)):
             store_first(
-                Y, Or[lanes_at(c * L, L)] * splat(inverse(l[0]), L), y0 + c * L, T.int64(Dv) - c * L, L
+                Y, Or[lanes_at(c * L, L)] * splat(inverse(norm[0]), L), y0 + c * L, T.int64(Dv) - c * L, L
             )
 
     @T.prim_func(s_tir=True)

@@ -19,8 +19,8 @@ class E2M1Decoder:
     """How an ISA turns codes into float32.
 
     Attributes:
-        raw: `raw(words, j)` gives, for code j (bits 4j..4j+3) of each u32 lane, its value / unit, exactly. j may be
-            a loop variable that is unrolled.
+        raw: `raw(words, j)` gives, for code j (bits 4j..4j+3) of each u32 lane, its value / unit, exactly. j
+            may be a loop variable that is unrolled.
         unit: a power of two.
     """
 
@@ -48,8 +48,8 @@ _BYTE_LOOKUP = {8: "llvm.x86.avx2.pshuf.b", 4: "llvm.aarch64.neon.tbl1.v16i8"}
 
 
 def _bytes16(isa: Isa) -> E2M1Decoder:
-    # One byte lookup decodes every other code of the words, to twice its value as a signed byte; a shift up and a
-    # shift down widen one of them to 32 bits.
+    # One byte lookup decodes every other code of the words, to twice its value as a signed byte; a shift up
+    # and a shift down widen one of them to 32 bits.
     lanes, size = isa.lanes, isa.lanes * 4
     table = T.Shuffle([T.int8(int(2 * v)) for v in _VALUES * (size // 16)], list(range(size)))
     lookup = T.llvm_lookup_intrinsic_id(_BYTE_LOOKUP[lanes])
@@ -75,7 +75,7 @@ def e2m1_decoder(isa: Isa) -> E2M1Decoder:
 
 
 def e4m3(bits: Any, lanes: int) -> Any:
-    """E4M3 bits (u8 lanes) as float32, exact, subnormals and sign included. NaN codes (0x7F, 0xFF) are not scales."""
+    """E4M3 bits (u8 lanes) as float32, exact, subnormals and sign included. NaN (0x7F, 0xFF) is no scale."""
     wide = T.cast(bits, f"uint16x{lanes}")
 
     def moved(mask: int, left: int) -> Any:

@@ -24,6 +24,6 @@ def accumulate(acc, left, right, depth, rows, vectors, lanes):
     for k in T.serial(depth):
         for r in T.unroll(T.int64(rows)):
             for v in T.unroll(vectors):
-                acc[r, v, lanes_at(0, lanes)] = (
-                    acc[r, v, lanes_at(0, lanes)] + splat(left(r, k), lanes) * right(k, v)
-                )
+                acc[r, v, lanes_at(0, lanes)] = acc[r, v, lanes_at(0, lanes)] + splat(
+                    left(r, k), lanes
+                ) * right(k, v)

@@ -1,10 +1,11 @@
-"""x @ W for a constant weight W: `matmul_nvfp4` and `matmul_f32`, one generator that differs in how weights are read.
+"""x @ W for a constant weight W: `matmul_nvfp4` and `matmul_f32`, which differ in how weights are read.
 
-Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` output columns. A chunk of
-at most _DIRECT_ROWS rows multiplies weights straight from registers (a matrix-vector product, bound by the bandwidth
-of the weights). A larger one decodes a K-slice of the panel once, to a tile on the stack, and runs a register-blocked
-kernel over it (gemm.py); sums wait in y between K-slices. Both end with the same pass that
-applies the epilogue to the finished block. Sums are float32, and a row's result depends on no other row's values.
+Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` output columns. A
+chunk of at most _DIRECT_ROWS rows multiplies weights straight from registers (a matrix-vector product, bound
+by the bandwidth of the weights). A larger one decodes a K-slice of the panel once, to a tile on the stack,
+and runs a register-blocked kernel over it (gemm.py); sums wait in y between K-slices. Both end with the same
+pass that applies the epilogue to the finished block. Sums are float32, and a row's result depends on no other
+row's values.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from tvm.tirx import PrimFunc
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
-from qgraph.codegen.kernels.gemm import TILES, accumulate
 from qgraph.codegen.kernels.decode import e2m1_decoder, e4m3
-from qgraph.codegen.kernels.signature import keep_parameters
+from qgraph.codegen.kernels.gemm import TILES, accumulate
+from qgraph.codegen.kernels.signature import drop_parameters
 from qgraph.codegen.kernels.vector import f32, lanes_at, load_first, splat, store_first
 from qgraph.codegen.kernels.vmath import const_like, vgelu_erf, vgelu_tanh, vsigmoid, vsilu, vtanh
 from qgraph.codegen.packing import GROUP, LANES, WORD
@@ -43,8 +44,8 @@ _PANEL_FLOATS = 8192  # of decoded weights: 32 KiB of stack, half of what a kern
 def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     """y = epilogue(x @ dequantize(W)), W in layout `nvfp4_n16k8`.
 
-    Spec: k, n, n_block (multiple of 16), m_block, epilogue: names applied in order, of "bias" (+ [n]), "residual"
-    (+ [M, n]) and ACTIVATIONS.
+    Spec: k, n, n_block (multiple of 16), m_block, epilogue: names applied in order, of "bias" (+ [n]),
+    "residual" (+ [M, n]) and ACTIVATIONS.
     Arguments: y f32 [M, n], x f32 [M, k], codes u32, block_scale u8, global_scale f32 [1], [bias f32 [n]],
     [residual f32 [M, n]], M, begin, end. Blocks: ceil(M/m_block) * ceil(n/n_block).
     """
@@ -87,7 +88,7 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
     decoder = e2m1_decoder(isa)
 
     def tile_of(panel: Any, group: Any, v: Any) -> Any:
-        """The n16 tile of vector v of a column group; beyond the last tile, the last one (its sums are dropped)."""
+        """The n16 tile of vector v of a group; beyond the last tile, the last (its sums are dropped)."""
         tile = panel * (n_block // LANES) + group * (width // LANES) + v // parts
         return T.min(tile, tiles - 1) if ragged else tile
 
@@ -299,5 +300,5 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
             if len(epilogue) > 0:
                 finish(Y, B, R, m0, rows, panel)
 
-    names = {"y", "x", "M", "begin", "end", *epilogue}
-    return keep_parameters(func, names | ({"codes", "block_scale", "global_scale"} if quantized else {"w"}))
+    unused = {"w"} if quantized else {"codes", "block_scale", "global_scale"}
+    return drop_parameters(func, unused | ({"bias", "residual"} - set(epilogue)))

@@ -1,7 +1,7 @@
 """a @ b for two activations of any strides: `matmul_dynamic`.
 
-A K-slice of b's panel is copied to a tile on the stack, columns side by side, and the register-blocked kernel runs
-over it; sums wait in y between K-slices.
+A K-slice of b's panel is copied to a tile on the stack, columns side by side, and the register-blocked kernel
+runs over it; sums wait in y between K-slices.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def matmul_dynamic(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     """y[b0, b1, m, n] = sum over k of a[b0, b1, m, k] b[b0, b1, k, n], float32.
 
     Spec: m_block, n_block (a multiple of 16).
-    Arguments: y, a, b, M, K, N, B1, strides as0, as1, asm, ask of a, bs0, bs1, bsk, bsn of b (0 where broadcast),
-    ys0, ys1, ysm of y, whose n stride is 1; begin, end. K = 0 gives zeros.
+    Arguments: y, a, b, M, K, N, B1, strides as0, as1, asm, ask of a, bs0, bs1, bsk, bsn of b (0 where
+    broadcast), ys0, ys1, ysm of y, whose n stride is 1; begin, end. K = 0 gives zeros.
     Blocks: B0 * B1 * ceil(M/m_block) * ceil(N/n_block), the last fastest.
     """
     m_block, n_block = spec["m_block"], spec["n_block"]
@@ -136,9 +136,7 @@ def matmul_dynamic(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
                 a0: T.let = i0 * as0 + i1 * as1 + m0 * asm + k0 * ask
                 copy_slice(P, B, i0 * bs0 + i1 * bs1 + k0 * bsk + n0 * bsn, bsk, bsn, kn, columns)
                 for t in T.serial(full):
-                    tile(
-                        Y, A, P, y0, ysm, a0, asm, ask, t * tile_rows, rows, columns, kn, s == 0, tile_rows
-                    )
+                    tile(Y, A, P, y0, ysm, a0, asm, ask, t * tile_rows, rows, columns, kn, s == 0, tile_rows)
                 if full * tile_rows < rows:
                     tile(
                         Y,

@@ -71,7 +71,7 @@ def test_epilogues(isa: Isa, epilogue: tuple[str, ...]) -> None:
 
 @isas
 def test_every_code_and_every_scale_is_decoded_exactly(isa: Isa) -> None:
-    """x = rows of the identity: y is the weight, bit for bit, on the paths for one, two, four and many rows."""
+    """x = rows of the identity: y is the weight, bit for bit, on the paths for 1, 2, 4 and many rows."""
     K, N = 16, 256
     scales = np.arange(256, dtype=np.uint8)
     scales[np.isnan(scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32))] = 0
