@@ -142,6 +142,16 @@ class Lowering:
             return None
         return value.const_value.numpy()
 
+    def integers(self, value: ir.Value | None) -> list[Dim] | None:
+        """The elements of a small integer tensor that is constant or that shape inference worked out (sizes,
+        starts, axes), else None."""
+        array = self.constant(value)
+        if array is None and value is not None:
+            array = value.meta.get("qgraph.content")
+        if array is None or any(item is None for item in array.reshape(-1)):
+            return None
+        return [size(item if isinstance(item, ir.SymbolicDim) else int(item)) for item in array.reshape(-1)]
+
     def weight(self, name: str, dtype: str, make: Callable[[], np.ndarray]) -> Buffer:
         """The weight tensor `name` of the artifact, made on first use."""
         if name not in self.weights:

@@ -50,38 +50,33 @@ def expand(low: Lowering, node: ir.Node) -> None:
     low.bind(node, low.view(_first(node)).expand(low.shape(node.outputs[0])))
 
 
-def _integers(low: Lowering, node: ir.Node, index: int, attribute: str) -> list[int] | None:
+def _integers(low: Lowering, node: ir.Node, index: int, name: str) -> list[Dim] | None:
     value = node.inputs[index] if len(node.inputs) > index else None
-    array = low.constant(value)
-    if array is not None:
-        return [int(v) for v in array.reshape(-1)]
-    if value is not None:
-        raise unsupported(node, f"{attribute} must be constant")
-    ints = node.attributes.get_ints(attribute, None)
-    return None if ints is None else list(ints)
+    integers = low.integers(value)
+    if integers is None and value is not None:
+        raise unsupported(node, f"{name} depend on data")
+    return integers
 
 
 @lowers("Slice", data=(0,))
 def slice_(low: Lowering, node: ir.Node) -> None:
-    """A window of the input. The lengths come from shape inference, so only starts and steps must be
-    constant."""
+    """A window of the input. Its lengths are known from shape inference, so that the ends are not needed."""
     value = _first(node)
     view, shape = low.view(value), low.shape(node.outputs[0])
     starts = _integers(low, node, 1, "starts")
     if starts is None:
         raise unsupported(node, "starts are missing")
-    axes = _integers(low, node, 3, "axes") or list(range(len(starts)))
-    steps = _integers(low, node, 4, "steps") or [1] * len(starts)
-    for start, axis, step in zip(starts, axes, steps, strict=True):
+    axes = _integers(low, node, 3, "axes") or [sympy.Integer(i) for i in range(len(starts))]
+    steps = _integers(low, node, 4, "steps") or [sympy.Integer(1)] * len(starts)
+    for start, axis_size, step_size in zip(starts, axes, steps, strict=True):
+        axis, step = static(axis_size), static(step_size)
+        if axis is None or step is None:
+            raise unsupported(node, "axes and steps must be constant")
         axis %= view.rank
         length = view.shape[axis]
-        known = static(length)
-        first: Dim = sympy.Integer(start) if start >= 0 else length + start
-        if known is not None:
-            first = sympy.Integer(min(max(int(first), 0), known if step > 0 else known - 1))
-        elif step < 0 and start >= 0:
-            first = sympy.Min(first, length - 1)
-        view = view.slice(axis, first, shape[axis], step)
+        first = start if not start.is_negative else length + start
+        last = length if step > 0 else length - 1
+        view = view.slice(axis, sympy.Max(0, sympy.Min(first, last)), shape[axis], step)
     low.bind(node, view)
 
 
@@ -175,14 +170,26 @@ def gather_nd(low: Lowering, node: ir.Node) -> None:
 @lowers("Range", data=())
 def range_(low: Lowering, node: ir.Node) -> None:
     """start + index * step, computed where it is used; the length comes from shape inference."""
-    start, step = low.constant(node.inputs[0]), low.constant(node.inputs[2])
+    start, step = low.integers(node.inputs[0]), low.integers(node.inputs[2])
     dtype = low.dtype(node.outputs[0])
     if start is None or step is None or dtype not in ("i64", "i32"):
-        raise unsupported(node, "start and step must be constant integers")
-    index: tuple[Any, ...] = ("iota", 0) if dtype == "i64" else ("cast", dtype, ("iota", 0))
-    expr: tuple[Any, ...] = index if step.item() == 1 else ("mul", index, ("const", step.item(), dtype))
-    expr = expr if start.item() == 0 else ("add", expr, ("const", start.item(), dtype))
-    low.bind(node, Pointwise(expr, (), (), low.shape(node.outputs[0]), dtype, node.name or "Range"))
+        raise unsupported(node, "start and step must be integers that do not depend on data")
+    args: list[Dim] = []
+
+    def number(value: Dim) -> tuple[Any, ...]:
+        if static(value) is not None:
+            return ("const", static(value), "i64")
+        args.append(value)
+        return ("arg", len(args) - 1)
+
+    expr: tuple[Any, ...] = ("iota", 0)
+    if step[0] != 1:
+        expr = ("mul", expr, number(step[0]))
+    if start[0] != 0:
+        expr = ("add", expr, number(start[0]))
+    if dtype != "i64":
+        expr = ("cast", dtype, expr)
+    low.bind(node, Pointwise(expr, (), tuple(args), low.shape(node.outputs[0]), dtype, node.name or "Range"))
 
 
 @lowers("ConstantOfShape", data=())

@@ -275,6 +275,13 @@ CASES = [
         {"st": np.array([-1]), "en": np.array([-100]), "ax": np.array([2]), "sp": np.array([-1])},
     ),
     Case(
+        "Slice-symbolic",
+        "(float[B, S, 8] x) => (float[B, T, 8] y, int64[U] r)"
+        "{ l = Shape<start = 1, end = 2>(x) n = Sub(l, one) y = Slice(x, n, l, one)"
+        "  a = Squeeze(n) b = Squeeze(l) c = Mul(b, three) s = Squeeze(one) d = Range(a, c, s) r = Neg(d) }",
+        {"one": np.array([1]), "three": np.array(3)},
+    ),
+    Case(
         "Split",
         "(float[B, S, 8] x) => (float[B, S, 3] y, float[B, S, 5] z) { y, z = Split<axis = 2>(x, p) }",
         {"p": np.array([3, 5])},
@@ -309,14 +316,16 @@ CASES = [
     Case(
         "Shape-arithmetic",
         "(float[B, S, 8] x) => (float[N, 4] y)"
-        " { s = Shape(x) p = ReduceProd<keepdims = 1>(s) n = Div(p, four) t = Concat<axis = 0>(n, four) y = Reshape(x, t) }",
+        "{ s = Shape(x) p = ReduceProd<keepdims = 1>(s) n = Div(p, four)"
+        "  t = Concat<axis = 0>(n, four) y = Reshape(x, t) }",
         {"four": np.array([4])},
     ),
     Case(
         "Range",
         "(float[B, S, 8] x) => (float[S, 8] y)"
         " { s = Shape<start = 1, end = 2>(x) q = Squeeze(s) r = Range(zero, q, two)"
-        " c = Cast<to = 1>(r) u = Unsqueeze(c, a) h = ReduceMax<keepdims = 0>(x, ax) z = Mul(h, one) y = Add(z, u) }",
+        " c = Cast<to = 1>(r) u = Unsqueeze(c, a) h = ReduceMax<keepdims = 0>(x, ax)"
+        " z = Mul(h, one) y = Add(z, u) }",
         {
             "zero": np.array(0),
             "two": np.array(1),
@@ -344,11 +353,11 @@ CASES = [
     ),
     attention(
         "bool-mask",
-        "float[B, 4, S, 16] q, float[B, 4, T, 16] k, float[B, 4, T, 16] v, bool[B, 1, 1, T] m",
+        "float[B, 4, S, 16] q, float[B, 4, T, 16] k, float[B, 4, T, 16] v, bool[B, 1, S, T] m",
         "Attention(q, k, v, m)",
         lambda b, s: {
             **qkv(b, s, 4, 4, 16),
-            "m": np.arange(s + 2)[None, None, None] <= np.arange(b)[:, None, None, None],
+            "m": np.arange(s + 2) <= np.arange(s)[:, None] + np.arange(b)[:, None, None, None],
         },
     ),
     attention(
