@@ -80,7 +80,7 @@ class _Expression:
         """The number of `node`, emitting what is new."""
         kind = node[0]
         if kind in ("in", "const", "arg", "iota"):
-            key = tuple(map(repr, node))  # 1, 1.0 and True are different constants
+            key: tuple[Any, ...] = tuple(map(repr, node))  # 1, 1.0 and True are different constants
             make = {
                 "in": lambda: self.load(node[1]),
                 "const": lambda: ops.constant(node[1], node[2], self.lanes),

@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
+from qgraph.codegen.kernels.vector import reduce_lanes
 from qgraph.codegen.kernels.vmath import Expr, element_of, lanes_of, named, splat, typed
 
 # Independent accumulators of a reduction, to cover the latency of an addition.
@@ -67,16 +68,6 @@ def each_vector(size: Expr, lanes: int, body: Callable[[Expr, Expr | None], None
         body(size - rest, rest)
 
 
-def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    """All lanes combined into a scalar, in the fixed order of a tree of halves."""
-    half = lanes_of(vector) // 2
-    while half:
-        vector = named(vector)
-        low, high = (tirx.Shuffle([vector], list(range(at, at + half))) for at in (0, half))
-        vector, half = combine(low, high), half // 2
-    return vector
-
-
 def accumulate(
     size: Expr,
     init: Expr,
@@ -107,4 +98,4 @@ def accumulate(
     total = [named(acc[at(u)]) for u in range(ACCUMULATORS)]
     while len(total) > 1:
         total = [named(combine(a, b)) for a, b in zip(total[::2], total[1::2], strict=True)]
-    return named(reduce_lanes(total[0], combine))
+    return named(reduce_lanes(combine, total[0]))

@@ -191,24 +191,18 @@ def _int_pow(x: Expr, y: Expr) -> Expr:
     # From 2^64 on everything but 0 and +-1 has overflowed; those need the parity only.
     small = T.Select(y >= const_like(y, 64), T.bitwise_and(y, const_like(y, 1)) + const_like(y, 62), y)
 
-    def step(result: Expr, base: Expr, n: Expr, bits: int) -> Expr:
-        odd = NE(T.bitwise_and(n, one), zero)
-        product = T.Select(odd, result * base, result)
-        if bits == 1:
-            return product
-        return let(
-            product,
-            lambda r: let(
-                base * base, lambda b: let(T.shift_right(n, one), lambda m: step(r, b, m, bits - 1))
-            ),
-        )
+    def step(power: Expr, n: Expr, bit: int) -> Expr:  # from the highest bit of n down
+        if bit < 0:
+            return power
+        factor = T.Select(EQ(T.bitwise_and(n, const_like(n, 1 << bit)), zero), one, x)
+        return let(power * power * factor, lambda p: step(p, n, bit - 1))
 
     def of_magnitude(n: Expr) -> Expr:
         def of_power(power: Expr) -> Expr:
             unit = T.Or(EQ(x, one), EQ(x, const_like(x, -1)))
             return T.Select(y < zero, T.Select(unit, power, zero), power)
 
-        return let(step(one, x, n, 6), of_power)
+        return let(step(one, n, 5), of_power)
 
     return let(T.Select(y < zero, T.bitwise_and(y, one), small), of_magnitude)
 
@@ -231,6 +225,8 @@ def _pow(op: str, a: Value, b: Value) -> Value:
     if "bool" in (a.dtype, b.dtype):
         raise _undefined(op, a, b)
     if "f32" not in (a.dtype, b.dtype):
+        if b.const in (1, 2):
+            return a if b.const == 1 else _arithmetic("mul", a, a)
         return _widened(_int_pow, a, cast(b, a.dtype))
     if b.const is not None:
         short = _constant_power(cast(a, "f32").expr, float(b.const))

@@ -123,13 +123,15 @@ def named(value: Expr) -> Expr:
     fma(x, 1, -0) = x, max(x, smallest) = x.
     """
     dtype = element_of(value)
+    others: list[float] | list[int]
     if dtype.startswith("float"):
-        identity, others = "llvm.fma", (const_like(value, 1.0), const_like(value, -0.0))
+        identity, others = "llvm.fma", [1.0, -0.0]
     elif dtype.startswith("uint"):
-        identity, others = "llvm.umax", (const_like(value, 0),)
+        identity, others = "llvm.umax", [0]
     else:
-        identity, others = "llvm.smax", (const_like(value, -(1 << (int(dtype[3:]) - 1))),)
-    return bind(T.call_llvm_intrin(str(value.ty.dtype), identity, value, *others))
+        identity, others = "llvm.smax", [-(1 << (int(dtype[3:]) - 1))]
+    rest = [const_like(value, other) for other in others]
+    return bind(T.call_llvm_intrin(str(value.ty.dtype), identity, value, *rest))
 
 
 def convert(x: Expr, dtype: str) -> Expr:
