@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -26,7 +27,7 @@ from qgraph.codegen.kernels import build_kernel
 from qgraph.codegen.kernels.support import support_object
 from qgraph.codegen.link import CodeImage, link
 from qgraph.codegen.spec import KernelSpec
-from qgraph.codegen.tvm_backend import compile_object
+from qgraph.codegen.tvm_backend import compile_object, compile_text
 
 _PAGE = mmap.PAGESIZE
 _PROT_NONE = 0  # not named by the mmap module
@@ -112,7 +113,7 @@ class Kernel:
         self._entry = base + image.entries[spec.symbol]
 
     def bind(self, *args: np.ndarray | int) -> tuple[ctypes._CFuncPtr, list[int]]:  # type: ignore[name-defined]
-        """The C function for these argument types and the values to pass before begin and end."""
+        """The C function for these argument types and the values, bare addresses, that go before begin, end."""
         types = [ctypes.c_void_p if isinstance(a, np.ndarray) else ctypes.c_int64 for a in args]
         for i, a in enumerate(args):
             assert not isinstance(a, np.ndarray) or a.flags.c_contiguous, f"argument {i} is not contiguous"
@@ -149,6 +150,15 @@ def link_kernel(spec: KernelSpec, isa: Isa) -> CodeImage:
     """The linked image of one kernel; works for any ISA, also those this machine cannot run."""
     data = compile_object({spec.symbol: build_kernel(spec, isa)}, isa)
     return link({spec.symbol: data}, [spec.symbol], support_object(isa))
+
+
+def stack_bytes(spec: KernelSpec, isa: Isa) -> int:
+    """The largest stack frame of the kernel's machine code."""
+    text = compile_text({spec.symbol: build_kernel(spec, isa)}, isa)
+    if isa.arch == "x86_64":
+        return max((int(n) for n in re.findall(r"subq\s+\$(\d+), %rsp", text)), default=0)
+    frames = re.findall(r"sub\s+sp, sp, #(\d+)(, lsl #12)?", text)  # a large frame takes one of each
+    return sum(int(n) << (12 if shifted else 0) for n, shifted in frames)
 
 
 @cache

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import onnx
 import pytest
-from kernel_harness import compile_kernel, link_kernel, native_isas
+from kernel_harness import compile_kernel, link_kernel, native_isas, stack_bytes
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
@@ -228,6 +228,12 @@ def test_scores_far_beyond_the_range_of_exp(isa: Isa) -> None:
             case.q[:] = 1
             case.k[:] = np.linspace(-700, 700, 200, dtype=np.float32)[::order][None, :, None, None]
             case.check(isa)
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(96, 256), (256, 256)])
+def test_locals_fit_the_stack(D: int, Dv: int) -> None:
+    for isa in ISAS.values():
+        assert 0 < stack_bytes(Kind(D, Dv, "f32", causal=True).spec, isa) <= 64 * 1024
 
 
 def test_every_isa_builds() -> None:

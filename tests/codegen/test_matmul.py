@@ -6,7 +6,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from kernel_harness import link_kernel, native_isas
+from kernel_harness import link_kernel, native_isas, stack_bytes
 from matmul_cases import ACTIVATIONS, MatMul, Weight, error, make_weight
 
 from qgraph.codegen.isa import ISAS, Isa
@@ -119,6 +119,12 @@ def test_every_isa_builds(op: str) -> None:
     spec = KernelSpec.make(op, k=100, n=33, n_block=32, m_block=128, epilogue=("bias", "gelu_erf"))
     for isa in ISAS.values():
         assert link_kernel(spec, isa).entries == {spec.symbol: 0}
+
+
+def test_locals_fit_the_stack() -> None:
+    spec = KernelSpec.make("matmul_nvfp4", k=1536, n=384, n_block=48, m_block=8, epilogue=("gelu_erf",))
+    for isa in ISAS.values():
+        assert 0 < stack_bytes(spec, isa) <= 64 * 1024
 
 
 def test_bad_parameters_are_refused() -> None:

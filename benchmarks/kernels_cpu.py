@@ -1,0 +1,127 @@
+"""One thread of matmul_nvfp4 and matmul_f32 beside numpy's float32 matmul, for every ISA this machine runs.
+
+    python benchmarks/kernels_cpu.py [--shapes 1x4096x4096,128x384x1536] [--repeat 40] [--isa x86-64-v3]
+
+All take turns. A figure is the median CPU time of a call (time descheduled on a busy machine is not in it).
+Weights are cold: calls go around copies of them that exceed the last-level cache. GB/s counts the bytes of
+weights and scales; the ratio is numpy's time over the kernel's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"  # before numpy is imported
+
+import numpy as np  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "codegen")]
+
+from kernel_harness import aligned, compile_kernel, native_isas  # noqa: E402
+
+from qgraph.codegen.isa import Isa  # noqa: E402
+from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8  # noqa: E402
+from qgraph.codegen.spec import KernelSpec  # noqa: E402
+
+SHAPES = (
+    "1x384x384,1x4096x4096,2x4096x4096,4x4096x4096,8x384x1536,"
+    "128x384x384,128x1536x384,128x384x1536,128x4096x4096"
+)
+N_BLOCK, M_BLOCK = 32, 128
+
+Call = Callable[[], None]
+
+
+def kernel_call(
+    op: str, isa: Isa, x: np.ndarray, weights: list[np.ndarray], N: int
+) -> tuple[Call, float, int]:
+    """(a call of the kernel, seconds to compile it, bytes of its image)."""
+    M, K = x.shape
+    spec = KernelSpec.make(op, k=K, n=N, n_block=N_BLOCK, m_block=M_BLOCK, epilogue=())
+    start = time.perf_counter()
+    kernel = compile_kernel(spec, isa)
+    seconds = time.perf_counter() - start
+    y = np.empty((M, N), np.float32)
+    function, values = kernel.bind(y, x, *weights, M)
+    blocks = -(-M // M_BLOCK) * -(-N // N_BLOCK)
+
+    def call(alive: tuple = (y, weights)) -> None:  # `values` are bare addresses
+        function(*values, 0, blocks)
+
+    return call, seconds, len(kernel.image.code)
+
+
+def cold(weights: list[np.ndarray], bytes_wanted: int) -> list[list[np.ndarray]]:
+    """Copies of `weights`, together larger than `bytes_wanted`."""
+    size = sum(w.nbytes for w in weights)
+    return [[aligned(w) for w in weights] for _ in range(max(2, -(-bytes_wanted // size)))]
+
+
+def measure(candidates: dict[str, list[Call]], repeat: int) -> dict[str, float]:
+    """Median CPU seconds of a call; each candidate goes around its calls, and they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(repeat + 2):
+        for name, calls in candidates.items():
+            start = time.thread_time()
+            calls[i % len(calls)]()
+            if i >= 2:
+                times[name].append(time.thread_time() - start)
+    return {name: median(t) for name, t in times.items()}
+
+
+def bench(shape: tuple[int, int, int], isas: tuple[Isa, ...], repeat: int, cache: int) -> None:
+    M, K, N = shape
+    rng = np.random.default_rng(0)
+    x = aligned(rng.standard_normal((M, K)).astype(np.float32))
+    weight = rng.standard_normal((K, N)).astype(np.float32)
+    codes = rng.integers(0, 16, (K, N), np.uint8)
+    scale = rng.integers(0x20, 0x40, (-(-K // 16), N), np.uint8)
+    packed = {
+        "matmul_nvfp4": [*pack_nvfp4_n16k8(codes, scale), np.ones(1, np.float32)],
+        "matmul_f32": [pack_f32_n16(weight)],
+    }
+    out = np.empty((M, N), np.float32)
+    copies = [w[0] for w in cold([weight], cache)]
+    candidates: dict[str, list[Call]] = {"numpy": [lambda w=w: np.matmul(x, w, out=out) for w in copies]}
+    facts: dict[str, tuple[int, float, int]] = {"numpy": (weight.nbytes, 0.0, 0)}
+    for op, weights in packed.items():
+        for isa in isas:
+            calls = [kernel_call(op, isa, x, w, N) for w in cold(weights, cache)]
+            candidates[f"{op} {isa.name}"] = [c[0] for c in calls]
+            facts[f"{op} {isa.name}"] = (sum(w.nbytes for w in weights), calls[0][1], calls[0][2])
+    seconds = measure(candidates, repeat)
+    for name, t in seconds.items():
+        size, compiled, image = facts[name]
+        print(
+            f"{M:4}x{K}x{N:<5} {name:24} {t * 1e6:9.1f} us {2 * M * K * N / t / 1e9:7.1f} GFLOP/s "
+            f"{size / t / 1e9:6.1f} GB/s  x{seconds['numpy'] / t:5.2f}"
+            + (f"  compile {compiled:.2f} s, {image} bytes" if image else "")
+        )
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", default=SHAPES, help="MxKxN,... (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=30, help="timed calls of each (default: %(default)s)")
+    parser.add_argument(
+        "--cache", type=int, default=96, help="MiB of weights to go around (default: %(default)s)"
+    )
+    parser.add_argument("--isa", choices=[i.name for i in native_isas()], help="only this one")
+    args = parser.parse_args()
+    isas = tuple(i for i in native_isas() if args.isa in (None, i.name))
+    for shape in args.shapes.split(","):
+        M, K, N = map(int, shape.split("x"))
+        bench((M, K, N), isas, args.repeat, args.cache << 20)
+
+
+if __name__ == "__main__":
+    main()
