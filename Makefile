@@ -4,7 +4,9 @@
 #   make lint   the first part of it
 
 PYTHON ?= python3
-CXX ?= c++
+ifeq ($(origin CXX),default)
+CXX := $(firstword $(shell command -v c++ || command -v g++ || command -v clang++) c++)
+endif
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
 

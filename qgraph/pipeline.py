@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from qgraph import __version__
 from qgraph.config import CompileConfig
-from qgraph.errors import BudgetError, InputError, UsageError
+from qgraph.errors import BudgetError, InputError, UnsupportedError, UsageError
 from qgraph.progress import Progress
 from qgraph.report import CompileReport, LayerReport, layers_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from qgraph.passes import Refusal
     from qgraph.runtime import Model
 
 EXTERNAL_DATA_BYTES = 1 << 30  # a larger file keeps its weights beside it: protobuf ends at 2 GiB
@@ -149,7 +150,7 @@ def _quantize(run: _Run, dump: str | os.PathLike[str] | None) -> ir.Model:
         report.sizes["original"] = sum(file.stat().st_size for file in _files(run.source, model))
         report.model["sha256"] = _hash(_files(run.source, model))
     with run.phase("prepare"):
-        refusals: list[Any] = []
+        refusals: list[Refusal] = []
         prepare_model(model, dump=None if dump is None else Path(dump), refusals=refusals, on_pass=run.heard)
         already = [layer.name for layer in layers_of(model) if layer.scheme]
         if already:
@@ -203,7 +204,9 @@ def _build(run: _Run, lowbit: Path) -> None:
         inputs = _files(lowbit, model)
         report.sizes.setdefault("original", sum(file.stat().st_size for file in inputs))
         report.model.setdefault("sha256", _hash(inputs))
-        prepare_model(model, on_pass=run.heard)
+        refusals: list[Refusal] = []
+        prepare_model(model, on_pass=run.heard, refusals=refusals)
+        _require_recognized(lowbit, refusals)
         ranges = input_ranges(model)
         metadata = {
             "qgraph.version": __version__,
@@ -231,6 +234,7 @@ def _verify(run: _Run, lowbit: Path) -> None:
     """Run artifact and low-bit file on the same inputs and compare."""
     from qgraph.codegen.isa import get_target
     from qgraph.evaluate.verify import Verification, verify
+    from qgraph.runtime.build import library
 
     config = run.config
     if run.dry_run:
@@ -240,6 +244,8 @@ def _verify(run: _Run, lowbit: Path) -> None:
     elif not any(isa.arch == platform.machine() for isa in get_target(config.target)):
         run.report.verification = Verification("skipped", f"this machine does not run {config.target}")
     else:
+        with run.phase("runtime"):
+            library()  # built by the first use on a machine
         with run.phase("verify"):
             run.report.verification = verify(
                 run.staged(".qg"), lowbit, threads=config.threads, seed=config.seed, on_case=run.stepped
@@ -390,6 +396,14 @@ def _hash(files: list[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _require_recognized(path: Path, refusals: list[Refusal]) -> None:
+    """UnsupportedError for a 4-bit weight that would be computed in float32 because no kernel reads it as it
+    is."""
+    for refusal in refusals:
+        if refusal.pass_name == "RecognizeLowbit":
+            raise UnsupportedError(f"{path}: {refusal.node} would run in float32: {refusal.reason}")
 
 
 def _require_realised(run: _Run) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_FORMATS = {("ai.qgraph", "QLinearNVFP4"): "nvfp4"}  # operator -> format of its weight
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -69,7 +71,7 @@ def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = N
         if weight is None or weight.shape is None or len(weight.shape) != 2:
             continue
         props = node.metadata_props
-        scheme = props.get("qgraph.scheme", "")
+        scheme = props.get("qgraph.scheme") or _FORMATS.get((node.domain, node.op_type), "")
         sqnr = props.get("qgraph.sqnr_db")
         bits = props.get("qgraph.bits_per_weight")
         kernel, compute = (kernels or {}).get(str(node.name), ("", ""))
@@ -81,17 +83,22 @@ def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = N
                 shape=(K, N),
                 scheme=scheme,
                 kept="" if scheme else props.get("qgraph.kept", "not considered"),
-                bits_per_weight=float(bits)
-                if bits
-                else 8.0 * weight.dtype.itemsize
-                if weight.dtype
-                else 32.0,
+                bits_per_weight=float(bits) if bits else _bits(scheme, weight, K, N),
                 sqnr_db=float(sqnr) if sqnr else None,
                 kernel=kernel,
                 compute=compute,
             )
         )
     return found
+
+
+def _bits(scheme: str, weight: ir.Value, K: int, N: int) -> float:
+    """Bits a weight, where the node does not say: a file of another tool, or a layer in float."""
+    if scheme:
+        from qgraph.formats import FORMATS
+
+        return 8 * FORMATS[scheme].nbytes(K, N) / (K * N)
+    return 8.0 * weight.dtype.itemsize if weight.dtype else 32.0
 
 
 def _weight(node: ir.Node) -> ir.Value | None:

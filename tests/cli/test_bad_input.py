@@ -149,6 +149,28 @@ def test_bad_model(name: str, tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
+def test_a_low_bit_model_is_not_quantized_again(compiled: Compiled, tmp_path: Path) -> None:
+    result = qgraph("compile", "-q", compiled.onnx, "-o", tmp_path / "x")
+    assert_fails(result, USAGE, "quantized already", "qgraph build")
+
+
+def test_a_4_bit_weight_that_no_kernel_reads(compiled: Compiled, tmp_path: Path) -> None:
+    """It would run in float32, which nobody asked for: an error that names the node, not a slow artifact."""
+    done = qgraph("quantize", "-q", compiled.model, "-o", tmp_path / "qdq", "--onnx-style", "qdq")
+    assert done.code == 0, done.err
+    model = onnx.load(tmp_path / "qdq.onnx")
+    node = next(node for node in model.graph.node if node.name == "layer.0.up/weight")
+    scale = next(n for n in model.graph.node if n.output[0] == node.input[1])
+    scale.input.append("zero")
+    model.graph.initializer.append(helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0]))
+    onnx.save(model, tmp_path / "odd.onnx")
+    before = files(tmp_path)
+    assert_fails(
+        qgraph("build", "-q", tmp_path / "odd.onnx"), UNSUPPORTED, "layer.0.up", "zero point", "float32"
+    )
+    assert files(tmp_path) == before
+
+
 def test_a_failure_leaves_earlier_results(tiny: Path, tmp_path: Path) -> None:
     """What an earlier run wrote under the same names is untouched, byte for byte."""
     for suffix in (".onnx", ".qg", ".report.json"):

@@ -56,7 +56,17 @@ def test_compile_writes_three_files_and_a_table(compiled: Compiled) -> None:
 
 def test_compile_shows_plain_progress_without_a_terminal(compiled: Compiled) -> None:
     phases = [line.split()[0] for line in compiled.result.err.splitlines()]
-    assert phases == ["load", "prepare", "quantize", "write", "import", "kernels", "package", "verify"]
+    assert phases == [
+        "load",
+        "prepare",
+        "quantize",
+        "write",
+        "import",
+        "kernels",
+        "package",
+        "runtime",
+        "verify",
+    ]
 
 
 def test_low_bit_file_is_standard(compiled: Compiled) -> None:
@@ -153,6 +163,10 @@ def test_qdq_style_runs_alike(compiled: Compiled, tmp_path: Path) -> None:
     assert not model.functions
     assert sum(node.op_type == "DequantizeLinear" for node in model.graph.node) == 2 * LAYERS
     assert (tmp_path / "qdq.qg").read_bytes() == compiled.artifact.read_bytes()
+    built = qgraph("build", "-q", tmp_path / "qdq.onnx", "-o", tmp_path / "built")
+    assert built.code == 0, built.err
+    assert f"{LAYERS} x matmul_nvfp4" in built.out
+    assert (tmp_path / "built.qg").read_bytes() == compiled.artifact.read_bytes()
 
 
 def test_include_and_exclude(tiny: Path, tmp_path: Path) -> None:
