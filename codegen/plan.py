@@ -101,12 +101,13 @@ def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
             value["slot"] = slot[buffer]
         values.append(value)
 
-    kernels = list(dict.fromkeys(step.spec for step in low.steps))
-    number = {spec: i for i, spec in enumerate(kernels)}
+    # By symbol, not by ==: 0.0 equals -0.0, and NaN does not equal itself.
+    kernels = list({step.spec.symbol: step.spec for step in low.steps}.values())
+    number = {spec.symbol: i for i, spec in enumerate(kernels)}
     steps = [
         {
             "name": step.name,
-            "kernel": number[step.spec],
+            "kernel": number[step.spec.symbol],
             "args": [_arg(arg) for arg in step.args],
             "blocks": plan_expr(step.blocks),
             "grain": step.grain,

@@ -18,8 +18,8 @@ def _freeze(value: Any) -> Any:
 class KernelSpec:
     """One kernel to generate: an operation and its compile-time parameters.
 
-    Two equal specs are one kernel in the artifact. `params` holds only str, int, float, bool and nested
-    tuples of them, so that the symbol is a stable function of the content.
+    Specs with the same `symbol` are one kernel in the artifact. `params` holds only str, int, float, bool and
+    nested tuples of them, so that the symbol is a stable function of the content.
     """
 
     op: str

@@ -247,9 +247,7 @@ def _build(ops: _Operands, node: ir.Node) -> Any:
             expr = ("min", expr, args[at])
         return expr
     if op == "Mod":
-        if attrs.get_int("fmod", 0):
-            raise unsupported(node, "fmod=1 has no kernel")
-        return ("mod", *args)
+        return ("fmod" if attrs.get_int("fmod", 0) else "mod", *args)
     if op == "IsInf":
         return ("isinf", args[0])
     raise unsupported(node, "no kernel")

@@ -133,6 +133,17 @@ CASES = [
         {"zero": np.float32(0)},
     ),
     Case("GeluTanh", '(float[B, S, 8] x) => (float[B, S, 8] y) { y = Gelu<approximate = "tanh">(x) }'),
+    Case(
+        "Mod-fmod",
+        "(float[B, S, 8] x, float[8] u) => (float[B, S, 8] y) { y = Mod<fmod = 1>(x, u) }",
+        feeds=lambda b, s: {"x": normal(b, s, 8) * 9, "u": positive(8)},
+    ),
+    Case(
+        "Signed-zeros",
+        "(float[B, S, 8] x) => (float[B, S, 8] y, float[B, S, 8] z)"
+        "{ a = Mul(x, p) y = Div(one, a) b = Mul(x, n) z = Div(one, b) }",
+        {"p": np.float32(0.0), "n": np.float32(-0.0), "one": np.float32(1)},
+    ),
     Case("HardSwish", "(float[B, S, 8] x) => (float[B, S, 8] y) { y = HardSwish(x) }"),
     Case("LeakyRelu", "(float[B, S, 8] x) => (float[B, S, 8] y) { y = LeakyRelu<alpha = 0.2>(x) }"),
     Case(
