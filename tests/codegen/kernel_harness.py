@@ -113,7 +113,7 @@ class Kernel:
         self._entry = base + image.entries[spec.symbol]
 
     def bind(self, *args: np.ndarray | int) -> tuple[ctypes._CFuncPtr, list[int]]:  # type: ignore[name-defined]
-        """The C function for these argument types and the values, bare addresses, that go before begin, end."""
+        """The C function of these argument types, and the values (bare addresses) before begin and end."""
         types = [ctypes.c_void_p if isinstance(a, np.ndarray) else ctypes.c_int64 for a in args]
         for i, a in enumerate(args):
             assert not isinstance(a, np.ndarray) or a.flags.c_contiguous, f"argument {i} is not contiguous"

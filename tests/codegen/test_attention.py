@@ -149,7 +149,7 @@ SIZES = (
 
 
 @isas
-@pytest.mark.parametrize(("D", "Dv"), [(1, 1), (32, 32), (17, 64), (96, 33), (256, 256)])
+@pytest.mark.parametrize(("D", "Dv"), [(1, 1), (17, 64), (96, 33), (256, 256)])
 def test_head_dims(isa: Isa, D: int, Dv: int) -> None:
     for seq_first in (False, True):
         for size in SIZES:
@@ -230,10 +230,9 @@ def test_scores_far_beyond_the_range_of_exp(isa: Isa) -> None:
             case.check(isa)
 
 
-@pytest.mark.parametrize(("D", "Dv"), [(96, 256), (256, 256)])
-def test_locals_fit_the_stack(D: int, Dv: int) -> None:
-    for isa in ISAS.values():
-        assert 0 < stack_bytes(Kind(D, Dv, "f32", causal=True).spec, isa) <= 64 * 1024
+def test_locals_fit_the_stack() -> None:
+    for isa in ISAS.values():  # with these heads, AVX-512 comes closest to the limit
+        assert 0 < stack_bytes(Kind(96, 256, "f32", causal=True).spec, isa) <= 64 * 1024
 
 
 def test_every_isa_builds() -> None:

@@ -23,8 +23,10 @@ ops = pytest.mark.parametrize("op", OPS)
 
 
 @isas
-@ops
-@pytest.mark.parametrize(("K", "N"), SHAPES)
+@pytest.mark.parametrize(
+    ("op", "K", "N"),
+    [("matmul_nvfp4", *s) for s in SHAPES] + [("matmul_f32", *s) for s in SHAPES[1::2]],
+)
 def test_shapes_stay_in_their_buffers(isa: Isa, op: str, K: int, N: int) -> None:
     case = MatMul(isa, op, make_weight(K, N))
     for M in ROWS:
@@ -34,7 +36,7 @@ def test_shapes_stay_in_their_buffers(isa: Isa, op: str, K: int, N: int) -> None
 
 
 @isas
-@pytest.mark.parametrize(("n_block", "m_block"), [(16, 1), (48, 5), (64, 16), (512, 128)])
+@pytest.mark.parametrize(("n_block", "m_block"), [(16, 1), (48, 5), (512, 128)])
 def test_block_sizes(isa: Isa, n_block: int, m_block: int) -> None:
     case = MatMul(isa, "matmul_nvfp4", make_weight(40, 113), n_block, m_block)
     for M in (1, 6, 19):
@@ -58,7 +60,7 @@ def test_any_split_of_the_blocks_gives_the_same_bits(isa: Isa, op: str) -> None:
 EPILOGUES = (("bias",), ("bias", "residual"), ("residual", "relu"), *(("bias", a) for a in ACTIVATIONS))
 
 
-@isas
+@pytest.mark.parametrize("isa", native_isas()[:1], ids=lambda i: i.name)  # the split test has the others
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids="+".join)
 def test_epilogues(isa: Isa, epilogue: tuple[str, ...]) -> None:
     # K = 600 is more than one K-slice: an epilogue must wait for the last.
