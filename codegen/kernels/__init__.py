@@ -5,8 +5,8 @@ One module a family of operations. A module registers builders by name of the op
     @kernel("layer_norm")
     def layer_norm(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc: ...
 
-Its docstring lists the spec's parameters, the arguments in order, and what one block is. Modules import TVM inside
-`load_builders()` only, so that planning needs no TVM.
+Its docstring lists the spec's parameters, the arguments in order, and what one block is. Modules import TVM
+inside `load_builders()` only, so that planning needs no TVM.
 """
 
 from __future__ import annotations

@@ -47,5 +47,6 @@ def _memcpy(dst: T.handle("uint8"), src: T.handle("uint8"), size: T.int64):
 
 @cache
 def support_object(isa: Isa) -> bytes:
-    """The support routines of `isa` as an object. They return nothing: compilers ignore what the calls they insert return."""
+    """The support routines of `isa` as an object. They return nothing: compilers ignore what the calls they
+    insert return."""
     return compile_object({"memset": _memset, "memcpy": _memcpy}, isa)

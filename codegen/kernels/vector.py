@@ -1,7 +1,8 @@
-"""Short vector idioms that kernels share: contiguous lanes, splats, and loads and stores of a row's last lanes.
+"""Short vector idioms that kernels share: contiguous lanes, splats, and loads and stores of a row's last
+lanes.
 
-Masked accesses touch no memory for lanes that are off, so that a row may end at the end of a page. A mask must be
-written where it is used: TVM cannot bind a vector of booleans to a name.
+Masked accesses touch no memory for lanes that are off, so that a row may end at the end of a page. A mask
+must be written where it is used: TVM cannot bind a vector of booleans to a name.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def store_first(buffer: Any, value: Any, start: Any, count: Any, lanes: int) -> 
 
 
 def reduce_lanes(op: Callable[[Any, Any], Any], value: Any) -> Any:
-    """One scalar from the lanes of `value` (a power of two of them), by halves: op(low half, high half), ..."""
+    """One scalar from the lanes of `value` (a power of two of them), by halves: op(low half, high half),
+    ..."""
     lanes = lanes_of(value)
     if lanes == 1:
         return value

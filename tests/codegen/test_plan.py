@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import sympy
@@ -40,7 +41,7 @@ def test_slots_of_live_temporaries_are_distinct(data):
 
 def test_chain_needs_two_slots():
     temps = [Buffer("temp", "f32", (B,)) for _ in range(6)]
-    slot, slots = _assign_slots([[a, b] for a, b in zip(temps, temps[1:], strict=False)], temps)
+    slot, slots = _assign_slots([[a, b] for a, b in pairwise(temps)], temps)
     assert slots == 2 and [slot[t] for t in temps] == [0, 1, 0, 1, 0, 1]
 
 
