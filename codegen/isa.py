@@ -20,7 +20,6 @@ class Isa:
         features: what the runtime must find in the CPU before it runs the variant (names of
         runtime/FORMAT.md).
         lanes: float32 elements of the widest register.
-        registers: number of vector registers, which bounds the register blocking of GEMM kernels.
         decode: how a kernel looks up E2M1 codes (codegen/kernels/decode.py): `permute16` (a 16-entry permute
             of float32 lanes) or `bytes16` (a 16-entry byte lookup, then widening).
     """
@@ -32,7 +31,6 @@ class Isa:
     mattr: tuple[str, ...]
     features: tuple[str, ...]
     lanes: int
-    registers: int
     decode: str
 
 
@@ -50,10 +48,9 @@ ISAS: dict[str, Isa] = {
             ("-prefer-256-bit",),
             ("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"),
             16,
-            32,
             "permute16",
         ),
-        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), ("avx2", "fma", "f16c", "bmi2"), 8, 16, "bytes16"),
+        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), ("avx2", "fma", "f16c", "bmi2"), 8, "bytes16"),
         Isa(
             "aarch64",
             "aarch64",
@@ -62,7 +59,6 @@ ISAS: dict[str, Isa] = {
             ("+neon",),
             ("neon",),
             4,
-            32,
             "bytes16",
         ),
     )
