@@ -7,12 +7,12 @@ import math
 import onnx_ir as ir
 import sympy
 
-from qgraph.codegen.dims import Dim, ceildiv, product, static
+from qgraph.codegen.dims import Dim, ceildiv, equal, is_one, product, static
 from qgraph.codegen.lowering.context import Arg, Lowering, lowers, unsupported
 from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec
 
-_Q_BLOCK = 16
+_Q_BLOCK = 32
 
 
 def _heads(low: Lowering, node: ir.Node, value: ir.Value, heads: int) -> View:
@@ -37,6 +37,18 @@ def _heads_of_copy(low: Lowering, view: View, heads: int, value: ir.Value) -> Vi
     split = dense.reshape((batch, length, sympy.Integer(heads), sympy.expand(width / heads)))
     assert split is not None, "a dense view takes any shape"
     return split.transpose((0, 2, 1, 3))
+
+
+def _mask(low: Lowering, node: ir.Node, value: ir.Value, scores: tuple[Dim, ...]) -> View:
+    """The mask broadcast to the scores' shape."""
+    view = low.view(value)
+    wanted = scores[len(scores) - view.rank :]
+    if not all(is_one(d) or equal(d, w) for d, w in zip(view.shape, wanted, strict=True)):
+        raise unsupported(node, f"mask of shape {list(view.shape)} for scores of shape {list(scores)}")
+    # A last axis shorter than the keys is padded with "do not attend", not broadcast, even if it is 1.
+    if not equal(view.shape[-1], scores[-1]):
+        raise unsupported(node, f"a mask for {view.shape[-1]} of {scores[-1]} keys is not supported yet")
+    return view.expand(scores)
 
 
 @lowers("Attention")
@@ -74,17 +86,20 @@ def attention(low: Lowering, node: ir.Node) -> None:
         kind = low.dtype(mask_value)
         if kind not in ("bool", "f32"):
             raise unsupported(node, f"mask of type {kind}")
-        view = low.view(mask_value).expand((batch, heads, sq, sk))
+        view = _mask(low, node, mask_value, (batch, heads, sq, sk))
         mask, mask_strides = [view], list(view.strides)
 
     # The heads of one token side by side: the transposition that follows then costs nothing.
-    y = low.temp("f32", (batch, sq, heads, value_dim))
-    if flat and node.outputs[0] in low.outputs:
-        y = View.of(low.outputs[node.outputs[0]])
-        reshaped = y.reshape((batch, sq, heads, value_dim))
-        assert reshaped is not None, "an output is dense"
-        y = reshaped
-    by_head = y.transpose((0, 2, 1, 3))
+    result = node.outputs[0]
+    by_token = (batch, sq, heads, value_dim)
+    if result not in low.outputs:
+        by_head = low.temp("f32", by_token).transpose((0, 2, 1, 3))
+    elif flat:
+        split = View.of(low.outputs[result]).reshape(by_token)
+        assert split is not None, "an output is dense"
+        by_head = split.transpose((0, 2, 1, 3))
+    else:
+        by_head = View.of(low.outputs[result])
     spec = KernelSpec.make(
         "attention",
         head_dim=d,
@@ -95,13 +110,13 @@ def attention(low: Lowering, node: ir.Node) -> None:
         softcap=float(attrs.get_float("softcap", 0.0)),
         q_block=_Q_BLOCK,
     )
-    args = [y, q, k, v, *mask, h, h // hkv, sq, sk, 0]
+    args = [by_head, q, k, v, *mask, h, h // hkv, sq, sk, 0]
     args += [*q.strides[:3], *k.strides[:3], *v.strides[:3], *mask_strides, *by_head.strides[:3]]
     step = low.emit(node.name or "Attention", spec, args, product((batch, heads)) * ceildiv(sq, _Q_BLOCK))
     low.layers.append((node, step))
     if flat:
-        merged = y.reshape((batch, sq, sympy.expand(heads * value_dim)))
-        assert merged is not None, "a dense view takes any shape"
+        merged = by_head.transpose((0, 2, 1, 3)).reshape((batch, sq, sympy.expand(heads * value_dim)))
+        assert merged is not None, "the heads of a token lie side by side"
         low.bind(node, merged)
     else:
         low.bind(node, by_head)

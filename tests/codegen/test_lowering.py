@@ -151,5 +151,16 @@ def test_unsupported_types_are_named():
         lower(graph("(float16[B, S] x) => (float16[B, S] y) { y = Relu(x) }"))
 
 
+def test_a_mask_for_fewer_keys_is_refused():
+    """ONNX pads it with "do not attend"; taking it for a broadcast one would be a wrong result."""
+    text = (
+        "(float[B, 2, S, 8] q, float[B, 2, S, 8] k, bool[S, {}] m) => (float[B, 2, S, 8] y)"
+        "{{ y = Attention(q, k, k, m) }}"
+    )
+    assert ops(lower(graph(text.format("S")))) == ["attention"]
+    with pytest.raises(UnsupportedError, match="mask for 1 of S keys"):
+        lower(graph(text.format("1")))
+
+
 def test_listing():
     assert {"MatMul", "Attention", "ai.qgraph::QLinearNVFP4"} <= set(supported_ops())
