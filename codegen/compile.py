@@ -17,11 +17,11 @@ from qgraph.codegen.spec import KernelSpec
 
 @cache
 def _generator_hash() -> str:
-    """Hash of everything that turns a spec into code: the kernel library, its lowering, and TVM's version."""
+    """Hash of everything that may turn a spec into code: our sources but the lowering, and TVM's version."""
     here = Path(__file__).parent
     digest = hashlib.sha256(version("apache-tvm").encode())
-    for path in sorted([*here.glob("kernels/*.py"), here / "tvm_backend.py", here / "spec.py"]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted([*here.glob("*.py"), *here.glob("kernels/*.py")]):
+        digest.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -103,16 +103,15 @@ def plan_expr(expr: Dim | int) -> PlanExpr:
         return _quotient("floordiv", expr.args[0])
     if isinstance(expr, sympy.ceiling):
         return _quotient("ceildiv", expr.args[0])
-    ops: dict[Any, str] = {sympy.Max: "max", sympy.Min: "min", sympy.Mod: "mod"}
-    for kind, op in ops.items():
-        if isinstance(expr, kind):
-            return _fold(
-                op,
-                [plan_expr(a) for a in sorted(expr.args, key=str)]
-                if op != "mod"
-                else [plan_expr(a) for a in expr.args],
-            )
+    if isinstance(expr, sympy.Mod):
+        return ["mod", plan_expr(expr.args[0]), plan_expr(expr.args[1])]
+    if isinstance(expr, (sympy.Max, sympy.Min)):
+        op = "max" if isinstance(expr, sympy.Max) else "min"
+        return _fold(op, [plan_expr(a) for a in sorted(expr.args, key=str)])
     if expr.is_Add:
+        if sympy.denom(sympy.together(expr)) != 1:
+            # Divided as a whole: a term by itself need not be an integer.
+            return _quotient("floordiv", expr)
         positive = [a for a in expr.args if not a.could_extract_minus_sign()]
         negative = [-a for a in expr.args if a.could_extract_minus_sign()]
         start: list[PlanExpr] = [plan_expr(a) for a in sorted(positive, key=str)] or [0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 
-from qgraph.codegen.dims import Dim, estimate, plan_expr
+from qgraph.codegen.dims import Dim, estimate, plan_expr, product
 from qgraph.codegen.lowering import Lowering
 from qgraph.codegen.memory import Buffer
 from qgraph.codegen.spec import KernelSpec
@@ -96,7 +96,9 @@ def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
         if buffer.kind == "weight":
             values.append({"kind": "weight", "tensor": buffer.name})
             continue
-        value: dict[str, Any] = {"kind": buffer.kind, "dtype": buffer.dtype, "shape": _shape(buffer.shape)}
+        # Of a temporary only the size matters, and the runtime bounds ranks.
+        shape = (product(buffer.shape),) if buffer.kind == "temp" else buffer.shape
+        value: dict[str, Any] = {"kind": buffer.kind, "dtype": buffer.dtype, "shape": _shape(shape)}
         if buffer.kind == "temp":
             value["slot"] = slot[buffer]
         values.append(value)

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+ELEMENTWISE_BLOCK = 4096  # elements of one block of an elementwise kernel over a single dim
+
 
 def _freeze(value: Any) -> Any:
     if isinstance(value, (list, tuple)):

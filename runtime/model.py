@@ -283,6 +283,8 @@ def _arrays(infos: tuple[TensorInfo, ...], inputs: Mapping[str, Any]) -> list[np
 
 
 def _array(info: TensorInfo, value: Any) -> np.ndarray:
+    if isinstance(value, np.generic):
+        value = np.asarray(value)
     if not isinstance(value, np.ndarray):
         if not hasattr(value, "__dlpack__"):
             kind = type(value).__name__

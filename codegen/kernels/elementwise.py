@@ -14,10 +14,9 @@ from qgraph.codegen.kernels import kernel, loops, ops
 from qgraph.codegen.kernels.function import function
 from qgraph.codegen.kernels.ops import STORAGE, Value
 from qgraph.codegen.kernels.vmath import Expr, named
-from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.spec import ELEMENTWISE_BLOCK, KernelSpec
 from qgraph.errors import UnsupportedError
 
-BLOCK = 4096  # elements of one block of a rank 1 kernel
 _MAX_ARGUMENTS = 32
 
 
@@ -118,7 +117,8 @@ def elementwise(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
 
     Arguments: out, in0 .., d0 .., strides of out, of in0, .., arg0 ... Strides are in elements; an operand
     has `rank` of them if its innermost is "s", else the outer rank - 1. Operands must not overlap the output.
-    Block: rank 1, `BLOCK` elements; otherwise one row, an index of the outer dims in row-major order.
+    Block: rank 1, `ELEMENTWISE_BLOCK` elements; otherwise one row, an index of the outer dims in row-major
+    order.
 
     Rows with inner strides 0 and 1 only are computed in vectors of `isa.lanes` and a masked vector at the
     end, so an element's result does not depend on its position; other rows element by element.
@@ -169,8 +169,8 @@ def elementwise(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
 
         if rank == 1:
             with B.serial(begin, end) as block:
-                start = B.bind(block * BLOCK)
-                row(start, B.bind(T.min(loops.index(BLOCK), sizes[0] - start)), [])
+                start = B.bind(block * ELEMENTWISE_BLOCK)
+                row(start, B.bind(T.min(loops.index(ELEMENTWISE_BLOCK), sizes[0] - start)), [])
         else:
             with B.If(begin < end), B.Then():  # an empty range may come with an empty dim: no division then
                 odometer = B.alloc_buffer((rank - 1,), "int64", scope="local")

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph.codegen.lowering import attention, linear, movement, normalize, pointwise  # noqa: F401
+from qgraph.codegen.lowering import attention, embedding, linear, movement, normalize, pointwise  # noqa: F401
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, data_inputs
 from qgraph.codegen.memory import Buffer, View
 from qgraph.errors import UnsupportedError
+
+MAX_RANK = 8  # of inputs and outputs (runtime/FORMAT.md)
 
 __all__ = ["Lowering", "Step", "lower", "supported_ops"]
 
@@ -53,6 +55,11 @@ def lower(graph: ir.Graph) -> Lowering:
     nodes = _needed(graph)
     _reject_unknown(nodes)
     low = Lowering(graph)
+    for value in (*graph.inputs, *graph.outputs):
+        if len(low.shape(value)) > MAX_RANK:
+            raise UnsupportedError(
+                f"'{value.name}' has {len(low.shape(value))} dimensions; up to {MAX_RANK} work"
+            )
     for node in nodes:
         low.uses.update(data_inputs(node))
     low.uses.update(graph.outputs)

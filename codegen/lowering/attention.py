@@ -13,6 +13,7 @@ from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec
 
 _Q_BLOCK = 32
+_MAX_HEAD_DIM = 256
 
 
 def _heads(low: Lowering, node: ir.Node, value: ir.Value, heads: int) -> View:
@@ -77,6 +78,8 @@ def attention(low: Lowering, node: ir.Node) -> None:
         raise unsupported(
             node, f"head sizes must be constant and the {heads} query heads a multiple of {kv_heads}"
         )
+    if max(d, dv) > _MAX_HEAD_DIM:
+        raise unsupported(node, f"head size {max(d, dv)}; kernels go up to {_MAX_HEAD_DIM}")
     scale = attrs.get_float("scale", 0.0) or 1.0 / math.sqrt(d)
 
     mask: list[Arg | View | Dim] = []

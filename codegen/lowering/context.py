@@ -13,7 +13,7 @@ import sympy
 
 from qgraph.codegen.dims import Dim, ceildiv, equal, is_one, product, size, static
 from qgraph.codegen.memory import ITEM_SIZE, Buffer, View, collapse
-from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.spec import ELEMENTWISE_BLOCK, KernelSpec
 from qgraph.errors import QGraphError, UnsupportedError
 
 DTYPES = {
@@ -27,6 +27,8 @@ DTYPES = {
 
 # Rows of an elementwise kernel handed to a thread at once hold at least this many elements.
 _GRAIN_ELEMENTS = 4096
+
+_MAX_ARGS = 30  # of a kernel, before `begin` and `end` (runtime/FORMAT.md)
 
 Arg = tuple[Any, ...]  # ("v", Buffer, byte offset) | ("i", size) | ("scratch", bytes) | ("status",)
 
@@ -108,14 +110,14 @@ class Lowering:
 
     Attributes:
         steps: in order of execution.
-        layers: (node name, op type, step) of every node that became a step of its own kernel, for the report.
+        layers: (node, step) of every node that became a step of its own kernel, for the report.
     """
 
     graph: ir.Graph
     steps: list[Step] = field(default_factory=list)
     values: dict[ir.Value, Lazy] = field(default_factory=dict)
     uses: Counter[ir.Value] = field(default_factory=Counter)
-    weights: dict[str, Buffer] = field(default_factory=dict)
+    weights: dict[tuple[ir.Value, str], Buffer] = field(default_factory=dict)
     inputs: list[Buffer] = field(default_factory=list)
     outputs: dict[ir.Value, Buffer] = field(default_factory=dict)
     layers: list[tuple[ir.Node, Step]] = field(default_factory=list)
@@ -152,13 +154,19 @@ class Lowering:
             return None
         return [size(item if isinstance(item, ir.SymbolicDim) else int(item)) for item in array.reshape(-1)]
 
-    def weight(self, name: str, dtype: str, make: Callable[[], np.ndarray]) -> Buffer:
-        """The weight tensor `name` of the artifact, made on first use."""
-        if name not in self.weights:
+    def weight(self, value: ir.Value, part: str, dtype: str, make: Callable[[], np.ndarray]) -> Buffer:
+        """The weight tensor that holds `part` of an initializer (empty: all, as it is), made on first use."""
+        key = (value, part)
+        if key not in self.weights:
             data = np.ascontiguousarray(make())
             shape = tuple(sympy.Integer(d) for d in data.shape)
-            self.weights[name] = Buffer("weight", dtype, shape, name=name, data=data)
-        return self.weights[name]
+            name = wanted = f"w/{value.name}/{part}" if part else f"w/{value.name}"
+            taken = {buffer.name for buffer in self.weights.values()}
+            count = 2
+            while name in taken:  # an initializer may itself be called `a/f32_n16`
+                name, count = f"{wanted}.{count}", count + 1
+            self.weights[key] = Buffer("weight", dtype, shape, name=name, data=data)
+        return self.weights[key]
 
     def get(self, value: ir.Value) -> Lazy:
         """What `value` has become; an initializer becomes a weight in its own layout."""
@@ -167,7 +175,7 @@ class Lowering:
             if array is None:
                 raise QGraphError(f"value '{value.name}' is read before it is computed")
             dtype = self.dtype(value)
-            self.values[value] = View.of(self.weight(f"w/{value.name}", dtype, lambda: array))
+            self.values[value] = View.of(self.weight(value, "", dtype, lambda: array))
         return self.values[value]
 
     def view(self, value: ir.Value) -> View:
@@ -244,6 +252,13 @@ class Lowering:
         out = out if out is not None else self.temp(pw.dtype, pw.shape)
         iotas = frozenset(_iota_axes(pw.expr))
         operands = [out, *(leaf.expand(pw.shape) for leaf in pw.leaves)]
+        # Strided operands pass a stride a dim. Where that is too much for one call, the last ones are made
+        # dense; dense operands merge their dims and pass next to nothing.
+        for at in reversed(range(1, len(operands))):
+            dims, strides = collapse(pw.shape, [v.strides for v in operands], iotas)
+            if len(operands) + len(dims) * (1 + len(operands)) + len(pw.args) <= _MAX_ARGS:
+                break
+            operands[at] = self.copy(operands[at], f"{pw.name}/copy")
         dims, strides = collapse(pw.shape, [v.strides for v in operands], iotas)
         if not dims:
             dims, strides = [(sympy.Integer(1), -1)], [[sympy.Integer(0)] for _ in operands]
@@ -267,7 +282,7 @@ class Lowering:
         )
         sizes = [d for d, _ in dims]
         if len(sizes) == 1:
-            blocks, grain = ceildiv(sizes[0], 4096), 1
+            blocks, grain = ceildiv(sizes[0], ELEMENTWISE_BLOCK), 1
         else:
             inner = static(sizes[-1])
             blocks, grain = product(sizes[:-1]), max(1, _GRAIN_ELEMENTS // (inner or 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,33 +12,57 @@ import sympy
 from qgraph.codegen import packing
 from qgraph.codegen.dims import Dim, ceildiv, product
 from qgraph.codegen.lowering.context import Linear, Lowering, broadcast, lowers, unsupported
-from qgraph.codegen.memory import View, collapse
+from qgraph.codegen.memory import Buffer, View, collapse
 from qgraph.codegen.spec import KernelSpec
+from qgraph.errors import InputError
+
+_M_BLOCK, _N_BLOCK = 64, 32  # of the product of two activations
+
+
+Packer = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def nvfp4_weight(
+    low: Lowering, node: ir.Node, pack: Packer
+) -> tuple[tuple[int, int], tuple[Buffer, Buffer, Buffer]]:
+    """The NVFP4 weight of a low-bit node, packed for its kernel.
+
+    Args:
+        node: its inputs 1, 2 and 3 are codes, block scales and the global scale.
+        pack: (codes u8, block scale bits u8) -> the two arrays that the kernel reads.
+
+    Returns:
+        The shape of the codes, and the buffers of codes, block scales and global scale.
+    """
+    codes, block_scale, global_scale = node.inputs[1:4]
+    q, s, g = (low.constant(v) for v in (codes, block_scale, global_scale))
+    if codes is None or block_scale is None or q is None or s is None or g is None:
+        raise unsupported(node, "codes and scales must be initializers")
+    if (s.view(np.uint8) & 0x7F == 0x7F).any():
+        raise InputError(f"{node.op_type} node '{node.name}': a block scale of '{block_scale.name}' is NaN")
+    packed: list[np.ndarray] = []
+
+    def part(index: int) -> np.ndarray:
+        if not packed:
+            packed.extend(pack(q.view(np.uint8) & 0xF, s.view(np.uint8)))
+        return packed[index]
+
+    kind = "u32" if pack is packing.pack_nvfp4_n16k8 else "u8"
+    layout = pack.__name__.removeprefix("pack_nvfp4_")
+    return (q.shape[0], q.shape[1]), (
+        low.weight(codes, layout, kind, lambda: part(0)),
+        low.weight(codes, f"{layout}/block_scale", "u8", lambda: part(1)),
+        low.weight(codes, "global_scale", "f32", lambda: g.reshape(1).astype(np.float32)),
+    )
 
 
 @lowers("QLinearNVFP4", domain="ai.qgraph", data=(0,))
 def qlinear_nvfp4(low: Lowering, node: ir.Node) -> None:
     """`QLinearNVFP4(x, codes, block_scale, global_scale)`: the weight stays packed, as `nvfp4_n16k8`."""
-    x, codes, block_scale, global_scale = node.inputs
-    if x is None or codes is None:
+    x = node.inputs[0]
+    if x is None:
         raise unsupported(node, "an input is missing")
-    q, s, g = (low.constant(v) for v in (codes, block_scale, global_scale))
-    if q is None or s is None or g is None:
-        raise unsupported(node, "codes and scales must be initializers")
-    k, n = q.shape
-    name = f"w/{codes.name}"
-    packed: list[np.ndarray] = []
-
-    def pack(part: int) -> np.ndarray:
-        if not packed:
-            packed.extend(packing.pack_nvfp4_n16k8(q.view(np.uint8) & np.uint8(0xF), s.view(np.uint8)))
-        return packed[part]
-
-    weights = (
-        low.weight(name, "u32", lambda: pack(0)),
-        low.weight(f"{name}/block_scale", "u8", lambda: pack(1)),
-        low.weight(f"{name}/global_scale", "f32", lambda: g.reshape(1).astype(np.float32)),
-    )
+    (k, n), weights = nvfp4_weight(low, node, packing.pack_nvfp4_n16k8)
     low.bind(node, Linear(node, "matmul_nvfp4", low.dense(x), k, n, weights, low.shape(node.outputs[0])))
 
 
@@ -48,8 +73,8 @@ def matmul(low: Lowering, node: ir.Node) -> None:
     if a is None or b is None:
         raise unsupported(node, "an input is missing")
     w = low.constant(b)
-    if w is not None and w.ndim == 2 and len(low.shape(a)) >= 2 and low.dtype(a) == "f32":
-        weight = low.weight(f"w/{b.name}/f32_n16", "f32", lambda: packing.pack_f32_n16(w))
+    if w is not None and w.ndim == 2 and w.size and len(low.shape(a)) >= 2 and low.dtype(a) == "f32":
+        weight = low.weight(b, "f32_n16", "f32", lambda: packing.pack_f32_n16(w))
         k, n = w.shape
         low.bind(node, Linear(node, "matmul_f32", low.dense(a), k, n, (weight,), low.shape(node.outputs[0])))
         return
@@ -77,22 +102,15 @@ def _general(low: Lowering, node: ir.Node, a: View, b: View) -> None:
 
     dims, strides = collapse(batch, [outer(a), outer(b), y.strides[:-2]])
     if len(dims) > 2:
-        a, b = (low.copy(replace(v.expand((*batch, *v.shape[-2:]))), f"{node.name}/copy") for v in (a, b))
+        a, b = (low.copy(v.expand((*batch, *v.shape[-2:])), f"{node.name}/copy") for v in (a, b))
         dims, strides = collapse(batch, [outer(a), outer(b), y.strides[:-2]])
     pad = 2 - len(dims)
     (b0, b1) = (*(one,) * pad, *(d for d, _ in dims))
     zero = sympy.Integer(0)
     sa, sb, sy = ((*(zero,) * pad, *s) for s in strides)
-    spec = KernelSpec.make("matmul_dynamic", m_block=64, n_block=32)
+    spec = KernelSpec.make("matmul_dynamic", m_block=_M_BLOCK, n_block=_N_BLOCK)
     args = [y, a, b, m, k, n, b1, *sa, *a.strides[-2:], *sb, *b.strides[-2:], *sy, y.strides[-2]]
-    blocks = product((b0, b1)) * ceildiv(m, 64) * ceildiv(n, 32)
+    blocks = product((b0, b1)) * ceildiv(m, _M_BLOCK) * ceildiv(n, _N_BLOCK)
     step = low.emit(node.name or "MatMul", spec, args, blocks)
     low.layers.append((node, step))
     low.bind(node, out)
-
-
-@lowers("Gemm")
-def gemm(low: Lowering, node: ir.Node) -> None:
-    """Gemm is rewritten to MatMul by the prepare phase; one that is left has an operand that is not
-    constant."""
-    raise unsupported(node, "Gemm with these operands was not rewritten to MatMul")

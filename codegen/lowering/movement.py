@@ -32,7 +32,7 @@ def reshape(low: Lowering, node: ir.Node) -> None:
     low.bind(node, view)
 
 
-@lowers("Identity", "Dropout", data=(0,))
+@lowers("Identity", data=(0,))
 def identity(low: Lowering, node: ir.Node) -> None:
     """No operation at inference."""
     low.bind(node, low.view(_first(node)))

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.codegen.dims import Dim, product, static
-from qgraph.codegen.lowering.context import Lowering, lowers, unsupported
+from qgraph.codegen.lowering.context import Lowering, Pointwise, lowers, unsupported
 from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec
 
@@ -95,8 +95,10 @@ def reduce(low: Lowering, node: ir.Node) -> None:
     shape = low.shape(x)
     axes = _axes(low, node, len(shape))
     view = low.dense(x)
-    if not axes:
-        low.bind(node, view)
+    if not axes:  # a reduction over nothing, of each element by itself
+        alone = {"l2": ("abs", ("in", 0)), "sumsq": ("mul", ("in", 0), ("in", 0))}
+        expr = alone.get(_REDUCE[node.op_type], ("in", 0))
+        low.bind(node, Pointwise(expr, (view,), (), shape, view.dtype, node.name or node.op_type))
         return
     inner: Dim
     if list(axes) == list(range(axes[0], axes[-1] + 1)):

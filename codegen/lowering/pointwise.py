@@ -60,7 +60,7 @@ _BINARY = {
     "Or": "or",
     "Xor": "xor",
 }
-_VARIADIC = {"Max": "max", "Min": "min", "Sum": "add"}
+_VARIADIC = {"Max": "max", "Min": "min", "Sum": "add", "Mean": "add"}
 
 
 def _nodes(expr: Any) -> int:
@@ -123,6 +123,12 @@ class _Operands:
         self.leaves.append(view)
         return len(self.leaves) - 1
 
+    def compute(self, expr: Any) -> Any:
+        """Compute `expr` now, and start afresh with its result as the only leaf."""
+        view = self.low.emit_pointwise(self.result(expr))
+        self.leaves, self.args, self.nodes = [view], [], 1
+        return ("in", 0)
+
     def result(self, expr: Any) -> Pointwise:
         low, node = self.low, self.node
         return Pointwise(
@@ -147,7 +153,9 @@ def _activation(node: ir.Node) -> str | None:
     """The name of the matmul epilogue that computes `node`, if there is one."""
     if node.op_type == "Gelu":
         return "gelu_erf" if node.attributes.get_string("approximate", "none") == "none" else "gelu_tanh"
-    return {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Swish": "silu"}.get(node.op_type)
+    if node.op_type == "Swish":
+        return "silu" if node.attributes.get_float("alpha", 1.0) == 1.0 else None
+    return {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}.get(node.op_type)
 
 
 def _extend_linear(low: Lowering, node: ir.Node) -> Linear | None:
@@ -163,7 +171,7 @@ def _extend_linear(low: Lowering, node: ir.Node) -> Linear | None:
             if (
                 const is not None
                 and const.size == lazy.n
-                and shape[-1] == lazy.n
+                and (not shape or shape[-1] == lazy.n)  # a lone number is a bias of one output column
                 and "bias" not in lazy.epilogue
             ):
                 operand = low.view(b)
@@ -190,34 +198,56 @@ def _with(linear: Linear, name: str, operand: View | None) -> Linear:
     return replace(linear, epilogue=(*linear.epilogue, name), operands=operands)
 
 
+def _fold(ops: _Operands, op: str, inputs: list[ir.Value]) -> Any:
+    """op(op(a, b), c), ... for any number of inputs, a few at a time."""
+    expr = ops.expr(inputs[0])
+    for value in inputs[1:]:
+        if len(ops.leaves) >= _MAX_LEAVES:
+            expr = ops.compute(expr)
+        expr = (op, expr, ops.expr(value))
+    return expr
+
+
+def _pow(base: Any, exponent: Any, base_type: str, exponent_type: str) -> Any:
+    """base ** exponent, of the base's type."""
+    if exponent[0] == "const":
+        known = {1: base, 2: ("mul", base, base), 3: ("mul", base, ("mul", base, base))}
+        if exponent[1] in known:
+            return known[exponent[1]]
+    if base_type == exponent_type:
+        return ("pow", base, exponent)
+    if base_type == "f32":
+        return ("pow", base, ("cast", "f32", exponent))
+    if exponent_type == "f32":
+        return ("cast", base_type, ("pow", ("cast", "f32", base), exponent))
+    return ("pow", base, ("cast", base_type, exponent))
+
+
+def _is_inf(positive: int, negative: int, x: Any) -> Any:
+    """IsInf with either sign left out."""
+    zero = ("const", 0.0, "f32")
+    if positive and negative:
+        return ("isinf", x)
+    if positive or negative:
+        return ("and", ("isinf", x), ("gt" if positive else "lt", x, zero))
+    return ("const", False, "bool")
+
+
 def _build(ops: _Operands, node: ir.Node) -> Any:
     """The kernel expression of one node over its operands."""
     op = node.op_type
     inputs = [v for v in node.inputs if v is not None]
-    args = [ops.expr(v) for v in inputs]
     attrs = node.attributes
+    if op in _VARIADIC:
+        expr = _fold(ops, _VARIADIC[op], inputs)
+        return ("mul", expr, ("const", 1.0 / len(inputs), "f32")) if op == "Mean" else expr
+    args = [ops.expr(v) for v in inputs]
     if op in _UNARY:
         return (_UNARY[op], args[0])
-    if op == "Pow" and args[1][0] == "const":
-        exponent = float(args[1][1])
-        known = {0.5: ("sqrt", args[0]), 1.0: args[0], 2.0: ("mul", args[0], args[0])}
-        known |= {3.0: ("mul", args[0], ("mul", args[0], args[0])), -1.0: ("reciprocal", args[0])}
-        dtype = ops.low.dtype(node.outputs[0])
-        if exponent in known and (dtype == "f32" or exponent in (1.0, 2.0, 3.0)):
-            return known[exponent]
-        return ("pow", args[0], ("const", args[1][1], dtype))
+    if op == "Pow":
+        return _pow(args[0], args[1], *(ops.low.dtype(v) for v in inputs))
     if op in _BINARY:
         return (_BINARY[op], *args)
-    if op in _VARIADIC:
-        expr = args[0]
-        for arg in args[1:]:
-            expr = (_VARIADIC[op], expr, arg)
-        return expr
-    if op == "Mean":
-        expr = args[0]
-        for arg in args[1:]:
-            expr = ("add", expr, arg)
-        return ("mul", expr, ("const", 1.0 / len(args), "f32"))
     if op == "Where":
         return ("where", *args)
     if op == "Cast":
@@ -249,7 +279,7 @@ def _build(ops: _Operands, node: ir.Node) -> Any:
     if op == "Mod":
         return ("fmod" if attrs.get_int("fmod", 0) else "mod", *args)
     if op == "IsInf":
-        return ("isinf", args[0])
+        return _is_inf(attrs.get_int("detect_positive", 1), attrs.get_int("detect_negative", 1), args[0])
     raise unsupported(node, "no kernel")
 
 
@@ -257,7 +287,6 @@ def _build(ops: _Operands, node: ir.Node) -> Any:
     *_UNARY,
     *_BINARY,
     *_VARIADIC,
-    "Mean",
     "Where",
     "Cast",
     "Gelu",

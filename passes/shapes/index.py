@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from qgraph.passes.base import describe
+from qgraph.passes.shapes.dims import Dim, UnequalError
 from qgraph.passes.shapes.node import NodeView, object_array, rule
 
 
@@ -11,8 +13,23 @@ from qgraph.passes.shapes.node import NodeView, object_array, rule
 def gather(n: NodeView) -> None:
     data, indices = n.shape(0), n.shape(1)
     axis = n.axis(n.attr("axis", 0), len(data))
+    _require_range(n, data[axis], n.content(1))
     shape = [*data[:axis], *indices, *data[axis + 1 :]]
     n.out(0, n.dtype(0), shape, _picked(n, axis))
+
+
+def _require_range(n: NodeView, length: Dim, indices: np.ndarray | None) -> None:
+    """Constant indices must lie inside an axis of whatever length."""
+    known = [] if indices is None else [i for i in indices.reshape(-1) if isinstance(i, int)]
+    if not known:
+        return
+    needed = max(max(known) + 1, -min(known))
+    worst = max(known) if max(known) + 1 >= -min(known) else min(known)
+    try:
+        message = f"{describe(n.node)} reads index {worst}, so {length} must be at least {needed}"
+        n.world.assume_at_least(length, needed, message)
+    except UnequalError:
+        n.fail(f"index {worst} is out of range for {length} elements")
 
 
 def _picked(n: NodeView, axis: int) -> np.ndarray | None:

@@ -256,6 +256,7 @@ void Session::resolve_args() {
     auto label = [&] { return cat("step '", step.name, "'"); };
     blocks_[s] = eval(step.blocks, label);
     if (blocks_[s] < 0) fail(QG_INVALID_ARGUMENT, label(), ": ", blocks_[s], " blocks", dims_text());
+    if (blocks_[s] == 0) continue;  // not run: the corner of an empty tensor may lie beyond its buffer
     for (size_t a = 0; a < step.args.size(); ++a) {
       const Arg& arg = step.args[a];
       int64_t& slot = args_[first_arg_[s] + a];

@@ -144,6 +144,90 @@ CASES = [
         "{ a = Mul(x, p) y = Div(one, a) b = Mul(x, n) z = Div(one, b) }",
         {"p": np.float32(0.0), "n": np.float32(-0.0), "one": np.float32(1)},
     ),
+    Case(
+        "Gather-one-symbolic",
+        "(float[B, S, 8] x) => (float[B, 8] y, float[B, 8] z)"
+        " { y = Gather<axis = 1>(x, i) z = Gather<axis = 1>(x, j) }",
+        {"i": np.array(2), "j": np.array(-2)},
+        lambda b, s: {"x": normal(b, s + 2, 8)},
+    ),
+    Case(
+        "IsInf-signs",
+        "(float[B, S, 8] x) => (bool[B, S, 8] y, bool[B, S, 8] z, bool[B, S, 8] t)"
+        "{ l = Div(x, zero) y = IsInf<detect_negative = 0>(l) z = IsInf<detect_positive = 0>(l)"
+        "  t = IsInf<detect_negative = 0, detect_positive = 0>(l) }",
+        {"zero": np.float32(0)},
+    ),
+    Case(
+        "Pow-integer",
+        "(int64[B, S] x) => (int64[B, S] y, int64[B, S] z, int64[B, S] t)"
+        "{ y = Pow(x, half) z = Pow(x, three) t = Pow(x, four) }",
+        {"half": np.float32(1.5), "three": np.float32(3), "four": np.array(4)},
+        lambda b, s: {"x": ints(1, 9, b, s)},
+    ),
+    Case(
+        "Pow-half",
+        "(float[B, S, 8] x) => (float[B, S, 8] y, float[B, S, 8] z) { y = Pow(x, e) z = Pow(x, n) }",
+        {"e": np.float32(0.5), "n": np.array(-1)},
+        lambda b, s: {"x": positive(b, s, 8)},
+        tolerance=1e-5,
+    ),
+    Case(
+        "Reduce-nothing",
+        "(float[B, S, 8] x, float s) => (float[B, S, 8] y, float z)"
+        "{ y = ReduceSumSquare<noop_with_empty_axes = 1>(x) z = ReduceL2(s) }",
+        feeds=lambda b, s: {"x": normal(b, s, 8), "s": np.array(-2, np.float32)},
+    ),
+    Case(
+        "Linear-one-output",
+        "(float[B, S, 8] x) => (float[B, S, 1] y) { h = MatMul(x, w) y = Add(h, c) }",
+        {"w": normal(8, 1), "c": np.float32(0.5)},
+    ),
+    Case(
+        "Linear-without-inputs",
+        "(float[B, S, 0] x) => (float[B, S, 5] y) { y = MatMul(x, w) }",
+        {"w": np.zeros((0, 5), np.float32)},
+        lambda b, s: {"x": np.zeros((b, s, 0), np.float32)},
+    ),
+    Case(
+        "Many-operands",
+        "(float[B, S, 2, 8] x, float[B, 1, 2, 8] a, float[1, S, 1, 8] b, float[B, S, 1, 1] c, float[S, 2, 1] d,"
+        ""
+        " float[B, 1, 2, 1] e) => (float[B, S, 2, 8] y)"
+        "{ f = Add(x, a) g = Mul(f, b) h = Sub(g, c) i = Add(h, d) y = Mul(i, e) }",
+        feeds=lambda b, s: {
+            "x": normal(b, s, 2, 8),
+            "a": normal(b, 1, 2, 8),
+            "b": normal(1, s, 1, 8),
+            "c": normal(b, s, 1, 1),
+            "d": normal(s, 2, 1),
+            "e": normal(b, 1, 2, 1),
+        },
+        tolerance=1e-5,
+    ),
+    Case(
+        "Sum-of-many",
+        "(float[B, S, 8] x, float[8] u) => (float[B, S, 8] y)"
+        "{ a = Neg(x) b = Abs(x) y = Sum(x, u, a, b, x, u, b, a, x, b, u, a) }",
+        feeds=lambda b, s: {"x": normal(b, s, 8), "u": normal(8)},
+    ),
+    Case(
+        "Rank-nine-inside",
+        "(float[B, S, 8] x) => (float[B, S, 8] y){ u = Unsqueeze(x, axes) r = Sin(u) y = Squeeze(r, axes) }",
+        {"axes": np.array([1, 3, 4, 5, 6, 7])},
+    ),
+    Case(
+        "Slice-to-nothing",
+        "(float[B, S, 8] x) => (float[B, S, T] y) { y = Slice(x, start, end, axis) }",
+        {"start": np.array([8]), "end": np.array([100]), "axis": np.array([2])},
+    ),
+    Case(
+        "Names-that-clash",
+        "(float[B, S, 8] x, int64[B] i) => (float[B, S, 24] y, float[B, 3] z)"
+        " { y = MatMul(x, W) z = Gather(t, i) }",
+        {"W": W, "t": normal(7, 3)},
+        lambda b, s: {"x": normal(b, s, 8), "i": ints(0, 7, b)},
+    ),
     Case("HardSwish", "(float[B, S, 8] x) => (float[B, S, 8] y) { y = HardSwish(x) }"),
     Case("LeakyRelu", "(float[B, S, 8] x) => (float[B, S, 8] y) { y = LeakyRelu<alpha = 0.2>(x) }"),
     Case(
