@@ -22,10 +22,12 @@ class E2M1Decoder:
         raw: `raw(words, j)` gives, for code j (bits 4j..4j+3) of each u32 lane, its value / unit, exactly. j
             may be a loop variable that is unrolled.
         unit: a power of two.
+        signed_zero: whether code 8, the negative zero, becomes one; else it becomes 0.
     """
 
     raw: Callable[[Any, Any], Any]
     unit: float
+    signed_zero: bool
 
 
 def _bits(value: Any, lanes: int) -> Any:
@@ -41,7 +43,7 @@ def _permute16(isa: Isa) -> E2M1Decoder:
         index = T.reinterpret("int32x16", T.shift_right(words, _bits(4 * j, 16)))
         return T.call_llvm_pure_intrin(permute, table, index, dtype="float32x16")
 
-    return E2M1Decoder(raw, 1.0)
+    return E2M1Decoder(raw, 1.0, signed_zero=True)
 
 
 _BYTE_LOOKUP = {8: "llvm.x86.avx2.pshuf.b", 4: "llvm.aarch64.neon.tbl1.v16i8"}
@@ -63,7 +65,7 @@ def _bytes16(isa: Isa) -> E2M1Decoder:
         signed = T.shift_right(T.reinterpret(f"int32x{lanes}", top), T.broadcast(T.int32(24), lanes))
         return T.cast(signed, f"float32x{lanes}")
 
-    return E2M1Decoder(raw, 0.5)
+    return E2M1Decoder(raw, 0.5, signed_zero=False)
 
 
 _DECODERS = {"permute16": _permute16, "bytes16": _bytes16}
@@ -72,6 +74,19 @@ _DECODERS = {"permute16": _permute16, "bytes16": _bytes16}
 def e2m1_decoder(isa: Isa) -> E2M1Decoder:
     """The decoder that suits `isa`."""
     return _DECODERS[isa.decode](isa)
+
+
+def e2m1(words: Any, isa: Isa) -> Any:
+    """The code in the low 4 bits of each u32 lane as float32, exact, the sign of a zero included."""
+    decoder, lanes = e2m1_decoder(isa), isa.lanes
+    value = decoder.raw(words, 0)
+    if decoder.unit != 1.0:
+        value = value * T.broadcast(T.float32(decoder.unit), lanes)
+    if decoder.signed_zero:
+        return value
+    sign = T.bitwise_and(T.shift_left(words, _bits(28, lanes)), _bits(1 << 31, lanes))
+    bits = T.bitwise_or(T.reinterpret(f"uint32x{lanes}", value), sign)
+    return T.reinterpret(f"float32x{lanes}", bits)
 
 
 def e4m3(bits: Any, lanes: int) -> Any:

@@ -13,10 +13,12 @@ from tvm.script.ir_builder import tirx as B
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
+from qgraph.codegen.kernels.decode import e2m1, e4m3
 from qgraph.codegen.kernels.function import Function, function
 from qgraph.codegen.kernels.loops import each_vector, index, load, store
 from qgraph.codegen.kernels.ops import STORAGE
 from qgraph.codegen.kernels.vmath import Expr, named, splat
+from qgraph.codegen.packing import GROUP, WORD
 from qgraph.codegen.spec import KernelSpec
 
 
@@ -40,15 +42,22 @@ def _copy_row(f: Function, isa: Isa, row: Expr, inner: Expr, source: Expr, in_ra
     def copy(start: Expr, count: Expr | None) -> None:
         store(y, load(data, source * inner + start, lanes, count), row * inner + start, count)
 
-    def clear(start: Expr, count: Expr | None) -> None:
-        store(y, splat(0, str(y.dtype), lanes), row * inner + start, count)
-
     with B.If(in_range):
         with B.Then():
             each_vector(inner, lanes, copy)
         with B.Else():
-            B.buffer_store(f.buffers["status"], T.int32(1), [index(0)])
-            each_vector(inner, lanes, clear)
+            _fail(f, isa, row, inner)
+
+
+def _fail(f: Function, isa: Isa, row: Expr, inner: Expr) -> None:
+    """y[row, :] = 0, and a status of 1."""
+    y, lanes = f.buffers["y"], isa.lanes
+
+    def clear(start: Expr, count: Expr | None) -> None:
+        store(y, splat(0, str(y.dtype), lanes), row * inner + start, count)
+
+    B.buffer_store(f.buffers["status"], T.int32(1), [index(0)])
+    each_vector(inner, lanes, clear)
 
 
 @kernel("gather")
@@ -87,3 +96,57 @@ def gather_nd(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
                 in_range = inside if in_range is None else T.And(in_range, inside)
             _copy_row(f, isa, row, inner, source, in_range)
     return f.result
+
+
+@kernel("gather_nvfp4")
+def gather_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
+    """y[i, :] = row indices[i] of an NVFP4 table in layout `nvfp4_rows`, to the bit as DequantizeLinear gives
+    it.
+
+    Parameters: h (columns of the table, >= 1), index (i64 | i32).
+    Arguments: y f32 [m, h], codes u32, block_scale u8, global_scale f32 [1], indices [m], status i32 [1], V
+    (rows of the table). Block: 1 of m.
+    """
+    h = spec["h"]
+    pointers = [
+        ("y", "float32"),
+        ("codes", "uint32"),
+        ("block_scale", "uint8"),
+        ("global_scale", "float32"),
+        ("indices", STORAGE[spec["index"]]),
+        ("status", "int32"),
+    ]
+    with function(symbol, pointers, ["V"]) as f:
+        with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
+            position, in_range = _position(f, row, f.scalars["V"])
+            with B.If(in_range):
+                with B.Then():
+                    _decode_row(f, isa, row, position, h)
+                with B.Else():
+                    _fail(f, isa, row, index(h))
+    return f.result
+
+
+def _decode_row(f: Function, isa: Isa, row: Expr, source: Expr, h: int) -> None:
+    """y[row, :] = the values of row `source` of the table."""
+    lanes, codes = isa.lanes, f.buffers["codes"]
+
+    def decode_block(b: Expr, size: int) -> None:
+        at = source * -(-h // GROUP) + b
+        scale = e4m3(T.broadcast(f.buffers["block_scale"][at], lanes), lanes)
+        scale = named(scale * T.broadcast(f.buffers["global_scale"][0], lanes))
+        for start in range(0, size, lanes):
+            word = at * (GROUP // WORD) + start // WORD
+            shared = min(lanes, WORD)  # lanes that read the same word
+            copies = [T.broadcast(codes[word + i], shared) for i in range(lanes // shared)]
+            shifts = [T.uint32(4 * (c % WORD)) for c in range(start, start + lanes)]
+            every = list(range(lanes))
+            shifted = named(T.shift_right(T.Shuffle(copies, every), T.Shuffle(shifts, every)))
+            count = None if start + lanes <= size else index(size - start)
+            store(f.buffers["y"], e2m1(shifted, isa) * scale, row * h + b * GROUP + start, count)
+
+    if h >= GROUP:
+        with B.serial(index(h // GROUP)) as b:
+            decode_block(b, GROUP)
+    if h % GROUP:
+        decode_block(index(h // GROUP), h % GROUP)
