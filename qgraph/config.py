@@ -11,6 +11,7 @@ from typing import Any
 from qgraph.errors import InputError, UsageError
 
 ONNX_STYLES = ("function", "qdq")
+EMBEDDINGS = ("float", "nvfp4")
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class CompileConfig:
     Attributes:
         scheme: a name of `qgraph.schemes.SCHEMES`.
         solver: how the scheme's codes and scales are chosen; empty is the scheme's default.
-        include: patterns (shell wildcards) of the linear layers to quantize; empty is all that suit.
-        exclude: patterns of the linear layers to leave in float; stronger than `include`.
-        onnx_style: `function` writes a quantized MatMul as one node with a standard body, `qdq` writes the
+        embeddings: how tables that rows are looked up in are stored: `float`, or the scheme's weight format.
+        include: patterns (shell wildcards) of the layers to quantize; empty is all that suit.
+        exclude: patterns of the layers to leave in float; stronger than `include`.
+        onnx_style: `function` writes a quantized layer as one node with a standard body, `qdq` writes the
             body in place.
         onnx: whether the low-bit ONNX file is written.
         target: the machine the artifact is for, a name of `qgraph.codegen.isa.TARGETS`.
@@ -36,6 +38,7 @@ class CompileConfig:
 
     scheme: str = "nvfp4"
     solver: str = ""
+    embeddings: str = "float"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     onnx_style: str = "function"
@@ -65,6 +68,12 @@ class CompileConfig:
             raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no solver")
         if self.solver:
             _one_of("solver", self.solver, scheme.solvers)
+        _one_of("embeddings", self.embeddings, EMBEDDINGS)
+        if self.embeddings not in ("float", scheme.weight_format):
+            raise UsageError(
+                f"embeddings '{self.embeddings}' need a scheme with weights in {self.embeddings}; "
+                f"scheme '{scheme.name}' has none"
+            )
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("target", self.target, TARGETS)
         for name in ("threads", "seed"):
@@ -92,7 +101,8 @@ class CompileConfig:
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""
-        return {key: self.resolved()[key] for key in ("scheme", "solver", "include", "exclude")}
+        fields = ("scheme", "solver", "embeddings", "include", "exclude")
+        return {key: self.resolved()[key] for key in fields}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -26,6 +26,11 @@ _PATTERN = "layers whose node, weight, operator or module matches (wildcards, or
 _QUANTIZE = (
     click.option("--scheme", help="How weights are stored: see `qgraph schemes`.  [default: nvfp4]"),
     click.option("--solver", help="How codes and scales are chosen.  [default: the scheme's best]"),
+    click.option(
+        "--embeddings",
+        metavar="FORMAT",
+        help="How lookup tables are stored: float, or nvfp4 with that scheme.  [default: float]",
+    ),
     click.option("--include", multiple=True, metavar="PATTERN", help=f"Quantize only {_PATTERN}"),
     click.option("--exclude", multiple=True, metavar="PATTERN", help=f"Leave in float {_PATTERN}"),
     click.option(

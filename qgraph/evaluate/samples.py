@@ -1,7 +1,7 @@
 """Seeded inputs that a model accepts: token ids inside their tables, masks that keep everything.
 
-What an integer input may hold is found in the graph: one that reaches the indices of a Gather is bounded by
-that table. The pipeline writes the ranges into the artifact (`METADATA_KEY`), where the graph is no longer at
+What an integer input may hold is found in the graph: one that reaches the indices of a lookup is bounded by
+its table. The pipeline writes the ranges into the artifact (`METADATA_KEY`), where the graph is no longer at
 hand.
 """
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from qgraph.runtime import Model
 
 METADATA_KEY = "qgraph.input_ranges"  # JSON: input name -> [lowest, highest]
+
+# Operators that look up in a table, by the input that holds the indices; of the first two inputs the other is
+# the table.
+_INDICES = {"Gather": 1, "GatherElements": 1, "QGatherNVFP4": 0}
 
 # Operators that hand on the integers they are given, by the input that carries them.
 _CARRIERS = dict.fromkeys(
@@ -70,8 +74,8 @@ def _table_sizes(value: ir.Value) -> Iterator[int]:
     seen, work = {value}, [value]
     while work:
         for node, index in work.pop().uses():
-            if node.op_type in ("Gather", "GatherElements") and index == 1:
-                table, axis = node.inputs[0], node.attributes.get_int("axis", 0)
+            if _INDICES.get(node.op_type) == index:
+                table, axis = node.inputs[1 - index], node.attributes.get_int("axis", 0)
                 size = table.shape[axis] if table is not None and table.shape is not None else None
                 if isinstance(size, int):
                     yield size
