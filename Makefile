@@ -8,7 +8,8 @@ ifeq ($(origin CXX),default)
 CXX := $(firstword $(shell command -v c++ || command -v g++ || command -v clang++) c++)
 endif
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2
+# A file stays with one worker: its fixtures (an exported model, a compiled one) are made once.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 BIN := .venv/bin
 MODEL := out/minilm.onnx
