@@ -16,8 +16,12 @@ from qgraph.codegen.isa import get_target
 from qgraph.codegen.lowering import Lowering, lower
 from qgraph.codegen.plan import Plan, make_plan
 
-# How each matmul kernel computes, in the terms of the report.
-_COMPUTE = {"matmul_nvfp4": "W4A16: NVFP4 weights, float32 activations and sums", "matmul_f32": "float32"}
+# How the kernels of weights compute, in the terms of the report.
+_COMPUTE = {
+    "matmul_nvfp4": "W4A16: NVFP4 weights, float32 activations and sums",
+    "matmul_f32": "float32",
+    "gather_nvfp4": "NVFP4 table, float32 rows",
+}
 
 
 @dataclass(frozen=True)

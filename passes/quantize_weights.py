@@ -1,4 +1,4 @@
-"""Replaces the selected MatMuls by low-bit ones."""
+"""Replaces the selected MatMuls and lookups by low-bit ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import onnx_ir as ir
 from qgraph.errors import InputError
 from qgraph.formats import QTensor
 from qgraph.formats.packing import pack_nibbles
-from qgraph.passes.base import GraphPass, replace_node
-from qgraph.passes.lowbit_functions import DOMAIN, OPERATORS
+from qgraph.passes.base import GraphPass, is_op, replace_node
+from qgraph.passes.lowbit_functions import DOMAIN, LOOKUPS, OPERATORS
 from qgraph.passes.select_layers import DECISION, DECISIONS
 from qgraph.schemes import get_scheme
 from qgraph.solvers import get_solver
@@ -25,8 +25,8 @@ class QuantizedWeight:
     """One weight after quantization, and what that cost."""
 
     weight: str  # name of the float32 initializer it was
-    nodes: tuple[str, ...]  # that multiply by it
-    shape: tuple[int, int]  # (K, N)
+    nodes: tuple[str, ...]  # that multiply by it, or look rows of it up
+    shape: tuple[int, int]  # (K, N); of a table (V, H)
     relative_error: float  # |W - W'|^2 / |W|^2, 0 for an exact or zero weight
     sqnr_db: float  # -10 log10 of it, infinite for an exact weight
     bits_per_weight: float  # all scales counted
@@ -36,12 +36,12 @@ class QuantizedWeight:
 
 class QuantizeWeights(GraphPass):
     """Turns every MatMul that `SelectLayers` chose into `ai.qgraph::QLinearNVFP4(x, codes, block_scale,
-    global_scale)`.
+    global_scale)`, and every Gather into `ai.qgraph::QGatherNVFP4(ids, codes, block_scale, global_scale)`.
 
-    Rules: a weight that several MatMuls share is quantized once; the float weight goes when nothing reads it
-    any more; the node keeps its name, output and metadata, and gets `qgraph.scheme`,
-    `qgraph.bits_per_weight`, `qgraph.sqnr_db`, `qgraph.source_weight`. What was done is stored in
-    `model.meta[QUANTIZED]`.
+    Rules: a weight that several nodes share is quantized once; the blocks of a table [V, H] run along its
+    rows, so that a solver sees it as [K, N] = [H, V]; the float weight goes when nothing reads it any more;
+    the node keeps its name, output and metadata, and gets `qgraph.scheme`, `qgraph.bits_per_weight`,
+    `qgraph.sqnr_db`, `qgraph.source_weight`. What was done is stored in `model.meta[QUANTIZED]`.
 
     on_layer(i, n, weight): called before the i-th of n weights (from 0) is quantized, and with i = n at the
     end.
@@ -76,7 +76,7 @@ class QuantizeWeights(GraphPass):
             return ir.passes.PassResult(model, False)
         by_weight: dict[ir.Value, list[ir.Node]] = {}
         for node in _chosen(model):
-            weight = node.inputs[1]
+            weight = node.inputs[0 if is_op(node, "Gather") else 1]
             assert weight is not None
             by_weight.setdefault(weight, []).append(node)
 
@@ -97,15 +97,16 @@ class QuantizeWeights(GraphPass):
     def _quantize(self, weight: ir.Value, nodes: list[ir.Node]) -> QuantizedWeight:
         name, graph, tensor = str(weight.name), weight.graph, weight.const_value
         assert isinstance(graph, ir.Graph) and tensor is not None
-        W = tensor.numpy()
+        lookup = is_op(nodes[0], "Gather")  # of a shared weight all or none: SelectLayers sees to it
+        W = tensor.numpy().T if lookup else tensor.numpy()
         q = get_solver(self.solver)(W, name=name, threads=self.threads)
         relative_error = _relative_error(W, q)
         sqnr_db = -10 * float(np.log10(relative_error)) if relative_error else float("inf")
-        parts = _initializers(graph, name, q)
+        parts = _initializers(graph, name, q, turned=lookup)
         for node in nodes:
             lowbit = ir.node(
-                OPERATORS[q.format],
-                [node.inputs[0], *parts],
+                (LOOKUPS if lookup else OPERATORS)[q.format],
+                [node.inputs[1 if lookup else 0], *parts],
                 domain=DOMAIN,
                 name=node.name,
                 doc_string=node.doc_string,
@@ -124,7 +125,7 @@ class QuantizeWeights(GraphPass):
         return QuantizedWeight(
             weight=name,
             nodes=tuple(str(node.name) for node in nodes),
-            shape=q.shape,
+            shape=q.shape[::-1] if lookup else q.shape,
             relative_error=relative_error,
             sqnr_db=sqnr_db,
             bits_per_weight=q.bits_per_weight(),
@@ -134,16 +135,19 @@ class QuantizeWeights(GraphPass):
 
 
 def _chosen(model: ir.Model) -> list[ir.Node]:
-    """The MatMuls that `SelectLayers` chose and that are still there."""
+    """The nodes that `SelectLayers` chose and that are still there."""
     return [n for n in model.graph.all_nodes() if DECISION in n.meta and n.meta[DECISION].quantize]
 
 
-def _initializers(graph: ir.Graph, name: str, q: QTensor) -> list[ir.Value]:
-    """The stored parts of `q`, registered as `<name>.codes`, `<name>.block_scale` and
+def _initializers(graph: ir.Graph, name: str, q: QTensor, turned: bool) -> list[ir.Value]:
+    """The stored parts of `q`, or of its transpose, registered as `<name>.codes`, `<name>.block_scale` and
     `<name>.global_scale`."""
+    codes, block_scale = q.codes, q.block_scale
+    if turned:
+        codes, block_scale = codes.T, np.ascontiguousarray(block_scale.T)
     tensors = [
-        ir.PackedTensor(pack_nibbles(q.codes), ir.DataType.FLOAT4E2M1, shape=q.shape, name=f"{name}.codes"),
-        ir.Tensor(q.block_scale, dtype=ir.DataType.FLOAT8E4M3FN, name=f"{name}.block_scale"),
+        ir.PackedTensor(pack_nibbles(codes), ir.DataType.FLOAT4E2M1, shape=codes.shape, name=f"{name}.codes"),
+        ir.Tensor(block_scale, dtype=ir.DataType.FLOAT8E4M3FN, name=f"{name}.block_scale"),
         ir.Tensor(np.array(q.global_scale), dtype=ir.DataType.FLOAT, name=f"{name}.global_scale"),
     ]
     taken = (

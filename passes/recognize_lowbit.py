@@ -10,25 +10,28 @@ from qgraph.passes.lowbit_functions import DOMAIN, AddLowbitFunctions
 
 
 class RecognizeLowbit(GraphPass):
-    """`MatMul(x, DequantizeLinear(codes, DequantizeLinear(block_scale, global_scale)))` -> `QLinearNVFP4`.
+    """`MatMul(x, DequantizeLinear(codes, DequantizeLinear(block_scale, global_scale)))` -> `QLinearNVFP4`,
+    and `Gather(DequantizeLinear(codes, ..), ids)` along axis 0 -> `QGatherNVFP4`.
 
     The inverse of `InlineLowbitFunctions`, so that a file of style `qdq` (ours, or another tool's with blocks
-    of 16 along K) compiles to the same kernels as one with functions. `codes` must be a FLOAT4E2M1 matrix and
-    `block_scale` FLOAT8E4M3FN, both constant, dequantized to float32 without a zero point; anything else
-    stays and is refused with the reason.
+    of 16 along K, or along the rows of a table) compiles to the same kernels as one with functions. `codes`
+    must be a FLOAT4E2M1 matrix and `block_scale` FLOAT8E4M3FN, both constant, dequantized to float32 without
+    a zero point; anything else stays and is refused with the reason.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in tuple(model.graph.all_nodes()):
-            if is_op(node, "MatMul") and node.inputs[1] is not None:
-                modified |= self._try_matmul(node, node.inputs[1])
+            if is_op(node, "MatMul"):
+                modified |= self._try(node, "QLinearNVFP4", weight=node.inputs[1], other=node.inputs[0])
+            elif is_op(node, "Gather"):
+                modified |= self._try(node, "QGatherNVFP4", weight=node.inputs[0], other=node.inputs[1])
         if modified:
             AddLowbitFunctions()(model)
         return ir.passes.PassResult(model, modified)
 
-    def _try_matmul(self, node: ir.Node, weight: ir.Value) -> bool:
-        outer = weight.producer()
+    def _try(self, node: ir.Node, op_type: str, weight: ir.Value | None, other: ir.Value | None) -> bool:
+        outer = weight.producer() if weight is not None else None
         if outer is None or not is_op(outer, "DequantizeLinear"):
             return False
         codes, scale = outer.inputs[:2]
@@ -39,13 +42,11 @@ class RecognizeLowbit(GraphPass):
             self.refuse(node, "the scale of its 4-bit weight is not a dequantized E4M3 tensor")
             return False
         block_scale, global_scale = inner.inputs[:2]
-        reason = _mismatch(outer, inner, codes, block_scale, global_scale)
+        reason = _mismatch(node, outer, inner, codes, block_scale, global_scale)
         if reason:
             self.refuse(node, reason)
             return False
-        layer = ir.node(
-            "QLinearNVFP4", [node.inputs[0], codes, block_scale, global_scale], domain=DOMAIN, name=node.name
-        )
+        layer = ir.node(op_type, [other, codes, block_scale, global_scale], domain=DOMAIN, name=node.name)
         layer.doc_string = node.doc_string
         replace_node(node, [layer])
         remove_dead([weight])
@@ -53,13 +54,15 @@ class RecognizeLowbit(GraphPass):
 
 
 def _mismatch(
+    node: ir.Node,
     outer: ir.Node,
     inner: ir.Node,
     codes: ir.Value,
     block_scale: ir.Value | None,
     global_scale: ir.Value | None,
 ) -> str:
-    """Why these two DequantizeLinear are not the body of QLinearNVFP4; empty when they are."""
+    """Why `node` and these two DequantizeLinear are not the body of a low-bit operator; empty when they
+    are."""
     if any(len(n.inputs) > 2 and n.inputs[2] is not None for n in (outer, inner)):
         return "its 4-bit weight has a zero point"
     if block_scale is None or block_scale.dtype != ir.DataType.FLOAT8E4M3FN:
@@ -69,8 +72,12 @@ def _mismatch(
     assert global_scale is not None and global_scale.const_value is not None and codes.shape is not None
     if global_scale.dtype != ir.DataType.FLOAT or global_scale.const_value.size != 1:
         return "the global scale of its 4-bit weight is not one float32"
-    if len(codes.shape) != 2 or attribute(outer, "axis", 1) not in (0, -2):
-        return "its 4-bit weight is not a matrix with blocks along the first axis"
+    lookup = is_op(node, "Gather")
+    if lookup and attribute(node, "axis", 0) not in (0, -2):
+        return "it does not pick rows of its 4-bit table"
+    axes, which = ((1, -1), "second") if lookup else ((0, -2), "first")
+    if len(codes.shape) != 2 or attribute(outer, "axis", 1) not in axes:
+        return f"its 4-bit weight is not a matrix with blocks along the {which} axis"
     if attribute(outer, "block_size", 0) != NVFP4.block:
         return f"the blocks of its 4-bit weight are not of {NVFP4.block}"
     for n in (outer, inner):

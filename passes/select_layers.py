@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import onnx_ir as ir
 
 from qgraph.errors import UsageError
-from qgraph.passes.base import GraphPass, is_op
+from qgraph.passes.base import GraphPass, attribute, is_op
 
 DECISIONS = "qgraph.decisions"  # key of model.meta: list[LayerDecision], in graph order
 DECISION = "qgraph.decision"  # key of node.meta: the node's LayerDecision
@@ -20,6 +20,11 @@ KEPT = "qgraph.kept"  # key of a node's metadata_props: why its weight stays flo
 
 # Below these a layer is too small to gain: scales and rounding cost more than the bytes saved are worth.
 MIN_K, MIN_N = 32, 16
+
+# Elements of a table. A smaller one, such as that of token types [2, H], saves less than 14 KiB, of which its
+# kernel and the description of its tensors take about 4 back; and as most tokens share a few rows, their
+# error is a bias that nothing averages out.
+MIN_TABLE = 4096
 
 # torch.onnx writes here the modules around a node, outermost first, then the node's own name.
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -58,10 +63,11 @@ class SelectLayers(GraphPass):
 
     Rules, the first that holds decides:
     1. What no kernel could use is kept: products of activations, weights that are no float32 [K, N] right
-       operand of a MatMul, weights that callers may override, embeddings.
+       operand of a MatMul, weights that callers may override, lookups that do not pick rows of a float32
+       [V, H] table, tables that a MatMul reads too. With `embeddings` "float" every table is kept.
     2. A layer that matches `exclude` is kept; with `include` given, a layer that does not match it is kept.
-    3. A layer that is small (K < 32 or N < 16), or whose weight something else than a MatMul reads too (tied
-       embeddings), is kept unless it matches `include`.
+    3. A layer that is small (K < 32 or N < 16; a table of fewer than 4096 elements), or whose weight is read
+       some other way too, is kept unless it matches `include`.
     4. The rest is quantized.
 
     A pattern is a shell wildcard, or after `re:` a regular expression to be found anywhere, for the name of
@@ -72,10 +78,13 @@ class SelectLayers(GraphPass):
     expression.
     """
 
-    def __init__(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+    def __init__(
+        self, include: Sequence[str] = (), exclude: Sequence[str] = (), embeddings: str = "float"
+    ) -> None:
         super().__init__()
         self.include = tuple(include)
         self.exclude = tuple(exclude)
+        self.embeddings = embeddings
 
     def requires(self, model: ir.Model) -> None:
         """Nodes have names: decisions and reports refer to them."""
@@ -84,7 +93,8 @@ class SelectLayers(GraphPass):
             raise ir.passes.PreconditionError(f"a {unnamed.op_type} node has no name")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        candidates = [c for node in model.graph.all_nodes() if (c := _candidate(node)) is not None]
+        found = (_candidate(node, self.embeddings) for node in model.graph.all_nodes())
+        candidates = [candidate for candidate in found if candidate is not None]
         included = _matched(self.include, candidates, "include")
         excluded = _matched(self.exclude, candidates, "exclude")
         decisions = []
@@ -130,13 +140,16 @@ def module_scopes(node: ir.Node) -> list[str]:
     return [scope for scope in scopes[:-1] if isinstance(scope, str) and scope]
 
 
-def _candidate(node: ir.Node) -> _Candidate | None:
+def _candidate(node: ir.Node, embeddings: str) -> _Candidate | None:
     if is_op(node, "Gather"):
-        weight = node.inputs[0]
-        tensor = _weight(weight)
-        if tensor is None or not tensor.dtype.is_floating_point() or len(tensor.shape) < 2:
+        table = node.inputs[0]
+        tensor = _weight(table)
+        if table is None or tensor is None or not tensor.dtype.is_floating_point() or len(tensor.shape) < 2:
             return None  # picks from an activation or from a list of numbers
-        return _Candidate(node, weight, "embedding: stays float in this version", "")
+        obstacle, doubt = _lookup_obstacle(node, table), _lookup_doubt(table)
+        if embeddings == "float" and not obstacle:
+            obstacle = doubt or "embedding: --embeddings nvfp4 quantizes it"
+        return _Candidate(node, table, obstacle, doubt)
     if not is_op(node, "MatMul", "Gemm"):
         return None
     left, right = node.inputs[0], node.inputs[1]
@@ -167,12 +180,46 @@ def _obstacle(node: ir.Node, weight: ir.Value) -> str:
     return ""
 
 
+def _lookup_obstacle(node: ir.Node, table: ir.Value) -> str:
+    tensor = _weight(table)
+    assert tensor is not None
+    if products := [user.name or "" for user, _ in table.uses() if is_op(user, "MatMul")]:
+        return f"embedding: tied to {', '.join(products)}: tied tables stay float in this version"
+    if table.is_graph_input():
+        return "embedding: the table is an input that callers may override"
+    if tensor.dtype != ir.DataType.FLOAT:
+        return f"embedding: the table is {tensor.dtype}, not float32"
+    if len(tensor.shape) != 2 or not _picks_rows(node, table):
+        return "embedding: the lookup does not pick rows of a matrix"
+    if tensor.size == 0:
+        return "embedding: the table is empty"
+    return ""
+
+
+def _lookup_doubt(table: ir.Value) -> str:
+    tensor = _weight(table)
+    assert tensor is not None
+    if others := _others(table, [user for user, _ in table.uses() if not _picks_rows(user, table)]):
+        return f"embedding: the table is shared with {others}: quantizing would store it twice"
+    if tensor.size < MIN_TABLE:
+        return f"embedding: too small to gain: {list(tensor.shape.numpy())} is below {MIN_TABLE} elements"
+    return ""
+
+
+def _picks_rows(node: ir.Node, table: ir.Value) -> bool:
+    """Whether `node` is a lookup in the matrix `table`, along its first axis."""
+    return is_op(node, "Gather") and node.inputs[0] is table and attribute(node, "axis", 0) in (0, -2)
+
+
+def _others(weight: ir.Value, readers: Iterable[ir.Node]) -> str:
+    """What else needs the floats of `weight`: the operators of `readers`, the caller."""
+    others = sorted({reader.op_type for reader in readers})
+    return ", ".join(others + (["the graph's outputs"] if weight.is_graph_output() else []))
+
+
 def _doubt(weight: ir.Value) -> str:
-    others = sorted({user.op_type for user, _ in weight.uses() if not is_op(user, "MatMul")})
-    if weight.is_graph_output():
-        others.append("the graph's outputs")
-    if others:
-        return f"the weight is shared with {', '.join(others)}: quantizing would store it twice"
+    if others := _others(weight, [user for user, _ in weight.uses() if not is_op(user, "MatMul")]):
+        return f"the weight is shared with {others}: quantizing would store it twice"
     tensor = _weight(weight)
     assert tensor is not None
     K, N = (*tensor.shape.numpy(), 1, 1)[:2]

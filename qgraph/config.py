@@ -101,8 +101,8 @@ class CompileConfig:
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""
-        fields = ("scheme", "solver", "embeddings", "include", "exclude")
-        return {key: self.resolved()[key] for key in fields}
+        decisive = ("scheme", "solver", "embeddings", "include", "exclude")
+        return {key: self.resolved()[key] for key in decisive}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from qgraph import __version__
 from qgraph.config import CompileConfig
 from qgraph.errors import BudgetError, InputError, UnsupportedError, UsageError
 from qgraph.progress import Progress
-from qgraph.report import CompileReport, LayerReport, layers_of
+from qgraph.report import CompileReport, layers_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -155,14 +155,13 @@ def _quantize(run: _Run, dump: str | os.PathLike[str] | None) -> ir.Model:
         already = [layer.name for layer in layers_of(model) if layer.scheme]
         if already:
             raise UsageError(f"{run.source}: node '{already[0]}' is quantized already: use `qgraph build`")
-        report.sizes["linear_float"] = sum(layer.elements * 4 for layer in layers_of(model))
     with run.phase("quantize"):
         threads = config.threads or None
         options = PrepareOptions(refusals=refusals)
         run_passes(
             model,
             [
-                SelectLayers(config.include, config.exclude),
+                SelectLayers(config.include, config.exclude, config.embeddings),
                 QuantizeWeights(config.scheme, config.solver, threads=threads, on_layer=run.stepped),
                 AddLowbitFunctions(),
             ],
@@ -179,7 +178,7 @@ def _quantize(run: _Run, dump: str | os.PathLike[str] | None) -> ir.Model:
         )
     with run.phase("write"):
         report.sizes["lowbit_onnx"] = _save(model, run.staged(".onnx"))
-    run.set_layers(layers_of(model))
+    report.set_layers(layers_of(model))
     return model
 
 
@@ -218,11 +217,11 @@ def _build(run: _Run, lowbit: Path) -> None:
     with run.phase("kernels"):
         if run.dry_run:
             report.sizes["artifact_weights"] = _plan_only(model)
-            run.set_layers(layers_of(model))
+            report.set_layers(layers_of(model))
             return
         artifact = build_artifact(model, target=config.target, metadata=metadata, on_kernel=run.stepped)
         realised = {layer.node_name: (layer.kernel, layer.compute) for layer in artifact.layers}
-        run.set_layers(layers_of(model, realised))
+        report.set_layers(layers_of(model, realised))
         report.isas = list(artifact.isas)
         _require_realised(run)
     with run.phase("package"):
@@ -331,12 +330,6 @@ class _Run:
     def stepped(self, done: int, total: int, what: str) -> None:
         """`done` of `total` steps of the phase are over."""
         self.progress.step(done, total, what)
-
-    def set_layers(self, layers: list[LayerReport]) -> None:
-        """What is known of the layers now."""
-        self.report.layers = layers
-        self.report.sizes["linear_stored"] = sum(layer.nbytes for layer in layers)
-        self.report.sizes.setdefault("linear_float", sum(layer.elements * 4 for layer in layers))
 
     def finish(self) -> CompileResult:
         """Write the report to the staging folder, and say what there will be."""

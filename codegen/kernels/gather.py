@@ -116,14 +116,13 @@ def gather_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
         ("indices", STORAGE[spec["index"]]),
         ("status", "int32"),
     ]
-    with function(symbol, pointers, ["V"]) as f:
-        with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
-            position, in_range = _position(f, row, f.scalars["V"])
-            with B.If(in_range):
-                with B.Then():
-                    _decode_row(f, isa, row, position, h)
-                with B.Else():
-                    _fail(f, isa, row, index(h))
+    with function(symbol, pointers, ["V"]) as f, B.serial(f.scalars["begin"], f.scalars["end"]) as row:
+        position, in_range = _position(f, row, f.scalars["V"])
+        with B.If(in_range):
+            with B.Then():
+                _decode_row(f, isa, row, position, h)
+            with B.Else():
+                _fail(f, isa, row, index(h))
     return f.result
 
 

@@ -23,7 +23,7 @@ def qgather_nvfp4(low: Lowering, node: ir.Node) -> None:
     kind = low.dtype(ids)
     if kind not in ("i64", "i32"):
         raise unsupported(node, f"indices of type {kind}")
-    (rows, columns), table = nvfp4_weight(low, node, packing.pack_nvfp4_rows)
+    (rows, columns), table = nvfp4_weight(low, node, "rows", packing.pack_nvfp4_rows)
     out = low.allocate(node.outputs[0])
     spec = KernelSpec.make("gather_nvfp4", h=columns, index=kind)
     args = [out, *(View.of(part) for part in table), low.dense(ids), ("status",), rows]

@@ -23,12 +23,13 @@ Packer = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def nvfp4_weight(
-    low: Lowering, node: ir.Node, pack: Packer
+    low: Lowering, node: ir.Node, layout: str, pack: Packer
 ) -> tuple[tuple[int, int], tuple[Buffer, Buffer, Buffer]]:
     """The NVFP4 weight of a low-bit node, packed for its kernel.
 
     Args:
         node: its inputs 1, 2 and 3 are codes, block scales and the global scale.
+        layout: its name, in those of the artifact's tensors.
         pack: (codes u8, block scale bits u8) -> the two arrays that the kernel reads.
 
     Returns:
@@ -47,10 +48,8 @@ def nvfp4_weight(
             packed.extend(pack(q.view(np.uint8) & 0xF, s.view(np.uint8)))
         return packed[index]
 
-    kind = "u32" if pack is packing.pack_nvfp4_n16k8 else "u8"
-    layout = pack.__name__.removeprefix("pack_nvfp4_")
     return (q.shape[0], q.shape[1]), (
-        low.weight(codes, layout, kind, lambda: part(0)),
+        low.weight(codes, layout, "u32", lambda: part(0)),
         low.weight(codes, f"{layout}/block_scale", "u8", lambda: part(1)),
         low.weight(codes, "global_scale", "f32", lambda: g.reshape(1).astype(np.float32)),
     )
@@ -62,7 +61,7 @@ def qlinear_nvfp4(low: Lowering, node: ir.Node) -> None:
     x = node.inputs[0]
     if x is None:
         raise unsupported(node, "an input is missing")
-    (k, n), weights = nvfp4_weight(low, node, packing.pack_nvfp4_n16k8)
+    (k, n), weights = nvfp4_weight(low, node, "n16k8", packing.pack_nvfp4_n16k8)
     low.bind(node, Linear(node, "matmul_nvfp4", low.dense(x), k, n, weights, low.shape(node.outputs[0])))
 
 

@@ -13,12 +13,12 @@ from qgraph.passes.shapes.node import NodeView, object_array, rule
 def gather(n: NodeView) -> None:
     data, indices = n.shape(0), n.shape(1)
     axis = n.axis(n.attr("axis", 0), len(data))
-    _require_range(n, data[axis], n.content(1))
+    require_range(n, data[axis], n.content(1))
     shape = [*data[:axis], *indices, *data[axis + 1 :]]
     n.out(0, n.dtype(0), shape, _picked(n, axis))
 
 
-def _require_range(n: NodeView, length: Dim, indices: np.ndarray | None) -> None:
+def require_range(n: NodeView, length: Dim, indices: np.ndarray | None) -> None:
     """Constant indices must lie inside an axis of whatever length."""
     known = [] if indices is None else [i for i in indices.reshape(-1) if isinstance(i, int)]
     if not known:

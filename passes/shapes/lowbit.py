@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qgraph.passes.shapes.index import require_range
 from qgraph.passes.shapes.linear import matmul_shape
 from qgraph.passes.shapes.node import NodeView, rule
 
@@ -37,3 +38,15 @@ def qlinear_nvfp4(n: NodeView) -> None:
     if not isinstance(k, int) or n.shape(2) != (-(-k // 16), columns):
         n.fail(f"block scales {list(n.shape(2))} do not fit codes {[k, columns]} in blocks of 16")
     n.out(0, n.dtype(0), matmul_shape(n, n.shape(0), n.shape(1)))
+
+
+@rule("QGatherNVFP4", domain="ai.qgraph")
+def qgather_nvfp4(n: NodeView) -> None:
+    """ids [...], codes [V, H], block_scale [V, ceil(H/16)], global_scale [] -> y [..., H]."""
+    if n.rank(1) != 2 or n.rank(2) != 2:
+        n.fail("codes and block scales must be matrices")
+    rows, h = n.shape(1)
+    if not isinstance(h, int) or n.shape(2) != (rows, -(-h // 16)):
+        n.fail(f"block scales {list(n.shape(2))} do not fit codes {[rows, h]} in blocks of 16")
+    require_range(n, rows, n.content(0))
+    n.out(0, ir.DataType.FLOAT, [*n.shape(0), h])

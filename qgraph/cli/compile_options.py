@@ -124,7 +124,7 @@ def show(report: CompileReport, options: dict[str, Any]) -> None:
         print(
             table(
                 _layer_rows(report),
-                ("layer", "K", "N", "scheme", "bits", "SQNR dB", "kernel", "kept"),
+                ("layer", "rows", "columns", "scheme", "bits", "SQNR dB", "kernel", "kept"),
                 (1, 2, 4, 5),
             )
         )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qgraph.evaluate.verify import Verification
-from qgraph.report.layers import LayerReport
+from qgraph.report.layers import LayerReport, stored_weights, weight_bytes
 
 REPORT_VERSION = 1  # of the JSON document; a field may be added within a version, not changed or removed
 
@@ -20,9 +20,10 @@ class CompileReport:
         version: of qgraph.
         model: `name`, `sha256`, `nbytes` of the original.
         config: the fields of the CompileConfig.
-        layers: every linear layer.
+        layers: every linear layer and embedding.
         sizes: bytes: `original`, `linear_float` and `linear_stored` (weights of the linear layers before and
-            after), `lowbit_onnx` and `artifact` where made, `artifact_weights` in a dry run.
+            after), `embedding_float` and `embedding_stored` (tables that are no linear layer's weight, too),
+            `lowbit_onnx` and `artifact` where made, `artifact_weights` in a dry run.
         decisions: what passes left alone or assumed, and why: `pass: node: reason`.
         isas: code variants in the artifact.
         verification: None when no artifact was built.
@@ -46,10 +47,23 @@ class CompileReport:
         """The layers stored in a low-bit format."""
         return [layer for layer in self.layers if layer.scheme]
 
+    def of_kind(self, kind: str) -> list[LayerReport]:
+        """The layers of that kind: `linear` or `embedding`."""
+        return [layer for layer in self.layers if layer.kind == kind]
+
     @property
     def bits_per_weight(self) -> float | None:
-        """Mean over the weights of the quantized layers, all scales counted; None when there is none."""
+        """Mean over the quantized weights, all scales counted; None when there is none."""
         return mean_bits(self.quantized)
+
+    def set_layers(self, layers: list[LayerReport]) -> None:
+        """What is known of the layers now, and the sizes that follow."""
+        self.layers = layers
+        linear = weight_bytes(self.of_kind("linear"))
+        both = weight_bytes(layers)
+        for name, of_linear, of_both in zip(("float", "stored"), linear, both, strict=True):
+            self.sizes[f"linear_{name}"] = of_linear
+            self.sizes[f"embedding_{name}"] = of_both - of_linear
 
     def to_json(self) -> dict[str, Any]:
         """The document, keys in a fixed order."""
@@ -59,10 +73,13 @@ class CompileReport:
             "model": self.model,
             "config": self.config,
             "summary": {
-                "linear_layers": len(self.layers),
-                "quantized_layers": len(self.quantized),
+                "linear_layers": len(self.of_kind("linear")),
+                "quantized_layers": sum(bool(x.scheme) for x in self.of_kind("linear")),
+                "embeddings": len(self.of_kind("embedding")),
+                "quantized_embeddings": sum(bool(x.scheme) for x in self.of_kind("embedding")),
                 "bits_per_weight": self.bits_per_weight,
-                "bits_per_weight_all_linear": mean_bits(self.layers),
+                "bits_per_weight_all_linear": mean_bits(self.of_kind("linear")),
+                "bits_per_weight_all": mean_bits(self.layers),
             },
             "sizes": self.sizes,
             "layers": [layer.to_json() for layer in self.layers],
@@ -75,9 +92,10 @@ class CompileReport:
 
 
 def mean_bits(layers: Sequence[LayerReport]) -> float | None:
-    """Stored bits of all `layers` over their number of weights."""
-    elements = sum(layer.elements for layer in layers)
-    return sum(layer.bits_per_weight * layer.elements for layer in layers) / elements if elements else None
+    """Stored bits of all `layers` over their number of weights; what they share counts once."""
+    elements = sum({layer.weight: layer.elements for layer in layers}.values())
+    bits = sum(layer.bits_per_weight * layer.elements for layer in stored_weights(layers))
+    return bits / elements if elements else None
 
 
 def verification_json(verification: Verification | None) -> dict[str, Any] | None:

@@ -1,31 +1,34 @@
-"""What happened to every linear layer, read from the low-bit model itself."""
+"""What happened to every linear layer and embedding, read from the low-bit model itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FORMATS = {("ai.qgraph", "QLinearNVFP4"): "nvfp4"}  # operator -> format of its weight
+# operator -> format of its weight
+_FORMATS = {("ai.qgraph", "QLinearNVFP4"): "nvfp4", ("ai.qgraph", "QGatherNVFP4"): "nvfp4"}
+_LOOKUPS = ("Gather", "QGatherNVFP4")
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer.
+    """One linear layer, or one lookup in a table.
 
     Attributes:
         name: its node.
         weight: the initializer it had in the original.
-        shape: (K, N) of that weight.
+        shape: (K, N) of that weight; (V, H) of a table.
         scheme: how it is stored, empty for float.
         kept: why it was left in float, empty when it was not.
         bits_per_weight: all scales counted; 32 for float32.
         sqnr_db: signal to quantization noise of the weight in dB; None for float.
         kernel: the kernel that runs it, and `compute` its precision; empty until an artifact is built.
+        kind: `linear` or `embedding`.
     """
 
     name: str
@@ -37,6 +40,7 @@ class LayerReport:
     sqnr_db: float | None
     kernel: str = ""
     compute: str = ""
+    kind: str = "linear"
 
     @property
     def elements(self) -> int:
@@ -61,7 +65,8 @@ class LayerReport:
 
 
 def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = None) -> list[LayerReport]:
-    """The linear layers of `model` in graph order: quantized ones, and MatMuls with a constant right operand.
+    """The linear layers and embeddings of `model` in graph order: quantized ones, MatMuls with a constant
+    right operand, and lookups in a constant matrix of floats.
 
     `kernels` maps a node's name to (kernel, compute).
     """
@@ -75,41 +80,59 @@ def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = N
         sqnr = props.get("qgraph.sqnr_db")
         bits = props.get("qgraph.bits_per_weight")
         kernel, compute = (kernels or {}).get(str(node.name), ("", ""))
-        K, N = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]
+        rows, columns = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]
+        lookup = node.op_type in _LOOKUPS
         found.append(
             LayerReport(
                 name=str(node.name),
                 weight=props.get("qgraph.source_weight", str(weight.name)),
-                shape=(K, N),
+                shape=(rows, columns),
                 scheme=scheme,
                 kept="" if scheme else props.get("qgraph.kept", "not considered"),
-                bits_per_weight=float(bits) if bits else _bits(scheme, weight, K, N),
+                bits_per_weight=float(bits) if bits else _bits(scheme, weight, lookup),
                 sqnr_db=float(sqnr) if sqnr else None,
                 kernel=kernel,
                 compute=compute,
+                kind="embedding" if lookup else "linear",
             )
         )
     return found
 
 
-def _bits(scheme: str, weight: ir.Value, K: int, N: int) -> float:
+def stored_weights(layers: Iterable[LayerReport]) -> list[LayerReport]:
+    """One layer for each weight that is stored: what layers share counts once, a weight that is stored both
+    quantized and in float twice."""
+    return list({(layer.weight, layer.scheme): layer for layer in layers}.values())
+
+
+def weight_bytes(layers: Iterable[LayerReport]) -> tuple[int, int]:
+    """Bytes of the weights of `layers` in the original, and as stored. What was quantized was float32."""
+    stored = stored_weights(layers)
+    original = {layer.weight: 4 * layer.elements if layer.scheme else layer.nbytes for layer in stored}
+    return sum(original.values()), sum(layer.nbytes for layer in stored)
+
+
+def _bits(scheme: str, weight: ir.Value, lookup: bool) -> float:
     """Bits a weight, where the node does not say: a file of another tool, or a layer in float."""
     if scheme:
         from qgraph.formats import FORMATS
 
+        K, N = (int(dim) for dim in weight.shape[:: -1 if lookup else 1])  # type: ignore[index,arg-type]
         return 8 * FORMATS[scheme].nbytes(K, N) / (K * N)
     return 8.0 * weight.dtype.itemsize if weight.dtype else 32.0
 
 
 def _weight(node: ir.Node) -> ir.Value | None:
-    """The stored [K, N] weight, float or codes, that `node` multiplies with, else None."""
+    """The stored matrix, float or codes, that `node` multiplies with or looks up in, else None."""
     if node.domain == "ai.qgraph":
         return node.inputs[1]
-    if node.domain == "" and node.op_type == "MatMul":
-        right = node.inputs[1]
-        producer = right.producer() if right is not None else None
-        if producer is not None and producer.op_type == "DequantizeLinear":
-            right = producer.inputs[0]
-        if right is not None and right.is_initializer():
-            return right
-    return None
+    if node.domain != "" or node.op_type not in ("MatMul", "Gather"):
+        return None
+    weight = node.inputs[0 if node.op_type == "Gather" else 1]
+    producer = weight.producer() if weight is not None else None
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        weight = producer.inputs[0]
+    if weight is None or not weight.is_initializer():
+        return None
+    picks_integers = node.op_type == "Gather" and not (weight.dtype and weight.dtype.is_floating_point())
+    return None if picks_integers else weight

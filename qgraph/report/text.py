@@ -12,16 +12,20 @@ Row = tuple[str, str]
 
 
 def summary(report: CompileReport) -> list[Row]:
-    """(label, text) rows: layers, sizes, bits, the worst layers, kernels, verification."""
+    """(label, text) rows: layers, embeddings, sizes, bits, the worst layers, kernels, verification."""
     return list(_rows(report))
 
 
 def _rows(report: CompileReport) -> Iterator[Row]:
     quantized = report.quantized
-    yield (
-        "layers",
-        f"{len(quantized)} of {len(report.layers)} linear layers quantized to {report.config['scheme']}",
-    )
+    for label, kind, things in (
+        ("layers", "linear", "linear layers"),
+        ("embeddings", "embedding", "embeddings"),
+    ):
+        layers = report.of_kind(kind)
+        if layers or kind == "linear":
+            count = sum(bool(layer.scheme) for layer in layers)
+            yield label, f"{count} of {len(layers)} {things} quantized to {report.config['scheme']}"
     reasons: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in report.layers:
         if not layer.scheme:
@@ -29,10 +33,12 @@ def _rows(report: CompileReport) -> Iterator[Row]:
     for reason, layers in reasons.items():
         yield "kept", f"{len(layers)} in float: {reason}: {_some([layer.name for layer in layers])}"
     sizes = report.sizes
-    if sizes["linear_float"]:
-        yield "weights", _before_after(sizes["linear_float"], sizes["linear_stored"]) + " (linear layers)"
+    for kind, things in (("linear", "linear layers"), ("embedding", "embeddings")):
+        if sizes.get(f"{kind}_float"):
+            change = _before_after(sizes[f"{kind}_float"], sizes[f"{kind}_stored"])
+            yield "weights", f"{change} ({things})"
     if report.bits_per_weight is not None:
-        yield "bits/weight", f"{report.bits_per_weight:.3f} in quantized layers, scales counted"
+        yield "bits/weight", f"{report.bits_per_weight:.3f} of what is quantized, scales counted"
     worst = sorted((x for x in quantized if x.sqnr_db is not None), key=lambda x: (x.sqnr_db, x.name))[:3]
     if worst:
         yield "worst SQNR", ", ".join(f"{layer.name} {layer.sqnr_db:.2f} dB" for layer in worst)
@@ -60,7 +66,9 @@ def _rows(report: CompileReport) -> Iterator[Row]:
 
 
 def _before_after(before: int, after: int) -> str:
-    return f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)" if after else size(before)
+    if not after or after == before:
+        return size(before)
+    return f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)"
 
 
 def size(nbytes: float) -> str:
