@@ -6,7 +6,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qgraph.codegen.lowering import attention, embedding, linear, movement, normalize, pointwise  # noqa: F401
-from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, data_inputs
+from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attributes, data_inputs
 from qgraph.codegen.memory import Buffer, View
 from qgraph.errors import UnsupportedError
 
@@ -61,6 +61,7 @@ def lower(graph: ir.Graph) -> Lowering:
                 f"'{value.name}' has {len(low.shape(value))} dimensions; up to {MAX_RANK} work"
             )
     for node in nodes:
+        check_attributes(node, graph.opset_imports.get("", 0))
         low.uses.update(data_inputs(node))
     low.uses.update(graph.outputs)
     for value in graph.inputs:

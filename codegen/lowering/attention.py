@@ -52,7 +52,11 @@ def _mask(low: Lowering, node: ir.Node, value: ir.Value, scores: tuple[Dim, ...]
     return view.expand(scores)
 
 
-@lowers("Attention")
+# `qk_matmul_output_mode` shapes an output that is refused below; the softmax is always computed in float32.
+@lowers(
+    "Attention",
+    attributes="q_num_heads kv_num_heads scale softcap is_causal qk_matmul_output_mode softmax_precision",
+)
 def attention(low: Lowering, node: ir.Node) -> None:
     """Scaled dot-product attention over 3-D or 4-D inputs, grouped heads, a boolean or additive mask."""
     attrs = node.attributes

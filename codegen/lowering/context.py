@@ -76,14 +76,23 @@ Handler = Callable[["Lowering", ir.Node], None]
 HANDLERS: dict[tuple[str, str], Handler] = {}
 # Inputs that carry data. Others (target shapes, axes, pads) are known from shape inference.
 DATA_INPUTS: dict[tuple[str, str], tuple[int, ...]] = {}
+# Attributes that are honoured: by the handler, by shape inference, or by having no bearing on float32.
+ATTRIBUTES: dict[tuple[str, str], frozenset[str]] = {}
 
 
-def lowers(*ops: str, domain: str = "", data: tuple[int, ...] | None = None) -> Callable[[Handler], Handler]:
-    """Register the lowering of operators; `data` lists the inputs it reads as data (default: all)."""
+def lowers(
+    *ops: str, domain: str = "", data: tuple[int, ...] | None = None, attributes: str = ""
+) -> Callable[[Handler], Handler]:
+    """Register the lowering of operators.
+
+    `data` lists the inputs that it reads as data (default: all), `attributes` the attributes that it honours;
+    any other attribute must have its default value, or the node is refused.
+    """
 
     def register(handler: Handler) -> Handler:
         for op in ops:
             HANDLERS[domain, op] = handler
+            ATTRIBUTES[domain, op] = frozenset(attributes.split())
             if data is not None:
                 DATA_INPUTS[domain, op] = data
         return handler
@@ -96,6 +105,21 @@ def data_inputs(node: ir.Node) -> list[ir.Value]:
     picked = DATA_INPUTS.get((node.domain, node.op_type))
     inputs = node.inputs if picked is None else [node.inputs[i] for i in picked if i < len(node.inputs)]
     return [v for v in inputs if v is not None]
+
+
+def check_attributes(node: ir.Node, opset: int) -> None:
+    """UnsupportedError for an attribute that would be ignored and is not at its default."""
+    from onnx import defs
+
+    ignored = [a for name, a in node.attributes.items() if name not in ATTRIBUTES[node.domain, node.op_type]]
+    if not ignored or not defs.has(node.op_type, opset, node.domain):
+        return
+    schema = defs.get_schema(node.op_type, opset, node.domain)
+    for attribute in ignored:
+        known = schema.attributes.get(attribute.name)
+        default = ir.from_proto(known.default_value) if known and known.default_value.name else None
+        if default is None or default.value != attribute.value:
+            raise unsupported(node, f"attribute {attribute.name} = {attribute.value} is not supported")
 
 
 def unsupported(node: ir.Node, why: str) -> UnsupportedError:

@@ -20,7 +20,7 @@ def _first(node: ir.Node) -> ir.Value:
     return value
 
 
-@lowers("Reshape", "Flatten", "Squeeze", "Unsqueeze", data=(0,))
+@lowers("Reshape", "Flatten", "Squeeze", "Unsqueeze", data=(0,), attributes="allowzero axis axes")
 def reshape(low: Lowering, node: ir.Node) -> None:
     """A new shape over the same elements; shape inference has worked it out."""
     value = _first(node)
@@ -38,7 +38,7 @@ def identity(low: Lowering, node: ir.Node) -> None:
     low.bind(node, low.view(_first(node)))
 
 
-@lowers("Transpose")
+@lowers("Transpose", attributes="perm")
 def transpose(low: Lowering, node: ir.Node) -> None:
     view = low.view(_first(node))
     perm = node.attributes.get_ints("perm", None) or tuple(reversed(range(view.rank)))
@@ -80,7 +80,7 @@ def slice_(low: Lowering, node: ir.Node) -> None:
     low.bind(node, view)
 
 
-@lowers("Split", data=(0,))
+@lowers("Split", data=(0,), attributes="axis num_outputs")
 def split(low: Lowering, node: ir.Node) -> None:
     view = low.view(_first(node))
     axis = node.attributes.get_int("axis", 0) % view.rank
@@ -92,7 +92,7 @@ def split(low: Lowering, node: ir.Node) -> None:
     low.bind(node, *pieces)
 
 
-@lowers("Concat")
+@lowers("Concat", attributes="axis")
 def concat(low: Lowering, node: ir.Node) -> None:
     """Each input is copied (or computed) into its window of the result."""
     out = low.allocate(node.outputs[0])
@@ -112,7 +112,7 @@ def concat(low: Lowering, node: ir.Node) -> None:
     low.bind(node, out)
 
 
-@lowers("Gather")
+@lowers("Gather", attributes="axis")
 def gather(low: Lowering, node: ir.Node) -> None:
     """Rows picked by index; a single constant index is a view."""
     data, indices = node.inputs
@@ -146,7 +146,7 @@ def gather(low: Lowering, node: ir.Node) -> None:
     low.bind(node, out)
 
 
-@lowers("GatherND")
+@lowers("GatherND", attributes="batch_dims")
 def gather_nd(low: Lowering, node: ir.Node) -> None:
     data, indices = node.inputs
     if data is None or indices is None:
@@ -192,7 +192,7 @@ def range_(low: Lowering, node: ir.Node) -> None:
     low.bind(node, Pointwise(expr, (), tuple(args), low.shape(node.outputs[0]), dtype, node.name or "Range"))
 
 
-@lowers("ConstantOfShape", data=())
+@lowers("ConstantOfShape", data=(), attributes="value")
 def constant_of_shape(low: Lowering, node: ir.Node) -> None:
     tensor = node.attributes.get_tensor("value", None)
     value = 0.0 if tensor is None else tensor.numpy().reshape(()).item()
@@ -203,7 +203,7 @@ def constant_of_shape(low: Lowering, node: ir.Node) -> None:
     )
 
 
-@lowers("Shape", "Size", data=())
+@lowers("Shape", "Size", data=(), attributes="start end")
 def shape_of(low: Lowering, node: ir.Node) -> None:
     """The sizes themselves as data (where somebody computes with them; target shapes need no tensor)."""
     value = _first(node)

@@ -13,7 +13,7 @@ from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec
 
 
-@lowers("LayerNormalization", "RMSNormalization")
+@lowers("LayerNormalization", "RMSNormalization", attributes="axis epsilon stash_type")
 def layer_norm(low: Lowering, node: ir.Node) -> None:
     """LayerNormalization and RMSNormalization over the trailing axes."""
     x, scale, bias = (*node.inputs, None)[:3]
@@ -43,7 +43,7 @@ def layer_norm(low: Lowering, node: ir.Node) -> None:
     low.bind(node, out)
 
 
-@lowers("Softmax", "LogSoftmax")
+@lowers("Softmax", "LogSoftmax", attributes="axis")
 def softmax(low: Lowering, node: ir.Node) -> None:
     """Softmax along one axis; an inner axis is moved to the end and back."""
     x = node.inputs[0]
@@ -86,7 +86,7 @@ def _axes(low: Lowering, node: ir.Node, rank: int) -> Sequence[int]:
     return sorted({int(a) % rank for a in axes})
 
 
-@lowers(*_REDUCE, data=(0,))
+@lowers(*_REDUCE, data=(0,), attributes="axes keepdims noop_with_empty_axes")
 def reduce(low: Lowering, node: ir.Node) -> None:
     """Reductions over any set of axes; axes that do not lie side by side are first moved to the end."""
     x = node.inputs[0]

@@ -296,6 +296,8 @@ def _build(ops: _Operands, node: ir.Node) -> Any:
     "Clip",
     "Mod",
     "IsInf",
+    # `saturate` and `round_mode` of Cast are about 8-bit floats.
+    attributes="to approximate alpha fmod detect_negative detect_positive saturate round_mode",
 )
 def pointwise(low: Lowering, node: ir.Node) -> None:
     """Any elementwise operator: an epilogue of the matrix product before it, or an expression."""

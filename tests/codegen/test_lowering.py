@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper, shape_inference
 
 from qgraph.codegen.lowering import Lowering, lower, supported_ops
+from qgraph.codegen.lowering.context import ATTRIBUTES, HANDLERS
 from qgraph.errors import UnsupportedError
 
 
@@ -30,6 +31,7 @@ def ops(low: Lowering) -> list[str]:
     return [step.spec.op for step in low.steps]
 
 
+HANDLED_TOGETHER = {h: [op for op, other in HANDLERS.items() if other is h] for h in HANDLERS.values()}
 W = np.zeros((64, 32), np.float32)
 BIAS = np.zeros(32, np.float32)
 
@@ -160,6 +162,20 @@ def test_a_mask_for_fewer_keys_is_refused():
     assert ops(lower(graph(text.format("S")))) == ["attention"]
     with pytest.raises(UnsupportedError, match="mask for 1 of S keys"):
         lower(graph(text.format("1")))
+
+
+def test_attributes_are_honoured_or_refused():
+    """Declared attributes exist; an undeclared one is refused unless it has its default value."""
+    for (domain, op), names in ATTRIBUTES.items():
+        if domain == "" and len(HANDLED_TOGETHER[HANDLERS[domain, op]]) == 1:
+            versions = [
+                s for s in onnx.defs.get_all_schemas_with_history() if s.name == op and s.domain == ""
+            ]
+            assert names <= {a for s in versions for a in s.attributes}, op
+    model = graph("(float[B, S] x, float[B, S] z) => (float[B, S] y) { y = Add(x, z) }")
+    model[0].attributes.add(ir.AttrInt64("strange", 1))
+    with pytest.raises(UnsupportedError, match="attribute strange = 1 is not supported"):
+        lower(model)
 
 
 def test_listing():

@@ -193,7 +193,6 @@ CASES = [
         "Many-operands",
         "(float[B, S, 2, 8] x, float[B, 1, 2, 8] a, float[1, S, 1, 8] b, float[B, S, 1, 1] c,"
         " float[S, 2, 1] d,"
-        ""
         " float[B, 1, 2, 1] e) => (float[B, S, 2, 8] y)"
         "{ f = Add(x, a) g = Mul(f, b) h = Sub(g, c) i = Add(h, d) y = Mul(i, e) }",
         feeds=lambda b, s: {
