@@ -4,6 +4,8 @@ in a program without Python. The other tests here use toy artifacts, so that the
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,12 @@ from onnx import numpy_helper
 import qgraph
 from qgraph.runtime import build
 
+IDS = np.array([4, 0, 2], np.int64)
+
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One quantized layer with a bias and an activation, and a lookup that checks its indices."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer to quantize with a bias and an activation, and a lookup that checks its indices."""
     model = onnx.parser.parse_model(
         '<ir_version: 11, opset_import: ["" : 23]> tiny (int64[batch] ids) => (float[batch, 17] y) {'
         " [embed] x = Gather(table, ids) [up] h = MatMul(x, w) [bias] b = Add(h, c) [act] y = Gelu(b) }"
@@ -30,9 +34,37 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     path = tmp_path_factory.mktemp("compiled") / "tiny.onnx"
     onnx.save(model, path)
-    result = qgraph.compile(path, strict=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compiled(source: Path) -> Path:
+    result = qgraph.compile(source, strict=True)
     assert result.artifact is not None
     return result.artifact
+
+
+@pytest.fixture(scope="module")
+def expected(compiled: Path) -> np.ndarray:
+    """What Python gets from the AVX2 code."""
+    with qgraph.load(compiled, isa="x86-64-v3") as model:
+        return model.run({"ids": IDS})["y"]
+
+
+def static_example(folder: Path, compiler: str) -> Path:
+    """The C++ example as one static program."""
+    program = folder / "example"
+    sources = [*sorted((RUNTIME / "src").glob("*.cc")), RUNTIME / "examples" / "run.cc"]
+    options = ["-std=c++17", "-O1", "-static", "-pthread", f"-I{RUNTIME / 'include'}"]
+    run(*compiler.split(), *options, *sources, "-o", program)
+    return program
+
+
+def run_example(folder: Path, *command: str | Path) -> np.ndarray:
+    """Its output y for IDS."""
+    IDS.tofile(folder / "ids.bin")
+    run(*command, f"ids={folder / 'ids.bin'}:3", "--out", folder)
+    return np.fromfile(folder / "y.bin", np.float32).reshape(3, 17)
 
 
 def test_every_changed_byte_and_every_truncation_is_refused(compiled: Path, tmp_path: Path) -> None:
@@ -51,9 +83,31 @@ def test_runs_where_there_is_no_python(compiled: Path, tmp_path: Path) -> None:
     """The C++ example, its environment empty: same bits as from Python."""
     cmake_build(RUNTIME, tmp_path / "build", "-DQGRAPH_BUILD_EXAMPLES=ON")
     program = next(p for p in (tmp_path / "build").rglob("qgraph_run") if p.is_file())
-    ids = np.array([4, 0, 2], np.int64)
-    ids.tofile(tmp_path / "ids.bin")
+    IDS.tofile(tmp_path / "ids.bin")
     run(program, compiled, f"ids={tmp_path / 'ids.bin'}:3", "--out", tmp_path, env={})
     got = np.fromfile(tmp_path / "y.bin", np.float32).reshape(3, 17)
     with qgraph.load(compiled) as model:
-        np.testing.assert_array_equal(got, model.run({"ids": ids})["y"])
+        np.testing.assert_array_equal(got, model.run({"ids": IDS})["y"])
+
+
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
+def test_code_is_chosen_by_what_the_cpu_has(compiled: Path, tmp_path: Path, expected: np.ndarray) -> None:
+    program = static_example(tmp_path, os.environ.get("CXX", "c++"))
+    got = run_example(tmp_path, "qemu-x86_64", "-cpu", "Haswell", program, compiled)
+    np.testing.assert_array_equal(got, expected)  # the same code, so the same bits
+    done = subprocess.run(
+        ["qemu-x86_64", "-cpu", "Nehalem", program, compiled], capture_output=True, text=True
+    )
+    assert done.returncode > 0 and "no code in the file fits this machine" in done.stderr
+
+
+@pytest.mark.skipif(
+    shutil.which("qemu-aarch64") is None or shutil.which("aarch64-linux-gnu-g++") is None,
+    reason="needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user, g++-aarch64-linux-gnu)",
+)
+def test_aarch64_code_runs(source: Path, tmp_path: Path, expected: np.ndarray) -> None:
+    result = qgraph.compile(source, target="aarch64-linux", output=tmp_path / "arm")
+    assert result.report.verification is not None and result.report.verification.status == "skipped"
+    program = static_example(tmp_path, "aarch64-linux-gnu-g++")
+    got = run_example(tmp_path, "qemu-aarch64", program, tmp_path / "arm.qg")
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
