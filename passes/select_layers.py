@@ -21,9 +21,8 @@ KEPT = "qgraph.kept"  # key of a node's metadata_props: why its weight stays flo
 # Below these a layer is too small to gain: scales and rounding cost more than the bytes saved are worth.
 MIN_K, MIN_N = 32, 16
 
-# Elements of a table. A smaller one, such as that of token types [2, H], saves less than 14 KiB, of which its
-# kernel and the description of its tensors take about 4 back; and as most tokens share a few rows, their
-# error is a bias that nothing averages out.
+# Elements of a table. A smaller one, such as that of token types [2, H], would save less than 14 KiB, and its
+# few rows are each read for a large share of all tokens: their error is a bias that nothing averages out.
 MIN_TABLE = 4096
 
 # torch.onnx writes here the modules around a node, outermost first, then the node's own name.

@@ -192,6 +192,12 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 OPTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "unknown scheme": (("--scheme", "nvfp5"), USAGE, ("nvfp5", "did you mean 'nvfp4'?")),
+    "unknown embeddings": (("--embeddings", "int8"), USAGE, ("int8", "float, nvfp4")),
+    "embeddings of another scheme": (
+        ("--embeddings", "nvfp4", "--scheme", "none"),
+        USAGE,
+        ("embeddings 'nvfp4'", "scheme 'none'"),
+    ),
     "unknown solver": (("--solver", "sweeep"), USAGE, ("sweeep", "did you mean 'sweep'?")),
     "unknown target": (("--target", "x86-linux"), USAGE, ("x86-linux", "did you mean 'x86_64-linux'?")),
     "unknown style": (("--onnx-style", "qcd"), USAGE, ("qcd", "did you mean 'qdq'?")),

@@ -28,6 +28,43 @@ def test_bits_are_weighted_by_elements() -> None:
     assert abs(found["bits_per_weight_all_linear"] - (4.55 * 4096 + 32 * 96) / 4192) < 1e-12
 
 
+def test_embeddings_count_by_themselves() -> None:
+    """Tables are in no figure of the linear layers; a tied one is stored once, as the layer's weight."""
+    report = make_report()
+    report.set_layers(
+        [
+            LayerReport("e", "e.w", (100, 64), "nvfp4", "", 4.5, 21.0, "gather_nvfp4", "rows", "embedding"),
+            LayerReport("t", "c.w", (8, 8), "", "tied to c", 32.0, None, "gather", "float32", "embedding"),
+            *LAYERS,
+        ]
+    )
+    found = report.to_json()
+    linear = {"linear_float": 4 * (4096 + 96), "linear_stored": 1152 + 1178 + 4 * 96}
+    assert found["sizes"].items() >= (linear | {"embedding_float": 25600, "embedding_stored": 3600}).items()
+    assert found["summary"]["linear_layers"] == 4 and found["summary"]["quantized_layers"] == 2
+    assert found["summary"]["embeddings"] == 2 and found["summary"]["quantized_embeddings"] == 1
+    bits = 4.55 * 4096 + 32 * 96
+    assert abs(found["summary"]["bits_per_weight"] - (4.55 * 4096 + 4.5 * 6400) / 10496) < 1e-12
+    assert abs(found["summary"]["bits_per_weight_all_linear"] - bits / 4192) < 1e-12
+    assert abs(found["summary"]["bits_per_weight_all"] - (bits + 4.5 * 6400) / 10592) < 1e-12
+    rows = summary(report)
+    assert ("layers", "2 of 4 linear layers quantized to nvfp4") in rows
+    assert ("embeddings", "1 of 2 embeddings quantized to nvfp4") in rows
+    assert ("weights", "25.6 kB -> 3.6 kB (7.11x smaller) (embeddings)") in rows
+
+
+def test_a_weight_that_is_stored_twice_counts_twice() -> None:
+    report = make_report()
+    report.set_layers(
+        [
+            LayerReport("head", "w", (64, 100), "nvfp4", "", 4.5, 21.0),
+            LayerReport("lookup", "w", (64, 100), "", "tied to head", 32.0, None, kind="embedding"),
+        ]
+    )
+    assert report.sizes["embedding_float"] == 0 and report.sizes["embedding_stored"] == 4 * 6400
+    assert report.to_json()["summary"]["bits_per_weight_all"] == 36.5
+
+
 def test_realised_is_what_the_kernel_reads() -> None:
     assert [layer.realised for layer in LAYERS] == [True, False, False, False]
 

@@ -93,7 +93,14 @@ def test_report_document(report: dict, compiled: Compiled) -> None:
     assert report["sizes"]["lowbit_onnx"] == compiled.onnx.stat().st_size
     assert report["sizes"]["artifact"] == compiled.artifact.stat().st_size
     assert report["isas"] == ["x86-64-v4", "x86-64-v3"]
-    for layer in report["layers"]:
+    table, *layers = report["layers"]
+    assert table["kind"] == "embedding" and table["shape"] == [VOCABULARY, HIDDEN] and not table["scheme"]
+    assert table["kept"] == "embedding: --embeddings nvfp4 quantizes it" and table["kernel"] == "gather"
+    assert (
+        report["sizes"]["embedding_float"] == report["sizes"]["embedding_stored"] == 4 * VOCABULARY * HIDDEN
+    )
+    for layer in layers:
+        assert layer["kind"] == "linear"
         assert layer["scheme"] == "nvfp4" and layer["kernel"] == "matmul_nvfp4" and not layer["kept"]
         assert 15 < layer["sqnr_db"] < 30
     assert report["verification"]["status"] == "passed"
@@ -168,6 +175,37 @@ def test_qdq_style_runs_alike(compiled: Compiled, tmp_path: Path) -> None:
     assert built.code == 0, built.err
     assert f"{LAYERS} x matmul_nvfp4" in built.out
     assert (tmp_path / "built.qg").read_bytes() == compiled.artifact.read_bytes()
+
+
+@pytest.mark.parametrize("style", ["function", "qdq"])
+def test_embeddings(style: str, tiny: Path, tmp_path: Path) -> None:
+    """The table in 4 bits: the artifact is verified, and `build` of either style gives the same one."""
+    options = ("--embeddings", "nvfp4", "--strict", "--onnx-style", style)
+    done = qgraph("compile", "-q", tiny, "-o", tmp_path / "e", *options, "--json")
+    assert done.code == 0, done.err
+    report = load_json(done.out)
+    assert report["summary"]["embeddings"] == report["summary"]["quantized_embeddings"] == 1
+    table = report["layers"][0]
+    stored = VOCABULARY * HIDDEN * 9 // 16 + 4
+    assert (table["name"], table["scheme"], table["kernel"]) == ("embedding", "nvfp4", "gather_nvfp4")
+    assert table["bits_per_weight"] == pytest.approx(8 * stored / (VOCABULARY * HIDDEN), abs=1e-4)
+    assert 15 < table["sqnr_db"] < 30
+    assert report["sizes"]["embedding_stored"] == stored
+    assert report["verification"]["status"] == "passed"
+    model = onnx.load(tmp_path / "e.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert ("QGatherNVFP4" in {node.op_type for node in model.graph.node}) == (style == "function")
+    assert not any(t.name == "embedding.weight" for t in model.graph.initializer)
+    built = qgraph("build", "-q", tmp_path / "e.onnx", "-o", tmp_path / "built", "--no-verify")
+    assert built.code == 0, built.err
+    assert (tmp_path / "built.qg").read_bytes() == (tmp_path / "e.qg").read_bytes()
+    ids = np.full((1, 3), VOCABULARY, np.int64)
+    np.savez(tmp_path / "in.npz", input_ids=ids, attention_mask=np.ones_like(ids))
+    ran = qgraph("run", tmp_path / "e.qg", "--input", tmp_path / "in.npz")
+    assert ran.code == 3 and "embedding" in ran.err and "out of range" in ran.err
+    inspected = load_json(qgraph("inspect", tmp_path / "e.qg", "--json").out)
+    assert json.loads(inspected["qgraph.input_ranges"])["input_ids"] == [0, VOCABULARY - 1]
+    assert json.loads(inspected["qgraph.config"])["embeddings"] == "nvfp4"
 
 
 def test_include_and_exclude(tiny: Path, tmp_path: Path) -> None:
@@ -286,7 +324,7 @@ def test_inspect_onnx(compiled: Compiled) -> None:
     found = load_json(qgraph("inspect", compiled.onnx, "--json").out)
     assert found["opset ai.onnx"] >= 23
     assert {"operator": "ai.qgraph::QLinearNVFP4", "nodes": LAYERS} in found["operators"]
-    assert len(found["layers"]) == LAYERS
+    assert [layer["kind"] for layer in found["layers"]] == ["embedding", *["linear"] * LAYERS]
     original = qgraph("inspect", compiled.model)
     assert original.code == 0 and "MatMul" in original.out
 

@@ -1,4 +1,4 @@
-"""gather and gather_nd against numpy; indices that are wrong."""
+"""gather, gather_nd and gather_nvfp4 against numpy; indices that are wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 from kernel_harness import compile_kernel, link_kernel, native_isas
 
 from qgraph.codegen.isa import ISAS, Isa
+from qgraph.codegen.packing import pack_nvfp4_rows
 from qgraph.codegen.spec import KernelSpec
+from qgraph.formats import QTensor
+from qgraph.formats.nvfp4 import NVFP4
 
 isas = pytest.mark.parametrize("isa", native_isas(), ids=lambda i: i.name)
 NUMPY = {"f32": np.float32, "i64": np.int64, "i32": np.int32, "u8": np.uint8, "i8": np.int8, "bool": np.bool_}
@@ -124,11 +127,62 @@ def test_gather_nd_out_of_range(isa: Isa) -> None:
         assert (y[0, 3] == 0).all() and (y[1, 0] == 0).all()
 
 
+def _table(V: int, H: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """(packed codes, block scales, global scale) of a random table, and its float32 values. Every code and
+    every E4M3 number that may be a scale occurs, where there is room."""
+    rng = np.random.default_rng(V * 1000 + H)
+    codes = rng.permutation(np.arange(V * H) % 16).astype(np.uint8).reshape(V, H)
+    blocks = -(-H // 16)
+    scale = rng.permutation(np.arange(V * blocks) % 127).astype(np.uint8).reshape(V, blocks)
+    q = QTensor(
+        "nvfp4",
+        (H, V),
+        np.ascontiguousarray(codes.T),
+        np.ascontiguousarray(scale.T).view(NVFP4.scale_dtype),
+        np.float32(0.0123),
+    )
+    parts = (*pack_nvfp4_rows(codes, scale), np.array([q.global_scale]))
+    return parts, np.ascontiguousarray(q.dequantize().T)
+
+
+def _lookup(isa: Isa, parts: tuple[np.ndarray, ...], h: int, ids: np.ndarray) -> tuple[np.ndarray, int]:
+    y, status = np.ones((len(ids), h), np.float32), np.zeros(1, np.int32)
+    index = next(k for k, t in INDEX.items() if t == ids.dtype)
+    kernel = compile_kernel(KernelSpec.make("gather_nvfp4", h=h, index=index), isa)
+    kernel(y, *parts, ids, status, len(parts[0]), blocks=len(ids), split=(1, 4), guard=True)
+    return y, int(status[0])
+
+
+@isas
+@pytest.mark.parametrize(
+    ("V", "H"), [(1, 1), (9, 7), (5, 15), (40, 16), (7, 17), (6, 24), (150, 31), (4, 33), (3, 384)]
+)
+def test_gather_nvfp4_is_exact(isa: Isa, V: int, H: int) -> None:
+    """To the bit what DequantizeLinear gives, the sign of zeros included."""
+    parts, table = _table(V, H)
+    index = np.int32 if H % 2 else np.int64
+    ids = np.concatenate([[-V, V - 1, 0, -1], np.arange(V), -np.arange(V) - 1]).astype(index)
+    y, status = _lookup(isa, parts, H, ids)
+    assert y.tobytes() == table[ids].tobytes() and status == 0
+
+
+@isas
+@pytest.mark.parametrize("index", INDEX)
+def test_gather_nvfp4_out_of_range(isa: Isa, index: str) -> None:
+    parts, table = _table(5, 21)
+    info = np.iinfo(INDEX[index])
+    for bad in (5, -6, info.max, info.min):
+        y, status = _lookup(isa, parts, 21, np.array([0, bad, -1], INDEX[index]))
+        assert status == 1 and not y[1].any()
+        np.testing.assert_array_equal(y[[0, 2]], table[[0, -1]])
+
+
 @pytest.mark.parametrize("isa", ISAS.values(), ids=lambda i: i.name)
 def test_links(isa: Isa) -> None:
     for spec in (
         KernelSpec.make("gather", dtype="f32", index="i64"),
         KernelSpec.make("gather", dtype="bool", index="i32"),
         KernelSpec.make("gather_nd", dtype="i64", index="i64", k=3),
+        KernelSpec.make("gather_nvfp4", h=40, index="i64"),
     ):
         assert link_kernel(spec, isa).code

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8, unpack_f32_n16, unpack_nvfp4_n16k8
+from qgraph.codegen.packing import (
+    pack_f32_n16,
+    pack_nvfp4_n16k8,
+    pack_nvfp4_rows,
+    unpack_f32_n16,
+    unpack_nvfp4_n16k8,
+    unpack_nvfp4_rows,
+)
 from qgraph.errors import QGraphError
 
 SHAPES = [(1, 1), (8, 16), (16, 16), (15, 17), (17, 15), (24, 33), (100, 3), (384, 48)]
@@ -44,6 +51,24 @@ def test_nvfp4_round_trip(K: int, N: int) -> None:
     np.testing.assert_array_equal(got_scale, scale)
 
 
+@pytest.mark.parametrize(("H", "V"), SHAPES)
+def test_nvfp4_rows(H: int, V: int) -> None:
+    """Two columns a byte, rows of whole blocks; and back."""
+    codes, scale = (np.ascontiguousarray(part.T) for part in _nvfp4(H, V))
+    words, scales = pack_nvfp4_rows(codes, scale)
+    blocks = -(-H // 16)
+    assert words.shape == (V, 2 * blocks) and words.dtype == np.uint32 and words.flags.c_contiguous
+    in_bytes = words.astype("<u4").view(np.uint8)
+    assert in_bytes.shape == (V, 8 * blocks)
+    for v in range(V):
+        for h in range(16 * blocks):
+            code = codes[v, h] if h < H else 0
+            assert in_bytes[v, h // 2] >> 4 * (h % 2) & 15 == words[v, h // 8] >> 4 * (h % 8) & 15 == code
+    got_codes, got_scale = unpack_nvfp4_rows(words, scales, H)
+    np.testing.assert_array_equal(got_codes, codes)
+    np.testing.assert_array_equal(got_scale, scale)
+
+
 @pytest.mark.parametrize(("K", "N"), SHAPES)
 def test_f32_round_trip_and_address(K: int, N: int) -> None:
     weight = np.random.default_rng(K + N).standard_normal((K, N)).astype(np.float32)
@@ -60,3 +85,7 @@ def test_wrong_arguments_are_refused() -> None:
         pack_nvfp4_n16k8(np.zeros((17, 4), np.uint8), np.zeros((1, 4), np.uint8))
     with pytest.raises(QGraphError, match="not an E2M1 code"):
         pack_nvfp4_n16k8(np.full((16, 4), 16, np.uint8), np.zeros((1, 4), np.uint8))
+    with pytest.raises(QGraphError, match="block_scale"):
+        pack_nvfp4_rows(np.zeros((4, 17), np.uint8), np.zeros((4, 1), np.uint8))
+    with pytest.raises(QGraphError, match="not an E2M1 code"):
+        pack_nvfp4_rows(np.full((4, 16), 16, np.uint8), np.zeros((4, 1), np.uint8))
