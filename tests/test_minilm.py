@@ -50,6 +50,14 @@ def compiled(original: Path) -> qgraph.pipeline.CompileResult:
     return qgraph.compile(original, scheme="nvfp4", strict=True)
 
 
+@pytest.fixture(scope="module")
+def small(original: Path, folder: Path) -> qgraph.pipeline.CompileResult:
+    """With the tables of words and positions in 4 bits, too."""
+    return qgraph.compile(
+        original, scheme="nvfp4", embeddings="nvfp4", strict=True, verify=False, output=folder / "small"
+    )
+
+
 def feeds(batch: int, length: int) -> dict[str, np.ndarray]:
     """Token ids; every row but the first is padded, by one token more than the row before."""
     rng = np.random.default_rng(batch * 1000 + length)
@@ -160,17 +168,47 @@ def test_too_long_and_out_of_range_inputs_are_refused(compiled) -> None:
     assert np.isfinite(model.run(bad)["last_hidden_state"]).all()
 
 
-@needs_sts
-def test_similarity_benchmark(minilm, original: Path, compiled) -> None:
-    """Mean pooled cosine to the float model and Spearman's correlation, by the project's own command."""
+def test_embeddings_in_4_bits(small) -> None:
+    assert small.artifact.stat().st_size < 16_000_000
+    tables = {tuple(x.shape): x for x in small.report.of_kind("embedding")}
+    assert {shape: x.kernel for shape, x in tables.items()} == {
+        (30522, 384): "gather_nvfp4",
+        (512, 384): "gather_nvfp4",
+        (2, 384): "gather",
+    }
+    assert "too small" in tables[2, 384].kept
+    inputs = feeds(3, 16)
+    want = ReferenceRunner(small.onnx).run(inputs)
+    with small.load() as model:
+        got = model.run(inputs)
+    for name, reference in want.items():
+        assert relative_error(got[name], reference) < 1e-4, name
+
+
+def similarity(minilm, artifact: Path, original: Path) -> tuple[float, float, float]:
+    """Spearman's correlation of the artifact and of the float model, and the mean cosine between their
+    sentence embeddings, by the project's own command."""
     found = json.loads(
         run_cli(
-            "eval", "sts", compiled.artifact, "--data", DATA, "--tokenizer", minilm.tokenizer_path(),
+            "eval", "sts", artifact, "--data", DATA, "--tokenizer", minilm.tokenizer_path(),
             "--against", original, "--json", "-q",
         )
     )  # fmt: skip
     assert found["pairs"] == 1500
-    nvfp4, floating = (model["spearman"] for model in found["models"])
+    lowbit, floating = (model["spearman"] for model in found["models"])
+    return lowbit, floating, found["mean_cosine"]
+
+
+@needs_sts
+def test_similarity_benchmark(minilm, original: Path, compiled) -> None:
+    nvfp4, floating, mean_cosine = similarity(minilm, compiled.artifact, original)
     assert abs(floating - 0.867) < 0.0005
     assert abs(nvfp4 - floating) < 0.010
-    assert found["mean_cosine"] >= 0.979
+    assert mean_cosine >= 0.979
+
+
+@needs_sts
+def test_similarity_benchmark_of_4_bit_embeddings(minilm, original: Path, small) -> None:
+    nvfp4, floating, mean_cosine = similarity(minilm, small.artifact, original)
+    assert abs(nvfp4 - floating) < 0.015
+    assert mean_cosine >= 0.977
