@@ -18,11 +18,12 @@ import qgraph
 from qgraph.runtime import build
 
 IDS = np.array([4, 0, 2], np.int64)
+OPTIONS = {"embeddings": "nvfp4", "include": ("*",), "strict": True}  # small as they are
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer to quantize with a bias and an activation, and a lookup that checks its indices."""
+    """A layer and a table to quantize, a bias and an activation; the lookup checks its indices."""
     model = onnx.parser.parse_model(
         '<ir_version: 11, opset_import: ["" : 23]> tiny (int64[batch] ids) => (float[batch, 17] y) {'
         " [embed] x = Gather(table, ids) [up] h = MatMul(x, w) [bias] b = Add(h, c) [act] y = Gelu(b) }"
@@ -39,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(source: Path) -> Path:
-    result = qgraph.compile(source, strict=True)
+    result = qgraph.compile(source, **OPTIONS)
     assert result.artifact is not None
     return result.artifact
 
@@ -106,7 +107,7 @@ def test_code_is_chosen_by_what_the_cpu_has(compiled: Path, tmp_path: Path, expe
     reason="needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user, g++-aarch64-linux-gnu)",
 )
 def test_aarch64_code_runs(source: Path, tmp_path: Path, expected: np.ndarray) -> None:
-    result = qgraph.compile(source, target="aarch64-linux", output=tmp_path / "arm")
+    result = qgraph.compile(source, target="aarch64-linux", output=tmp_path / "arm", **OPTIONS)
     assert result.report.verification is not None and result.report.verification.status == "skipped"
     program = static_example(tmp_path, "aarch64-linux-gnu-g++")
     got = run_example(tmp_path, "qemu-aarch64", program, tmp_path / "arm.qg")
