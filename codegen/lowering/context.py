@@ -117,7 +117,8 @@ def check_attributes(node: ir.Node, opset: int) -> None:
     schema = defs.get_schema(node.op_type, opset, node.domain)
     for attribute in ignored:
         known = schema.attributes.get(attribute.name)
-        default = ir.from_proto(known.default_value) if known and known.default_value.name else None
+        named = known is not None and known.default_value.name  # an attribute without a default has none
+        default = ir.serde.deserialize_attribute(known.default_value) if named else None
         if default is None or default.value != attribute.value:
             raise unsupported(node, f"attribute {attribute.name} = {attribute.value} is not supported")
 
