@@ -117,8 +117,9 @@ def check_attributes(node: ir.Node, opset: int) -> None:
     schema = defs.get_schema(node.op_type, opset, node.domain)
     for attribute in ignored:
         known = schema.attributes.get(attribute.name)
-        named = known is not None and known.default_value.name  # an attribute without a default has none
-        default = ir.serde.deserialize_attribute(known.default_value) if named else None
+        default = None
+        if known is not None and known.default_value.name:  # one without a default has no name either
+            default = ir.serde.deserialize_attribute(known.default_value)
         if default is None or default.value != attribute.value:
             raise unsupported(node, f"attribute {attribute.name} = {attribute.value} is not supported")
 
