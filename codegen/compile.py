@@ -26,14 +26,19 @@ def _generator_hash() -> str:
 
 
 def _cached(symbol: str, isa: Isa, make: Callable[[], bytes]) -> bytes:
-    """The object of `symbol` for `isa`. Entries carry their own hash: a damaged one is made again."""
-    key = hashlib.sha256(repr((symbol, astuple(isa), _generator_hash())).encode()).hexdigest()
-    name = f"kernels/{key}.o"
+    """The object of `symbol` for `isa`. Entries begin with a hash of key and content: one that is damaged, or
+    another's, is made again."""
+    key = hashlib.sha256(repr((symbol, astuple(isa), _generator_hash())).encode())
+    name = f"kernels/{key.hexdigest()}.o"
+
+    def seal(data: bytes) -> bytes:
+        return hashlib.sha256(key.digest() + data).digest()
+
     entry = store.read(name)
-    if entry is not None and hashlib.sha256(entry[32:]).digest() == entry[:32]:
+    if entry is not None and seal(entry[32:]) == entry[:32]:
         return entry[32:]
     data = make()
-    store.store(name, hashlib.sha256(data).digest() + data)
+    store.store(name, seal(data) + data)
     return data
 
 

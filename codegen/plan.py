@@ -11,10 +11,11 @@ from qgraph.codegen.dims import Dim, estimate, plan_expr, product
 from qgraph.codegen.lowering import Lowering
 from qgraph.codegen.memory import Buffer
 from qgraph.codegen.spec import KernelSpec
-from qgraph.errors import QGraphError
+from qgraph.errors import QGraphError, UnsupportedError
 
 # Sizes are int64 and checked at run time; this bound only catches nonsense early.
 MAX_DIM = 1 << 24
+MAX_BYTES = 1 << 47
 
 
 @dataclass
@@ -93,6 +94,9 @@ def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
     values = []
     for index, buffer in enumerate(order):
         buffer.index = index
+        smallest = estimate(buffer.nbytes, 1)
+        if smallest > MAX_BYTES:
+            raise UnsupportedError(f"a tensor of {smallest} bytes at least cannot be held by any machine")
         if buffer.kind == "weight":
             values.append({"kind": "weight", "tensor": buffer.name})
             continue
@@ -108,7 +112,7 @@ def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
     number = {spec.symbol: i for i, spec in enumerate(kernels)}
     steps = [
         {
-            "name": step.name,
+            "name": step.name.replace("\0", "\\0"),  # only for people to read
             "kernel": number[step.spec.symbol],
             "args": [_arg(arg) for arg in step.args],
             "blocks": plan_expr(step.blocks),

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from qgraph.codegen.lowering import attention, embedding, linear, movement, normalize, pointwise  # noqa: F401
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attributes, data_inputs
 from qgraph.codegen.memory import Buffer, View
-from qgraph.errors import UnsupportedError
+from qgraph.errors import InputError, UnsupportedError
 
 MAX_RANK = 8  # of inputs and outputs (runtime/FORMAT.md)
 
@@ -47,6 +47,23 @@ def _reject_unknown(nodes: list[ir.Node]) -> None:
         )
 
 
+def _check_ports(low: Lowering) -> None:
+    """Inputs and outputs must be such that the runtime takes them."""
+    graph = low.graph
+    if not graph.outputs:
+        raise InputError("the graph has no outputs: there is nothing to compile")
+    for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
+        names = [value.name or "" for value in values]
+        for value, name in zip(values, names, strict=True):
+            if names.count(name) > 1:
+                raise UnsupportedError(f"{kind} {name!r} is listed {names.count(name)} times")
+            if not name or "\0" in name:
+                raise UnsupportedError(f"{kind} {name!r}: a name must not be empty or hold a NUL character")
+            rank = len(low.shape(value))
+            if rank > MAX_RANK:
+                raise UnsupportedError(f"{kind} {name!r} has {rank} dimensions; up to {MAX_RANK} work")
+
+
 def lower(graph: ir.Graph) -> Lowering:
     """Lower a prepared graph.
 
@@ -55,11 +72,7 @@ def lower(graph: ir.Graph) -> Lowering:
     nodes = _needed(graph)
     _reject_unknown(nodes)
     low = Lowering(graph)
-    for value in (*graph.inputs, *graph.outputs):
-        if len(low.shape(value)) > MAX_RANK:
-            raise UnsupportedError(
-                f"'{value.name}' has {len(low.shape(value))} dimensions; up to {MAX_RANK} work"
-            )
+    _check_ports(low)
     for node in nodes:
         check_attributes(node, graph.opset_imports.get("", 0))
         low.uses.update(data_inputs(node))

@@ -186,7 +186,8 @@ class Lowering:
         if key not in self.weights:
             data = np.ascontiguousarray(make())
             shape = tuple(sympy.Integer(d) for d in data.shape)
-            name = wanted = f"w/{value.name}/{part}" if part else f"w/{value.name}"
+            plain = (value.name or "").replace("\0", "\\0")
+            name = wanted = f"w/{plain}/{part}" if part else f"w/{plain}"
             taken = {buffer.name for buffer in self.weights.values()}
             count = 2
             while name in taken:  # an initializer may itself be called `a/f32_n16`

@@ -14,7 +14,8 @@ from onnx import numpy_helper, shape_inference
 
 from qgraph.codegen.lowering import Lowering, lower, supported_ops
 from qgraph.codegen.lowering.context import ATTRIBUTES, HANDLERS
-from qgraph.errors import UnsupportedError
+from qgraph.codegen.plan import make_plan
+from qgraph.errors import InputError, UnsupportedError
 
 
 def graph(text: str, **weights: np.ndarray) -> ir.Graph:
@@ -176,6 +177,25 @@ def test_attributes_are_honoured_or_refused():
     model[0].attributes.add(ir.AttrInt64("strange", 1))
     with pytest.raises(UnsupportedError, match="attribute strange = 1 is not supported"):
         lower(model)
+
+
+def test_ports_that_the_runtime_would_refuse():
+    twice = graph("(float[B, S] x) => (float[B, S] y) { y = Relu(x) }")
+    twice.outputs.append(twice.outputs[0])
+    with pytest.raises(UnsupportedError, match="output 'y' is listed 2 times"):
+        lower(twice)
+    nul = graph("(float[B, S] x) => (float[B, S] y) { y = Relu(x) }")
+    nul.inputs[0].name = "a\0b"
+    with pytest.raises(UnsupportedError, match=r"input 'a\\x00b'"):
+        lower(nul)
+    none = graph("(float[B, S] x) => (float[B, S] y) { y = Relu(x) }")
+    none.outputs.clear()
+    with pytest.raises(InputError, match="no outputs"):
+        lower(none)
+    with pytest.raises(UnsupportedError, match="cannot be held"):
+        make_plan(
+            lower(graph("(float[1099511627776, 1099511627776] x) => (float[] y) { y = ReduceSum(x) }")), []
+        )
 
 
 def test_listing():
