@@ -35,6 +35,8 @@ class CheckPrepared(GraphPass):
 def violations(model: ir.Model) -> Iterator[InputError | UnsupportedError]:
     """Every way in which `model` misses the contract, as the error to raise."""
     graph = model.graph
+    if not graph.outputs:
+        yield InputError("the graph has no outputs: there is nothing to compile")
     yield from _imports(model)
     names = {d.value for v in graph.inputs for d in (v.shape or ()) if isinstance(d, ir.SymbolicDim)}
     for value in (*graph.inputs, *graph.initializers.values()):
