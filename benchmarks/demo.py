@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import qgraph
 from qgraph.cli.console import make_progress, table
 from qgraph.cli.failure import guard
+from qgraph.report import CompileReport
 from qgraph.report.text import size, summary
 
 SENTENCES = (
@@ -33,9 +35,9 @@ SHAPES = ((1, 16), (1, 128), (8, 128))  # batch, sequence
 
 
 def main(model: Path) -> None:
-    """Compile `model`, compare it with the float model on sentences, time both, print and write the
-    results."""
-    from qgraph.evaluate.latency import measure
+    """Compile `model` twice, with float and with 4-bit embeddings; compare both with the float model on
+    sentences, time all three, print and write the results."""
+    from qgraph.evaluate.latency import Latency, measure
     from qgraph.evaluate.runners import OnnxRuntimeRunner
     from qgraph.evaluate.samples import artifact_ranges, input_specs, make_inputs
     from qgraph.evaluate.similarity import cosine
@@ -44,61 +46,85 @@ def main(model: Path) -> None:
 
     with make_progress(quiet=False) as progress:
         result = qgraph.compile(model, scheme="nvfp4", progress=progress)
-    print()
-    print(table(summary(result.report)))
+        print()
+        print(table(summary(result.report)))
+        print("\nonce more, with --embeddings nvfp4", flush=True)
+        small = qgraph.compile(
+            model,
+            scheme="nvfp4",
+            embeddings="nvfp4",
+            output=model.with_name("minilm.nvfp4e"),
+            progress=progress,
+        )
 
     example = get_model("minilm")
-    feeds = SentenceTokenizer(example.tokenizer_path())(SENTENCES)
     loaded = result.load()
-    session = loaded.session()
+    session, session_small = loaded.session(), small.load().session()
     original = OnnxRuntimeRunner(model, threads=session.threads)
-    mask = feeds["attention_mask"]
-    ours, theirs = (example.embed(run(feeds)[example.output], mask) for run in (session.run, original.run))
-    similarity = cosine(ours, theirs)
+    contenders = {"onnxruntime": original.run, "nvfp4": session.run, "nvfp4_embeddings": session_small.run}
 
-    latency = {}
+    feeds = SentenceTokenizer(example.tokenizer_path())(SENTENCES)
+    mask = feeds["attention_mask"]
+    embedded = {name: example.embed(run(feeds)[example.output], mask) for name, run in contenders.items()}
+    similarity = {name: cosine(e, embedded["onnxruntime"]) for name, e in embedded.items()}
+
+    print("measuring latency", flush=True)
+    latency: dict[str, dict[str, Latency]] = {}
     for batch, sequence in SHAPES:
         dims = {"batch": batch, "sequence": sequence}
         inputs = make_inputs(input_specs(loaded), artifact_ranges(loaded), dims, seed=0)
         latency[f"{batch} x {sequence}"] = measure(
-            {"qgraph": lambda x=inputs: session.run(x), "onnxruntime": lambda x=inputs: original.run(x)},
-            repeat=20,
+            {name: lambda run=run, x=inputs: run(x) for name, run in contenders.items()}, repeat=20
         )
 
-    sizes = result.report.sizes
-    print(f"\nall-MiniLM-L6-v2 on {session.threads} threads, {loaded.isa}")
+    reports = {"nvfp4": result.report, "nvfp4_embeddings": small.report}
+    first = result.report.sizes
     rows = [
-        ("file", size(sizes["original"]), size(sizes["artifact"])),
-        ("linear layers", size(sizes["linear_float"]), size(sizes["linear_stored"])),
-        ("bits per weight", "32", f"{result.report.bits_per_weight:.2f}"),
-        ("cosine to the float model", "1", f"{similarity.mean():.4f} (least {similarity.min():.4f})"),
+        ("file", size(first["original"]), *(size(r.sizes["artifact"]) for r in reports.values())),
+        ("  linear layers", size(first["linear_float"]), *_stored(reports, "linear")),
+        ("  embeddings", size(first["embedding_float"]), *_stored(reports, "embedding")),
+        ("bits a quantized weight", "32", *(f"{r.bits_per_weight:.2f}" for r in reports.values())),
+        (
+            f"cosine of {len(SENTENCES)} embeddings to float's",
+            *(f"{c.mean():.4f} (least {c.min():.4f})" for c in similarity.values()),
+        ),
     ]
     rows += [
-        (
-            f"median latency, {shape}",
-            f"{x['onnxruntime'].median_ms:.2f} ms",
-            f"{x['qgraph'].median_ms:.2f} ms",
-        )
+        (f"latency, {shape}: median (least)", *(f"{t.median_ms:.2f} ({t.min_ms:.2f}) ms" for t in x.values()))
         for shape, x in latency.items()
     ]
-    print(table(rows, ("", "ONNX Runtime, float32", "qgraph, NVFP4"), right=(1, 2)))
+    machine = f"{_cpu()}, {session.threads} threads, {loaded.isa}"
+    print(f"\nall-MiniLM-L6-v2 on {machine}; ONNX Runtime {version('onnxruntime')}")
+    columns = ("", "ONNX Runtime, float32", "qgraph, nvfp4", "qgraph, embeddings too")
+    print(table(rows, columns, right=(1, 2, 3)))
+    print("Latencies of a busy machine are far above the least ones, and not comparable.")
 
     results = {
-        "threads": session.threads,
-        "isa": loaded.isa,
-        "sizes": sizes,
-        "bits_per_weight": result.report.bits_per_weight,
-        "cosine": {
-            "mean": float(similarity.mean()),
-            "min": float(similarity.min()),
-            "sentences": len(SENTENCES),
-        },
+        "machine": machine,
+        "sizes": {name: report.sizes for name, report in reports.items()},
+        "bits_per_weight": {name: report.bits_per_weight for name, report in reports.items()},
+        "cosine": {name: {"mean": float(c.mean()), "min": float(c.min())} for name, c in similarity.items()},
         "latency": {shape: {name: asdict(t) for name, t in x.items()} for shape, x in latency.items()},
     }
     written = model.with_name("demo.json")
     written.write_text(json.dumps(results, indent=1) + "\n")
+    files = (*result.report.files.values(), *small.report.files.values(), written)
     print()
-    print(table([("wrote", path) for path in (*result.report.files.values(), written)]))
+    print(table([("wrote", path) for path in files]))
+
+
+def _stored(reports: dict[str, CompileReport], kind: str) -> list[str]:
+    return [size(report.sizes[f"{kind}_stored"]) for report in reports.values()]
+
+
+def _cpu() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown CPU"
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("QGRAPH_DATA", ROOT.parent / "shared" / "data")) / "sts" / "stsb-en-dev.csv"
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("minilm")]
+CMAKE = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
 needs_sts = pytest.mark.skipif(not DATA.exists(), reason=f"needs {DATA.name}: set QGRAPH_DATA")
 
 
@@ -212,3 +216,37 @@ def test_similarity_benchmark_of_4_bit_embeddings(minilm, original: Path, small)
     nvfp4, floating, mean_cosine = similarity(minilm, small.artifact, original)
     assert abs(nvfp4 - floating) < 0.015
     assert mean_cosine >= 0.977
+
+
+def readme_block(language: str) -> str:
+    """The one fenced block of this language in the README."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert len(blocks) == 1
+    return str(blocks[0])
+
+
+def test_readme_python(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.onnx").symlink_to(original)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(readme_block("python"), names)
+    assert names["outputs"]["last_hidden_state"].shape == (1, 4, 384)
+
+
+@pytest.mark.skipif(CMAKE is None, reason="needs cmake")
+def test_readme_cpp(compiled, tmp_path: Path) -> None:
+    """The README's program and CMakeLists.txt against an installed runtime."""
+    (tmp_path / "model.nvfp4.qg").symlink_to(compiled.artifact)
+    (tmp_path / "embed.cc").write_text(readme_block("cpp"))
+    (tmp_path / "CMakeLists.txt").write_text(readme_block("cmake"))
+    prefix = tmp_path / "prefix"
+    for command in (
+        f"{CMAKE} -S {ROOT / 'runtime'} -B runtime -DCMAKE_BUILD_TYPE=Release",
+        f"{CMAKE} --build runtime --parallel 2",
+        f"{CMAKE} --install runtime --prefix {prefix}",
+        f"{CMAKE} -S . -B build -DCMAKE_PREFIX_PATH={prefix}",
+        f"{CMAKE} --build build",
+        "build/embed",
+    ):
+        done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"

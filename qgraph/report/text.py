@@ -25,13 +25,13 @@ def _rows(report: CompileReport) -> Iterator[Row]:
         layers = report.of_kind(kind)
         if layers or kind == "linear":
             count = sum(bool(layer.scheme) for layer in layers)
-            yield label, f"{count} of {len(layers)} {things} quantized to {report.config['scheme']}"
+            yield label, _quantized(count, len(layers), things, report.config["scheme"])
     reasons: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in report.layers:
         if not layer.scheme:
             reasons[layer.kept].append(layer)
     for reason, layers in reasons.items():
-        yield "kept", f"{len(layers)} in float: {reason}: {_some([layer.name for layer in layers])}"
+        yield "kept", f"{len(layers)} in float: {_some([layer.name for layer in layers])} ({reason})"
     sizes = report.sizes
     for kind, things in (("linear", "linear layers"), ("embedding", "embeddings")):
         if sizes.get(f"{kind}_float"):
@@ -63,6 +63,14 @@ def _rows(report: CompileReport) -> Iterator[Row]:
                 f"relative error {check.worst:.1e} (allowed {check.limit:g})"
             ),
         )
+
+
+def _quantized(count: int, total: int, things: str, scheme: str) -> str:
+    if scheme == "none" or not total:
+        return f"{total} {things}, none quantized"
+    return (
+        f"{total} {things} stay float" if not count else f"{count} of {total} {things} quantized to {scheme}"
+    )
 
 
 def _before_after(before: int, after: int) -> str:

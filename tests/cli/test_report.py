@@ -72,7 +72,7 @@ def test_realised_is_what_the_kernel_reads() -> None:
 def test_summary_groups_reasons_and_names_the_worst() -> None:
     rows = dict(reversed(summary(make_report())))
     assert rows["layers"] == "2 of 4 linear layers quantized to nvfp4"
-    assert rows["kept"] == "2 in float: too small: c, d"
+    assert rows["kept"] == "2 in float: c, d (too small)"
     assert rows["worst SQNR"] == "b 10.00 dB, a 20.00 dB"
     assert rows["artifact"] == "20.0 kB -> 8.0 kB (2.50x smaller)"
     kernels = [text for label, text in summary(make_report()) if label == "kernels"]
