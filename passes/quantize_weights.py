@@ -13,7 +13,7 @@ from qgraph.formats import QTensor
 from qgraph.formats.packing import pack_nibbles
 from qgraph.passes.base import GraphPass, is_op, replace_node
 from qgraph.passes.lowbit_functions import DOMAIN, LOOKUPS, OPERATORS
-from qgraph.passes.select_layers import DECISION, DECISIONS
+from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT
 from qgraph.schemes import get_scheme
 from qgraph.solvers import get_solver
 
@@ -73,7 +73,11 @@ class QuantizeWeights(GraphPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if self.scheme.weight_format is None:
             model.meta[QUANTIZED] = []
-            return ir.passes.PassResult(model, False)
+            named = {decision.node_name for decision in model.meta[DECISIONS]}
+            for node in model.graph.all_nodes():
+                if node.name in named:
+                    node.metadata_props[KEPT] = f"scheme {self.scheme.name}"
+            return ir.passes.PassResult(model, bool(named))
         by_weight: dict[ir.Value, list[ir.Node]] = {}
         for node in _chosen(model):
             weight = node.inputs[0 if is_op(node, "Gather") else 1]

@@ -76,7 +76,8 @@ def _quantized(count: int, total: int, things: str, scheme: str) -> str:
 def _before_after(before: int, after: int) -> str:
     if not after or after == before:
         return size(before)
-    return f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)"
+    change = f" ({before / after:.2f}x smaller)" if before > 1.01 * after else ""
+    return f"{size(before)} -> {size(after)}{change}"
 
 
 def size(nbytes: float) -> str:

@@ -308,11 +308,12 @@ def test_progress():
     assert seen == [(0, 2, "w_up"), (1, 2, "w_down"), (2, 2, "")]
 
 
-def test_scheme_none_changes_nothing():
+def test_scheme_none_changes_no_weight_and_says_so():
     model = mlp()
     before = run(model, FEEDS)
     SelectLayers()(model)
-    assert not QuantizeWeights("none")(model).modified
+    QuantizeWeights("none")(model)
+    assert {n.metadata_props[KEPT] for n in model.graph if n.op_type == "MatMul"} == {"scheme none"}
     assert model.meta[QUANTIZED] == [] and not lowbit_nodes(model)
     after = run(model, FEEDS)
     assert all(np.array_equal(before[name], after[name]) for name in before)
