@@ -36,7 +36,7 @@ class PlanParser {
 
   Plan parse() {
     // In the order of reference: each list only refers to the ones before it.
-    for_each(root_.member("dims"), [this](const JsonCursor& c) { dim(c); });
+    for_each(few(root_.member("dims")), [this](const JsonCursor& c) { dim(c); });
     for_each(root_.member("checks"), [this](const JsonCursor& c) {
       plan_.checks.push_back(
           {expr(pair(c.member("ge"), 0)), expr(pair(c.member("ge"), 1)), c.member("message").string()});
@@ -45,18 +45,25 @@ class PlanParser {
     for_each(root_.member("values"), [this](const JsonCursor& c) { plan_.values.push_back(value(c)); });
     // A slot costs memory even if nothing uses it: a plan must not be able to ask for many by a number alone.
     if (plan_.slots > plan_.values.size()) root_.member("slots").invalid("exceeds the number of values");
-    ports(root_.member("inputs"), Value::Kind::kInput, &plan_.inputs);
-    ports(root_.member("outputs"), Value::Kind::kOutput, &plan_.outputs);
+    ports(few(root_.member("inputs")), Value::Kind::kInput, &plan_.inputs);
+    ports(few(root_.member("outputs")), Value::Kind::kOutput, &plan_.outputs);
     require_bound_dims();
     for_each(root_.member("kernels"), [this](const JsonCursor& c) { plan_.kernels.push_back(c.string()); });
     for_each(root_.member("steps"), [this](const JsonCursor& c) { plan_.steps.push_back(step(c)); });
-    for_each(root_.member("variants"), [this](const JsonCursor& c) { plan_.variants.push_back(variant(c)); });
+    for_each(few(root_.member("variants")),
+             [this](const JsonCursor& c) { plan_.variants.push_back(variant(c)); });
     if (plan_.variants.empty()) root_.member("variants").invalid("is empty");
     return std::move(plan_);
   }
 
  private:
   Expr expr(const JsonCursor& json) const { return Expr::parse(json, plan_.dim_names); }
+
+  // Lists whose names are compared with each other.
+  static JsonCursor few(const JsonCursor& list) {
+    if (list.size() > kMaxNamed) list.invalid(cat("has more than ", kMaxNamed, " entries"));
+    return list;
+  }
 
   static JsonCursor pair(const JsonCursor& json, size_t index) {
     if (json.size() != 2) json.invalid("is not a pair");

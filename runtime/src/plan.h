@@ -13,6 +13,7 @@
 namespace qg {
 
 constexpr size_t kMaxPlanArgs = 30;  // `begin` and `end` make 32
+constexpr size_t kMaxNamed = 4096;   // dims, inputs, outputs, variants
 constexpr int64_t kMaxScratch = int64_t{64} << 20;
 
 struct Dim {

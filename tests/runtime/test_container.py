@@ -169,6 +169,7 @@ PLANS: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("dims", 0, "max"), -1, "outside"),
     (("dims", 0, "min"), 5000, "has min above max"),
     (("dims", 2), {"name": "free", "min": 1, "max": 2}, r"plan.dims\[2\] is not a dimension of any input"),
+    (("dims",), [{"name": f"d{i}", "min": 1, "max": 2} for i in range(4097)], "more than 4096 entries"),
     (("checks", 0, "ge"), [1], "is not a pair"),
     (("checks", 0, "message"), 1, "is not a string"),
     (("checks", 0, "ge", 1), "width", "unknown dimension 'width'"),
