@@ -104,9 +104,9 @@ def library() -> ctypes.CDLL:
 def check(status: int) -> None:
     """Raise the exception that a status stands for, with the message that the library left on this thread."""
     if status != 0:
-        text = library().qg_last_error().decode("utf-8", "replace")
+        raw = library().qg_last_error().decode("utf-8", "replace")
         # Names and messages come from the file: nothing of it may steer a terminal or begin a new line.
-        message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in raw)
         raise _ERRORS.get(status, QGraphError)(message)
 
 
