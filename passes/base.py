@@ -100,6 +100,17 @@ def shape_of(value: ir.Value | None) -> tuple[int | ir.SymbolicDim, ...] | None:
     return None if value is None or value.shape is None else value.shape.dims
 
 
+def same_shape(a: ir.Value, b: ir.Value) -> bool:
+    """Whether two values are known to have the same shape; dims without a name equal nothing."""
+    left, right = shape_of(a), shape_of(b)
+    if left is None or right is None or len(left) != len(right):
+        return False
+    return all(
+        p == q and not (isinstance(p, ir.SymbolicDim) and p.value is None)
+        for p, q in zip(left, right, strict=True)
+    )
+
+
 def used_once(value: ir.Value) -> bool:
     """Whether exactly one node input reads `value` and nothing else needs it."""
     return len(value.uses()) == 1 and not value.is_graph_output()

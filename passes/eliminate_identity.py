@@ -12,8 +12,8 @@ from qgraph.passes.base import (
     make_node,
     replace_node,
     replace_value,
+    same_shape,
     scalar,
-    shape_of,
 )
 
 
@@ -66,7 +66,7 @@ class EliminateIdentity(GraphPass):
         if node.op_type == "Cast":
             return x if x.dtype is not None and int(x.dtype) == attribute(node, "to", 0) else None
         if node.op_type in ("Reshape", "Expand", "Tile", "Squeeze", "Unsqueeze", "Slice", "Pad", "Flatten"):
-            return x if _same_shape(x, node.outputs[0]) and not _reorders(node) else None
+            return x if same_shape(x, node.outputs[0]) and not _reorders(node) else None
         if node.op_type == "Transpose":
             perm = attribute(node, "perm", None)
             return x if perm is not None and list(perm) == sorted(perm) else None
@@ -90,21 +90,11 @@ class EliminateIdentity(GraphPass):
             if (
                 x is not None
                 and scalar(other) == neutral
-                and _same_shape(x, node.outputs[0])
+                and same_shape(x, node.outputs[0])
                 and x.dtype is not None
             ):
                 return x
         return None
-
-
-def _same_shape(a: ir.Value, b: ir.Value) -> bool:
-    left, right = shape_of(a), shape_of(b)
-    if left is None or right is None or len(left) != len(right):
-        return False
-    return all(
-        p == q and not (isinstance(p, ir.SymbolicDim) and p.value is None)
-        for p, q in zip(left, right, strict=True)
-    )
 
 
 def _reorders(node: ir.Node) -> bool:

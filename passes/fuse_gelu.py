@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qgraph.passes.base import GraphPass, is_op, make_node, remove_dead, replace_node, scalar, used_once
+from qgraph.passes.base import (
+    GraphPass,
+    is_op,
+    make_node,
+    remove_dead,
+    replace_node,
+    same_shape,
+    scalar,
+    used_once,
+)
 
 # GELU(x) = x/2 (1 + erf(x/sqrt(2))), and its approximation x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
 # (Hendrycks and Gimpel, "Gaussian error linear units", 2016, section 2).
@@ -32,7 +41,8 @@ class FuseGelu(GraphPass):
     Rules: 1. the argument, as a polynomial in x, is that of the definition, for some value x that it is made
     of;
     2. what is made of the result is (a f + b) x with a = b = 1/2. Values in between that others read keep
-       being computed.
+       being computed;
+    3. the result has the shape of x: a constant of one element but more axes would add those to it.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -57,7 +67,10 @@ def match_gelu(node: ir.Node) -> GeluMatch | None:
     argument = node.inputs[0]
     wanted, approximate = (_ERF, "none") if node.op_type == "Erf" else (_TANH, "tanh")
     for x in _made_of(argument, _DEPTH):
-        if _close(_polynomial(argument, x, _DEPTH), wanted) and (last := _outer(node, x)):
+        if not _close(_polynomial(argument, x, _DEPTH), wanted):
+            continue
+        last = _outer(node, x)
+        if last is not None and same_shape(last.outputs[0], x):
             return GeluMatch(last, x, approximate)
     return None
 

@@ -13,6 +13,7 @@ from qgraph.passes.base import (
     constant,
     int_list,
     is_op,
+    same_shape,
     scalar,
     shape_of,
     used_once,
@@ -127,12 +128,12 @@ def trailing_axis(node: ir.Node) -> int | None:
 
 def absorb(node: ir.Node, op_type: str, dims: tuple) -> tuple[ir.Node, ir.Value] | None:
     """The only reader of `node`, a Mul or Add with a scale or bias of the normalized `dims`; and that
-    operand."""
+    operand. The result must keep the shape: an operand of more axes would add those to it."""
     output = node.outputs[0]
     if not used_once(output):
         return None
     reader = output.consumers()[0]
-    if not is_op(reader, op_type) or len(reader.inputs) != 2:
+    if not is_op(reader, op_type) or len(reader.inputs) != 2 or not same_shape(reader.outputs[0], output):
         return None
     other = reader.inputs[1 - list(reader.inputs).index(output)]
     return (reader, other) if other is not None and _fits(other, dims) else None
@@ -168,6 +169,8 @@ def refusal(match: Normalized) -> str | None:
         return f"it normalizes {match.d.dtype}, not float32"
     if shape is None or not all(isinstance(d, int) for d in shape[match.axis :]):
         return "the normalized dimensions are not fixed"
+    if not same_shape(match.node.outputs[0], match.d):
+        return "a constant in it changes the shape"
     if match.epsilon < 0:
         return "its epsilon is negative"
     return None

@@ -447,3 +447,64 @@ def test_inference_still_works_on_fused_nodes() -> None:
     FuseGelu()(model)
     InferShapes()(model)
     assert str(model.graph.outputs[0].shape) == "[b,s,6]"
+
+
+# -- constants that add axes --------------------------------------------------------------------------------
+
+NORM = (
+    "(float[b,8] x) => (float[i,j,k] y) { mu = ReduceMean(x, axes) d = Sub(x, mu) q = Pow(d, two) m = ReduceMean(q, axes)"
+    " v = Add(m, eps) s = Sqrt(v) n = Div(d, s) g = Mul(n, gamma) y = Add(g, beta) }"
+)
+RMS = (
+    "(float[b,8] x) => (float[i,j,k] y) { q = Pow(x, two) m = ReduceMean(q, axes) v = Add(m, eps) s = Sqrt(v)"
+    " r = Reciprocal(s) n = Mul(x, r) y = Mul(n, gamma) }"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "op", "where"),
+    [
+        (NORM, "LayerNormalization", "eps"),
+        (NORM, "LayerNormalization", "gamma"),
+        (NORM, "LayerNormalization", "beta"),
+        (RMS, "RMSNormalization", "eps"),
+        (RMS, "RMSNormalization", "gamma"),
+    ],
+)
+def test_norm_constants_of_more_axes_keep_the_rank(text: str, op: str, where: str) -> None:
+    """What stands before the operand that adds axes still becomes one node."""
+    weights = {
+        "two": scalar(2),
+        "eps": scalar(0.1),
+        "gamma": f32(8),
+        "beta": f32(8),
+        "axes": np.array([-1], I64),
+    }
+    weights[where] = weights[where].reshape(1, 1, -1)
+    model = parse(text, **{k: v for k, v in weights.items() if f", {k})" in text})
+    fuse = FuseLayerNorm() if op == "LayerNormalization" else FuseRMSNorm()
+    check_pass(model, fuse, expect_modified=where != "eps")
+    assert (op in ops(model)) == (where != "eps")
+    assert len(model.graph.outputs[0].shape) == 3
+
+
+def test_gelu_constant_of_more_axes_is_left() -> None:
+    model = parse(
+        "(float[b,8] x) => (float[i,j,k] y) { a = Div(x, r) e = Erf(a) f = Add(e, one) g = Mul(x, f) y = Mul(g, half) }",
+        r=np.full((1, 1, 1), math.sqrt(2), np.float32),
+        one=scalar(1),
+        half=scalar(0.5),
+    )
+    check_pass(model, FuseGelu(), expect_modified=False)
+    assert "Gelu" not in ops(model)
+
+
+def test_gelu_constant_of_no_more_axes_fuses() -> None:
+    model = parse(
+        "(float[b,8] x) => (float[b,8] y) { a = Div(x, r) e = Erf(a) f = Add(e, one) g = Mul(x, f) y = Mul(g, half) }",
+        r=np.full((1, 1), math.sqrt(2), np.float32),
+        one=np.ones(1, np.float32),
+        half=scalar(0.5),
+    )
+    check_pass(model, FuseGelu())
+    assert ops(model) == ["Gelu"]
