@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from qgraph.errors import InputError, QGraphError, ResourceError
 from qgraph.passes.base import printable, top_graphs
+from qgraph.passes.hold_outputs import Signature, require_agreement
 from qgraph.passes.structure import check_structure
 
 if TYPE_CHECKING:
@@ -85,8 +86,21 @@ def _deserialize(proto: onnx.ModelProto, external: dict[str, Path]) -> ir.Model:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise InputError(printable(cause)) from error
+    _restore_inputs(model, proto)
     _bind_external(model, external)
     return model
+
+
+def _restore_inputs(model: ir.Model, proto: onnx.ModelProto) -> None:
+    """Gives inputs that are outputs too the types of their own declarations, which those of the outputs have
+    replaced. The two must agree."""
+    declared = {info.name: info.type for info in proto.graph.input}
+    for value in model.graph.inputs:
+        if value.is_graph_output() and value.name in declared:
+            promise = Signature.of(value)
+            value.type = ir.serde.deserialize_type_proto_for_type(declared[value.name])
+            value.shape = ir.serde.deserialize_type_proto_for_shape(declared[value.name])
+            require_agreement(promise, Signature.of(value))
 
 
 def _tensors(proto: onnx.ModelProto):

@@ -18,6 +18,7 @@ from qgraph.passes.fold_constants import FoldConstants
 from qgraph.passes.fuse_gelu import FuseGelu
 from qgraph.passes.fuse_layer_norm import FuseLayerNorm
 from qgraph.passes.fuse_rms_norm import FuseRMSNorm
+from qgraph.passes.hold_outputs import DeclareOutputs, HoldOutputs
 from qgraph.passes.infer_shapes import InferShapes
 from qgraph.passes.inline_functions import InlineFunctions
 from qgraph.passes.lift_constants import LiftConstants
@@ -48,6 +49,7 @@ def prepare(options: PrepareOptions) -> list[Pass]:
     """Phase "prepare": any exporter's graph to the prepared graph of docs/architecture.md."""
     return [
         # 0. One graph, one opset, constants as initializers
+        DeclareOutputs(),
         RaiseOpset(),
         InlineFunctions(),
         LiftConstants(),
@@ -60,6 +62,7 @@ def prepare(options: PrepareOptions) -> list[Pass]:
         UntilStable(
             options,
             InferShapes(),
+            HoldOutputs(),
             FoldConstants(),
             SimplifyReshape(),
             EliminateIdentity(),
@@ -83,6 +86,7 @@ def prepare(options: PrepareOptions) -> list[Pass]:
         NameWeights(),
         NameFixPass(),
         InferShapes(),
+        HoldOutputs(),
         CheckPrepared(),
         Dump("30-prepared", options),
     ]

@@ -81,7 +81,7 @@ def test_preparing_twice_changes_nothing() -> None:
 def test_hooks_and_dump(tmp_path: Path) -> None:
     heard: list[str] = []
     prepare_model(block(), on_pass=heard.append, dump=tmp_path / "new")
-    assert heard[0] == "RaiseOpset"
+    assert heard[0] == "DeclareOutputs"
     assert heard[-1] == "CheckPrepared"
     assert "FoldConstants" in heard
     assert not {"UntilStable", "Dump"} & set(heard)
