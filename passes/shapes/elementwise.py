@@ -18,9 +18,8 @@ BOOL = ir.DataType.BOOL
 _LIKE_FIRST_INPUT = """
     Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Celu Ceil Clip Cos Cosh Elu Erf Exp Floor Gelu
     HardSigmoid HardSwish Identity LeakyRelu Log Mish Neg Not PRelu Reciprocal Relu Round Selu
-    Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu CumSum
-    CumProd Hardmax LogSoftmax Softmax Trilu LpNormalization MeanVarianceNormalization LRN
-    InstanceNormalization GroupNormalization ScatterElements ScatterND
+    Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu
+    LRN InstanceNormalization GroupNormalization ScatterND
 """
 
 
@@ -33,6 +32,35 @@ def like_first_input(n: NodeView) -> None:
     if function is not None and x.content is not None:
         content = _apply(n, function, [x.content], x.shape)
     n.out(0, x.dtype, x.shape, content)
+
+
+@rule("Softmax", "LogSoftmax", "Hardmax", "LpNormalization", "ScatterElements")
+def along_axis(n: NodeView) -> None:
+    """Works along one axis; the output has the first input's dtype and shape."""
+    n.axis(n.attr("axis", 0 if n.node.op_type == "ScatterElements" else -1), n.rank(0))
+    n.out(0, n.dtype(0), n.shape(0))
+
+
+@rule("MeanVarianceNormalization")
+def mean_variance(n: NodeView) -> None:
+    n.axes(n.attr("axes", (0, 2, 3)), n.rank(0))
+    n.out(0, n.dtype(0), n.shape(0))
+
+
+@rule("CumSum", "CumProd")
+def cumulate(n: NodeView) -> None:
+    """Its axis is an input; one that is computed is left for the kernel to check."""
+    content = n.content(1)
+    if content is not None and content.size == 1 and isinstance(content.reshape(-1)[0], int):
+        n.axis(content.reshape(-1)[0], n.rank(0))
+    n.out(0, n.dtype(0), n.shape(0))
+
+
+@rule("Trilu")
+def trilu(n: NodeView) -> None:
+    if n.rank(0) < 2:
+        n.fail(f"an input of rank {n.rank(0)} has no matrices")
+    n.out(0, n.dtype(0), n.shape(0))
 
 
 @rule("Dropout")

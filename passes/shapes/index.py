@@ -51,6 +51,7 @@ def _picked(n: NodeView, axis: int) -> np.ndarray | None:
 def gather_elements(n: NodeView) -> None:
     if n.rank(0) != n.rank(1):
         n.fail("data and indices must have the same rank")
+    n.axis(n.attr("axis", 0), n.rank(0))
     n.out(0, n.dtype(0), n.shape(1))
 
 
@@ -58,6 +59,8 @@ def gather_elements(n: NodeView) -> None:
 def gather_nd(n: NodeView) -> None:
     data, indices = n.shape(0), n.shape(1)
     batch_dims = n.attr("batch_dims", 0)
+    if not 0 <= batch_dims < min(len(data), len(indices)):
+        n.fail(f"batch_dims {batch_dims} is out of range for ranks {len(data)} and {len(indices)}")
     depth = indices[-1] if indices else None
     if not isinstance(depth, int):
         n.refuse("the last dimension of its indices is not fixed")
@@ -70,4 +73,6 @@ def gather_nd(n: NodeView) -> None:
 
 @rule("TensorScatter")
 def tensor_scatter(n: NodeView) -> None:
+    if n.axis(n.attr("axis", -2), n.rank(0)) == 0:
+        n.fail("its axis may not be the batch")
     n.out(0, n.dtype(0), n.shape(0))

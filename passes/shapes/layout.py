@@ -100,6 +100,9 @@ def squeeze(n: NodeView) -> None:
         for axis in axes:
             n.equal(x[axis], 1, f"squeezed axis {axis}")
     else:
+        for dim in x:
+            if not isinstance(dim, int) and not n.world.greater_equal(dim, 2):
+                n.refuse(f"it names no axes, and '{dim}' may be 1 or more")
         axes = [i for i, dim in enumerate(x) if dim == 1]
     shape = [dim for i, dim in enumerate(x) if i not in axes]
     n.out(0, n.dtype(0), shape, _reshaped(n.content(0), shape))

@@ -11,15 +11,23 @@ from qgraph.passes.shapes.node import NodeView, rule
 
 @rule("DequantizeLinear")
 def dequantize(n: NodeView) -> None:
+    _check_axis(n)
     output = n.attr("output_dtype", 0)
     n.out(0, ir.DataType(output) if output else n.dtype(1), n.shape(0))
 
 
 @rule("QuantizeLinear")
 def quantize(n: NodeView) -> None:
+    _check_axis(n)
     output = n.attr("output_dtype", 0)
     dtype = ir.DataType(output) if output else n.dtype(2) if n.has(2) else ir.DataType.UINT8
     n.out(0, dtype, n.shape(0))
+
+
+def _check_axis(n: NodeView) -> None:
+    """One scale for the whole tensor, or a vector to quantize, makes the axis void."""
+    if n.shape(1) not in ((), (1,)) and n.rank(0) > 1:
+        n.axis(n.attr("axis", 1), n.rank(0))
 
 
 @rule("DynamicQuantizeLinear")

@@ -431,3 +431,80 @@ def test_a_wrong_annotation_in_the_file_is_ignored() -> None:
     InferShapes()(model)
     assert str(model.graph.outputs[0].shape) == "[b,4]"
     assert run_ort(model, feeds_for(model))[0].shape == (3, 4)
+
+
+# -- axes -----------------------------------------------------------------------------------------------------
+
+AXES = {
+    "Softmax": "y = Softmax<axis=AXIS>(x)",
+    "LogSoftmax": "y = LogSoftmax<axis=AXIS>(x)",
+    "Hardmax": "y = Hardmax<axis=AXIS>(x)",
+    "LpNormalization": "y = LpNormalization<axis=AXIS>(x)",
+    "LayerNormalization": "y = LayerNormalization<axis=AXIS>(x, w)",
+    "RMSNormalization": "y = RMSNormalization<axis=AXIS>(x, w)",
+    "ReduceSum": "a = Constant<value_ints=[AXIS]>() y = ReduceSum(x, a)",
+    "ArgMax": "y = ArgMax<axis=AXIS>(x)",
+    "TopK": "k = Constant<value_ints=[1]>() y, z = TopK<axis=AXIS>(x, k)",
+    "Concat": "y = Concat<axis=AXIS>(x, x)",
+    "Split": "y, z = Split<axis=AXIS,num_outputs=2>(x)",
+    "Gather": "y = Gather<axis=AXIS>(x, i)",
+    "GatherElements": "y = GatherElements<axis=AXIS>(x, i)",
+    "ScatterElements": "y = ScatterElements<axis=AXIS>(x, i, x)",
+    "Flatten": "y = Flatten<axis=AXIS>(x)",
+    "Squeeze": "a = Constant<value_ints=[AXIS]>() y = Squeeze(x, a)",
+    "Unsqueeze": "a = Constant<value_ints=[AXIS]>() y = Unsqueeze(x, a)",
+    "CumSum": "a = Constant<value_int=AXIS>() y = CumSum(x, a)",
+    "OneHot": "d = Constant<value_int=3>() v = Constant<value_ints=[0, 1]>() y = OneHot<axis=AXIS>(i, d, v)",
+    "MeanVarianceNormalization": "y = MeanVarianceNormalization<axes=[AXIS]>(x)",
+    "QuantizeLinear": "y = QuantizeLinear<axis=AXIS>(x, w)",
+    "DequantizeLinear": "q = Cast<to=2>(x) y = DequantizeLinear<axis=AXIS>(q, w)",
+    "TensorScatter": "y = TensorScatter<axis=AXIS>(x, x)",
+}
+
+
+@pytest.mark.parametrize("axis", [-7, 7])
+@pytest.mark.parametrize("op", AXES)
+def test_axis_out_of_range(op: str, axis: int) -> None:
+    from qgraph.passes.lift_constants import LiftConstants
+
+    opset = 24 if op == "TensorScatter" else 23
+    model = parse(
+        f"(float[b,4] x, int64[b,4] i) => (float[n,m] y) {{ {AXES[op].replace('AXIS', str(axis))} }}",
+        opset,
+        w=np.ones(4, np.float32),
+    )
+    LiftConstants()(model)
+    with pytest.raises(InputError, match=f"{op}.*axis {axis} is out of range for rank"):
+        InferShapes()(model)
+
+
+def test_softmax_of_a_scalar_has_no_axis() -> None:
+    with pytest.raises(InputError, match="axis -1 is out of range for rank 0"):
+        infer("(float x) => (float y) { y = Softmax(x) }")
+
+
+def test_gather_nd_batch_dims_out_of_range() -> None:
+    for batch_dims in (-1, 2):
+        with pytest.raises(InputError, match=f"batch_dims {batch_dims} is out of range"):
+            infer(
+                f"(float[b,4] x, int64[b,1] i) => (float[b] y) {{ y = GatherND<batch_dims={batch_dims}>(x, i) }}"
+            )
+
+
+def test_quantization_of_a_whole_tensor_ignores_its_axis() -> None:
+    for scale in (np.array(1, np.float32), np.ones(1, np.float32)):
+        infer("(float[4] x) => (uint8[4] y) { y = QuantizeLinear<axis=1>(x, w) }", w=scale)
+
+
+# -- squeeze without axes ---------------------------------------------------------------------------------------
+
+
+def test_squeeze_without_axes_of_a_dimension_that_may_be_1() -> None:
+    with pytest.raises(UnsupportedError, match=r"Squeeze.*names no axes, and 's' may be 1 or more"):
+        infer("(float[4,s] x) => (float y) { y = Squeeze(x) }")
+
+
+def test_squeeze_without_axes() -> None:
+    model = infer("(float[1,4,s] x) => (float[n,m] y) { a = Concat<axis=2>(x, x) y = Squeeze(a) }")
+    assert str(model.graph.outputs[0].shape) == "[4,2*s]"
+    check_shapes(model, SIZES)
