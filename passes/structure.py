@@ -21,6 +21,10 @@ OLDEST_OPSET = 9
 
 FunctionKey = tuple[str, str, str]
 
+_DATA_FIELDS = tuple(
+    f"{kind}_data" for kind in ("raw", "float", "int32", "int64", "double", "uint64", "string")
+)
+
 
 def check_structure(proto: onnx.ModelProto) -> None:
     """Raises unless `proto` is one graph in SSA form whose nodes fit their schemas.
@@ -230,9 +234,11 @@ def _at(node: onnx.NodeProto) -> str:
 
 
 def check_tensor(tensor: onnx.TensorProto) -> None:
-    """Raises InputError unless an inline tensor holds exactly the elements its shape promises."""
+    """Raises InputError unless an inline tensor holds exactly the elements its shape promises, in the field
+    of its type; UnsupportedError for strings."""
     import math
 
+    import onnx
     import onnx_ir as ir
 
     where = f"tensor '{printable(tensor.name)}'"
@@ -247,23 +253,17 @@ def check_tensor(tensor: onnx.TensorProto) -> None:
     if tensor.HasField("segment"):
         raise UnsupportedError(f"{where} is stored in segments")
     count = math.prod(tensor.dims)
+    if dtype == ir.DataType.STRING:
+        raise UnsupportedError(f"{where} holds strings, which are not supported; tokenize outside the model")
     if tensor.data_location == tensor.EXTERNAL or dtype.bitwidth == 6:
         return  # external files are checked by load.py; FLOAT6 is not an operand of anything supported
-    if dtype == ir.DataType.STRING:
-        held, wanted = len(tensor.string_data), count
-    elif tensor.HasField("raw_data"):
-        held, wanted = len(tensor.raw_data), math.ceil(count * dtype.bitwidth / 8)
+    field = "raw_data" if tensor.HasField("raw_data") else onnx.helper.tensor_dtype_to_field(dtype)
+    held = len(getattr(tensor, field))
+    if strange := [f for f in _DATA_FIELDS if f != field and len(getattr(tensor, f))]:
+        raise InputError(f"{where} is {dtype.name} but has data in '{strange[0]}'; the file is damaged")
+    if field == "raw_data":
+        wanted = math.ceil(count * dtype.bitwidth / 8)
     else:
-        held = sum(
-            len(field)
-            for field in (
-                tensor.float_data,
-                tensor.int32_data,
-                tensor.int64_data,
-                tensor.double_data,
-                tensor.uint64_data,
-            )
-        )
         packed = 8 // dtype.bitwidth if dtype.bitwidth < 8 else 1
         complex_ = 2 if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128) else 1
         wanted = math.ceil(count / packed) * complex_

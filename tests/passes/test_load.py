@@ -390,3 +390,40 @@ def test_external_tensor_in_an_attribute(tmp_path: Path) -> None:
     value = model.graph[0].attributes["value"].as_tensor()
     assert isinstance(value, ir.ExternalTensor)
     np.testing.assert_array_equal(value.numpy(), W)
+
+
+# -- tensors in strange fields -----------------------------------------------------------------------------
+
+
+def with_weight(tensor: onnx.TensorProto) -> onnx.ModelProto:
+    proto = parse_proto(SIMPLE, w=W)
+    proto.graph.initializer[0].CopyFrom(tensor)
+    return proto
+
+
+def test_floats_stored_as_integers(tmp_path: Path) -> None:
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4, 4], int64_data=[1] * 16)
+    assert "tensor 'w' is FLOAT but has data in 'int64_data'" in refused(save(tmp_path, with_weight(tensor)))
+
+
+def test_data_twice(tmp_path: Path) -> None:
+    tensor = onnx.numpy_helper.from_array(W, "w")
+    tensor.float_data.extend([1.0] * 16)
+    assert "has data in 'float_data'" in refused(save(tmp_path, with_weight(tensor)))
+
+
+def test_strings(tmp_path: Path) -> None:
+    tensor = helper.make_tensor("w", onnx.TensorProto.STRING, [1], [b"a"])
+    assert "tensor 'w' holds strings" in refused(save(tmp_path, with_weight(tensor)), UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    "kind", ["FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "INT8", "UINT8", "INT32", "INT64", "UINT64", "BOOL"]
+)
+def test_typed_fields_load(tmp_path: Path, kind: str) -> None:
+    tensor = helper.make_tensor("w", getattr(onnx.TensorProto, kind), [2, 8], [0, 1] * 8)
+    assert not tensor.HasField("raw_data")
+    model = load_model(save(tmp_path, with_weight(tensor)))
+    np.testing.assert_array_equal(
+        model.graph.initializers["w"].const_value.numpy().astype(int), np.tile([0, 1], (2, 4))
+    )
