@@ -170,6 +170,7 @@ class RaiseOpset(GraphPass):
             node.attributes.add(ir.AttrInt64("axis", -1))
             return
         if shape is not None and axis >= 0 and all(d == 1 for d in shape[axis + 1 :]):
+            node.attributes.add(ir.AttrInt64("axis", axis))  # the default changed, too
             return
         raise UnsupportedError(
             f"{describe(node)}: before opset 13 it flattens from axis {axis} on, which is not the last; "

@@ -149,3 +149,9 @@ def test_tables_name_real_operators_once() -> None:
                 assert not before.name or before == after, f"{name}.{attribute} changed its default"
             added = {a for a in set(new.attributes) - set(old.attributes) if new.attributes[a].required}
             assert not added, f"{name} needs {added} since opset {old_version}"
+
+
+def test_old_softmax_keeps_its_default_axis() -> None:
+    """Before opset 13 the default was axis 1, now it is the last."""
+    model = parse("(float[b,8,1] x) => (float[b,8,1] y) { y = Softmax(x) }", 12)
+    check_pass(model, RaiseOpset(), infer=False)
