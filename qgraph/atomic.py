@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,28 +48,58 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """`atomic_write` for a file with companions: yields an empty directory in which to write `path`'s name.
 
     Every file written there moves beside `path`, the one named like `path` last: it never refers to a
-    companion that is not there yet.
+    companion that is not there yet. When one cannot move, those before it are undone.
     """
     target = Path(path)
     real = target.resolve()
     temporary = real.parent / f".{real.name[:80]}.{secrets.token_hex(4)}.tmp"
     try:
-        if real.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a directory")
+        _require_replaceable(real, target)
         temporary.mkdir()
         yield temporary
         if not (temporary / target.name).exists():
             raise RuntimeError(f"the block that was to write {target} did not")
         written = sorted(temporary.iterdir(), key=lambda file: (file.name == target.name, file.name))
-        for file in written:
+        finals = [real if file.name == target.name else real.parent / file.name for file in written]
+        for file, final in zip(written, finals, strict=True):
             _flush(file)
-        for file in written:
-            file.replace(real if file.name == target.name else real.parent / file.name)
-        _flush(real.parent)
+            _require_replaceable(final, target.with_name(file.name))
+        with contextlib.ExitStack() as undo:
+            old = temporary / secrets.token_hex(8)
+            old.mkdir()
+            for file, final in zip(written, finals, strict=True):
+                undo.callback(_restore, _keep(final, old / file.name), final)
+                file.replace(final)
+            _flush(real.parent)
+            undo.pop_all()
     except OSError as error:
         raise ResourceError(f"cannot write {target}: {_reason(error, temporary)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _require_replaceable(path: Path, shown: Path) -> None:
+    """ResourceError when a file, device or folder stands at `path` that a new file must not replace."""
+    mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        what = _REASONS[errno.EISDIR] if stat.S_ISDIR(mode) else "it is not a regular file"
+        raise ResourceError(f"cannot write {shown}: {what}")
+
+
+def _keep(path: Path, copy: Path) -> Path | None:
+    """A second name for the file at `path`, if there is one: from it the file can be restored."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(path, copy, follow_symlinks=False)
+    return copy
+
+
+def _restore(kept: Path | None, path: Path) -> None:
+    with contextlib.suppress(OSError):  # what stopped the first file is what the user hears of
+        path.unlink(missing_ok=True) if kept is None else kept.replace(path)
 
 
 def _flush(path: Path) -> None:

@@ -175,6 +175,52 @@ def test_companions_move_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "a", "b": "b", "c": "c"}
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_a_failing_move_undoes_those_before(
+    links: bool, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The last of three moves fails: an old companion is back, and a new one is gone."""
+    (tmp_path / "a").write_text("old a")
+    (tmp_path / "z").write_text("old z")
+    replace = Path.replace
+
+    def fail_at_z(source: Path, target: Path) -> Path:
+        if target.name == "z" and (tmp_path / "b").exists():
+            raise error
+        return replace(source, target)
+
+    def no_links(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "replace", fail_at_z)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    expected = ResourceError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected), atomic_directory(tmp_path / "z") as directory:
+        for name in ("a", "b", "z"):
+            (directory / name).write_text("new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "old a", "z": "old z"}
+
+
+def test_a_companion_that_cannot_be_replaced(tmp_path: Path):
+    """All are looked at before the first moves."""
+    (tmp_path / "b").mkdir()
+    with (
+        pytest.raises(ResourceError, match=r"cannot write .*/b: it is a directory$"),
+        atomic_directory(tmp_path / "z") as directory,
+    ):
+        for name in ("a", "b", "z"):
+            (directory / name).write_text("new")
+    assert names(tmp_path) == ["b"]
+
+
+def test_a_device_is_not_replaced(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ResourceError, match="it is not a regular file"), atomic_write(tmp_path / "pipe"):
+        pytest.fail("the block must not run")
+
+
 def test_writers_at_the_same_time(tmp_path: Path):
     """The last rename wins; no reader ever sees a mixture."""
 
