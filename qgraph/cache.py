@@ -9,9 +9,10 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """`$QGRAPH_CACHE_DIR`, else `$XDG_CACHE_HOME/qgraph`, else `~/.cache/qgraph`. Not created here."""
-    if "QGRAPH_CACHE_DIR" in os.environ:
-        return Path(os.environ["QGRAPH_CACHE_DIR"])
+    """`$QGRAPH_CACHE_DIR`, else `$XDG_CACHE_HOME/qgraph`, else `~/.cache/qgraph`; an empty variable is an
+    unset one. Not created here. The same rule as in runtime/build.py."""
+    if folder := os.environ.get("QGRAPH_CACHE_DIR"):
+        return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "qgraph"
 

@@ -46,10 +46,13 @@ def find_compiler() -> list[str]:
     """Command of the C++ compiler: $CXX (which may hold flags) or the first known name on the PATH.
 
     Raises:
-        ResourceError: there is none.
+        ResourceError: there is none, or $CXX is not a command.
     """
     if chosen := os.environ.get("CXX"):
-        command = shlex.split(chosen)
+        try:
+            command = shlex.split(chosen)
+        except ValueError as error:
+            raise ResourceError(f"$CXX, {chosen!r}, is not a command: {str(error).lower()}") from None
         if command and shutil.which(command[0]):
             return command
         raise ResourceError(f"the C++ compiler of $CXX, {chosen!r}, is not to be found: {HINT}")
@@ -122,22 +125,24 @@ def _compile(compiler: list[str], scratch: Path) -> Path:
 
     def compile_unit(unit: Path, target: Path) -> None:
         include = f"-I{ROOT / 'include'}"
-        _run([*compiler, *COMPILE_FLAGS, include, "-c", str(unit), "-o", str(target)])
+        _run([*compiler, *COMPILE_FLAGS, include, "-c", str(unit)], target)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(compile_unit, units, objects))
     library = scratch / "libqgraph.so"
     exports = f"-Wl,--version-script={ROOT / 'src' / 'exports.map'}"
-    _run([*compiler, *LINK_FLAGS, exports, *map(str, objects), "-o", str(library)])
+    _run([*compiler, *LINK_FLAGS, exports, *map(str, objects)], library)
     return library
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = (
-            [line for line in done.stderr.splitlines() if "error" in line]
-            or done.stderr.splitlines()
-            or ["?"]
-        )
-        raise ResourceError(f"the runtime does not build: {shlex.join(command)}: {lines[0].strip()}")
+def _run(command: list[str], target: Path) -> None:
+    """Run a compiler that writes `target`. Raises ResourceError, with its first error, when it does not."""
+    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, check=False)
+    if done.returncode == 0 and target.is_file():
+        return
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    said = next(
+        (f": {line}" for line in lines if "error" in line), f": {lines[0]}" if lines else " without a message"
+    )
+    ended = f"ends with status {done.returncode}" if done.returncode else "succeeds but writes no file"
+    raise ResourceError(f"the runtime does not build: {shlex.join(command)} {ended}{said}")
