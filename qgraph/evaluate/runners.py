@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qgraph.errors import InputError, UnsupportedError, UsageError
+from qgraph.evaluate.files import existing_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,7 @@ class OnnxRuntimeRunner:
     name = "onnxruntime"
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 0) -> None:
-        self._path = _existing(path)
+        self._path = os.fspath(existing_file(path))
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # is read at import
         import onnxruntime
 
@@ -74,7 +75,7 @@ class ReferenceRunner:
     name = "reference"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = _existing(path)
+        self._path = os.fspath(existing_file(path))
         from onnx.reference import ReferenceEvaluator
 
         try:
@@ -131,12 +132,6 @@ def open_runner(path: str | os.PathLike[str], *, engine: str = "", threads: int 
     if engine not in _ENGINES:
         raise UsageError(f"unknown engine '{engine}'; known: {', '.join(_ENGINES)}")
     return _ENGINES[engine](path, threads=threads)
-
-
-def _existing(path: str | os.PathLike[str]) -> str:
-    if not Path(path).is_file():
-        raise InputError(f"{os.fspath(path)}: no such file")
-    return os.fspath(path)
 
 
 def _check_names(path: str, inputs: tuple[str, ...], feeds: Feeds) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qgraph.errors import UsageError
+from qgraph.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,10 +90,28 @@ def input_specs(model: Model) -> list[InputSpec]:
 
 
 def artifact_ranges(model: Model) -> dict[str, tuple[int, int]]:
-    """The ranges that the compiler wrote into a loaded artifact; none when another tool made it."""
-    return {
-        name: (low, high) for name, (low, high) in json.loads(model.metadata.get(METADATA_KEY, "{}")).items()
-    }
+    """The ranges that the compiler wrote into a loaded artifact; none when another tool made it.
+
+    Raises InputError when what is written there is something else.
+    """
+    try:
+        ranges = json.loads(model.metadata.get(METADATA_KEY, "{}"))
+        return {name: _range(bounds) for name, bounds in ranges.items()}
+    except (ValueError, AttributeError, RecursionError):
+        raise InputError(
+            f"{model.path}: its metadata '{METADATA_KEY}' is not JSON of input name -> [lowest, highest]: "
+            "compile the model again"
+        ) from None
+
+
+def _range(bounds: object) -> tuple[int, int]:
+    """(lowest, highest) of a pair of int64. Raises ValueError for anything else."""
+    if not isinstance(bounds, list) or [type(bound) for bound in bounds] != [int, int]:
+        raise ValueError("not a pair of integers")
+    low, high = bounds
+    if not -(2**63) <= low <= high < 2**63:
+        raise ValueError("not a range of int64")
+    return low, high
 
 
 def choose_dims(

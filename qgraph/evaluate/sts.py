@@ -9,10 +9,10 @@ import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qgraph.errors import InputError, ResourceError, UsageError
+from qgraph.evaluate.files import existing_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,13 +46,11 @@ def read_pairs(path: str | os.PathLike[str], limit: int | None = None) -> list[P
     """
     pairs: list[Pair] = []
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with existing_file(path).open(newline="", encoding="utf-8") as file:
             for row in csv.reader(file):
                 if limit is not None and len(pairs) == limit:
                     break
                 pairs.append(_pair(row, f"{os.fspath(path)}, row {len(pairs) + 1}"))
-    except FileNotFoundError:
-        raise InputError(f"{os.fspath(path)}: no such file") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{os.fspath(path)}: not a CSV file in UTF-8: {error}") from error
     if not pairs:
@@ -80,10 +78,9 @@ class SentenceTokenizer:
             from tokenizers import Tokenizer
         except ImportError:
             raise ResourceError("the package 'tokenizers' is missing: pip install 'qgraph[demo]'") from None
-        if not Path(path).is_file():
-            raise InputError(f"{os.fspath(path)}: no such file")
+        file = existing_file(path)
         try:
-            self._tokenizer = Tokenizer.from_file(os.fspath(path))
+            self._tokenizer = Tokenizer.from_file(os.fspath(file))
         except Exception as error:  # the package raises Exception itself
             raise InputError(f"{os.fspath(path)}: not a tokenizer.json: {error}") from error
         padding = self._tokenizer.padding or {}

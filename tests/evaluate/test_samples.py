@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qgraph.errors import UsageError
-from qgraph.evaluate.samples import InputSpec, choose_dims, input_ranges, make_inputs
+from qgraph.errors import InputError, UsageError
+from qgraph.evaluate.samples import (
+    METADATA_KEY,
+    InputSpec,
+    artifact_ranges,
+    choose_dims,
+    input_ranges,
+    make_inputs,
+)
 
 IDS = InputSpec("ids", "int64", ("batch", "sequence"))
 MASK = InputSpec("mask", "bool", ("batch", "sequence"))
@@ -96,3 +105,23 @@ def test_a_dim_that_nobody_knows() -> None:
     spec = InputSpec("x", "float32", ("(2 * sequence)",))
     with pytest.raises(UsageError, match=r"'x' has the dim '\(2 \* sequence\)'"):
         make_inputs([spec], {}, {}, seed=0)
+
+
+def test_ranges_of_an_artifact() -> None:
+    def ranges(text: str) -> dict[str, tuple[int, int]]:
+        return artifact_ranges(SimpleNamespace(path="m.qg", metadata={METADATA_KEY: text}))  # type: ignore[arg-type]
+
+    assert ranges('{"ids": [0, 96], "mask": [1, 1]}') == {"ids": (0, 96), "mask": (1, 1)}
+    assert artifact_ranges(SimpleNamespace(path="m.qg", metadata={})) == {}  # type: ignore[arg-type]
+    bad = ["5, 1", "1e30, 2", "true, true", "0, null", "0", "0, 1, 2", f"0, {2**63}", f"0, {'9' * 5000}"]
+    for text in (
+        *(f'{{"ids": [{pair}]}}' for pair in bad),
+        "[[[",
+        "[" * 10**5,
+        "null",
+        '{"ids": 3}',
+        "[1]",
+        "",
+    ):
+        with pytest.raises(InputError, match=r"m\.qg: its metadata 'qgraph.input_ranges' is not JSON of"):
+            ranges(text)
