@@ -12,6 +12,7 @@ from qgraph.errors import InputError, UsageError
 
 ONNX_STYLES = ("function", "qdq")
 EMBEDDINGS = ("float", "nvfp4")
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class CompileConfig:
         target: the machine the artifact is for, a name of `qgraph.codegen.isa.TARGETS`.
         verify: whether the artifact is run and compared with ONNX's reference evaluator on the low-bit model.
         strict: whether a layer that was chosen but did not get a low-bit kernel is an error.
-        threads: threads of the verification; 0 is one a core.
+        threads: threads of the verification, at most 1024; 0 is one a core.
         seed: of the verification's inputs.
 
     Raises UsageError, naming the field, when a value is not one of those.
@@ -79,6 +80,8 @@ class CompileConfig:
         for name in ("threads", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: must not be negative, got {getattr(self, name)}")
+        if self.threads > MAX_THREADS:
+            raise UsageError(f"threads: must be at most {MAX_THREADS}, got {self.threads}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> CompileConfig:

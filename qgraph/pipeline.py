@@ -80,8 +80,8 @@ def compile(
 
     On any error, what an earlier run wrote is as it was.
     """
-    config = _config(config, options)
-    with _Run(Path(model), config, output, dry_run, progress, suffixes=(".onnx", ".qg")) as run:
+    config, source = _config(config, options), _path("model", model)
+    with _Run(source, config, output, dry_run, progress, suffixes=(".onnx", ".qg")) as run:
         lowbit = _quantize(run, dump)
         _build(run, run.staged(".onnx"))
         if config.onnx_style != "function":
@@ -104,8 +104,8 @@ def quantize(
 ) -> CompileResult:
     """The first half of `compile`: `<output>.onnx` and `<output>.report.json`. Arguments and errors as
     there."""
-    config = _config(config, options)
-    with _Run(Path(model), config, output, dry_run, progress, suffixes=(".onnx",)) as run:
+    config, source = _config(config, options), _path("model", model)
+    with _Run(source, config, output, dry_run, progress, suffixes=(".onnx",)) as run:
         lowbit = _quantize(run, dump)
         if config.onnx_style != "function":
             _restyle(run, lowbit)
@@ -125,10 +125,10 @@ def build(
 
     Arguments and errors as there; of the config only the fields of `CompileConfig.BUILD` matter.
     """
-    config = _config(config, options)
-    with _Run(Path(lowbit), config, output, dry_run, progress, suffixes=(".qg",)) as run:
-        _build(run, Path(lowbit))
-        _verify(run, Path(lowbit))
+    config, source = _config(config, options), _path("lowbit", lowbit)
+    with _Run(source, config, output, dry_run, progress, suffixes=(".qg",)) as run:
+        _build(run, source)
+        _verify(run, source)
         return run.finish()
 
 
@@ -151,7 +151,9 @@ def _quantize(run: _Run, dump: str | os.PathLike[str] | None) -> ir.Model:
         report.model["sha256"] = _hash(_files(run.source, model))
     with run.phase("prepare"):
         refusals: list[Refusal] = []
-        prepare_model(model, dump=None if dump is None else Path(dump), refusals=refusals, on_pass=run.heard)
+        prepare_model(
+            model, dump=None if dump is None else _path("dump", dump), refusals=refusals, on_pass=run.heard
+        )
         already = [layer.name for layer in layers_of(model) if layer.scheme]
         if already:
             raise UsageError(f"{run.source}: node '{already[0]}' is quantized already: use `qgraph build`")
@@ -276,7 +278,7 @@ class _Run:
             raise InputError(f"{source}: no such file")
         self.source, self.config, self.dry_run, self.suffixes = source, config, dry_run, suffixes
         self.prefix = _prefix(source, config.scheme if ".onnx" in suffixes else "", output)
-        for suffix in suffixes:
+        for suffix in (*suffixes, ".report.json"):
             if self.final(suffix).resolve() == source.resolve():
                 raise UsageError(f"the output {self.final(suffix)} is the input: give another -o")
         self.progress = progress or Progress()
@@ -343,7 +345,26 @@ class _Run:
 
 
 def _config(config: CompileConfig | None, options: dict[str, Any]) -> CompileConfig:
+    if not isinstance(config, CompileConfig | None):
+        raise UsageError(f"config: expected a CompileConfig, got a {type(config).__name__}")
     return (config or CompileConfig()).with_options(options)
+
+
+def _path(name: str, value: Any) -> Path:
+    """UsageError for a value that cannot be a path."""
+    try:
+        path = Path(value)
+    except TypeError:
+        raise UsageError(f"{name}: expected a path, got a {type(value).__name__}") from None
+    if "\0" in str(path):
+        raise UsageError(f"{name}: a path cannot hold the character NUL: {str(path)!r}")
+    return path
+
+
+def output_files(source: Path, scheme: str, output: str | os.PathLike[str] | None) -> list[Path]:
+    """All that a run may write; `scheme` is part of the default name, and empty for `build`."""
+    prefix = _prefix(source, scheme, output)
+    return [prefix.with_name(prefix.name + end) for end in (".onnx", ".onnx.data", ".qg", ".report.json")]
 
 
 def _prefix(source: Path, scheme: str, output: str | os.PathLike[str] | None) -> Path:
@@ -351,6 +372,7 @@ def _prefix(source: Path, scheme: str, output: str | os.PathLike[str] | None) ->
     name = source.name.removesuffix(".onnx") + (f".{scheme}" if scheme else "")
     if output is None:
         return source.with_name(name)
+    _path("output", output)
     text = os.fspath(output)
     if text.endswith(os.sep) or Path(text).is_dir():
         return Path(text) / name

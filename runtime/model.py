@@ -275,6 +275,9 @@ def _dtype_name(dtype: np.dtype) -> str:
 def _arrays(infos: tuple[TensorInfo, ...], inputs: Mapping[str, Any]) -> list[np.ndarray]:
     """The inputs in the model's order, as contiguous arrays of the model's dtypes."""
     names = [info.name for info in infos]
+    if not isinstance(inputs, Mapping):
+        kind = type(inputs).__name__
+        raise InputError(f"the inputs are a {kind}: give a dict of {', '.join(names) or 'nothing'} to arrays")
     if unknown := [name for name in inputs if name not in names]:
         raise InputError(f"unknown input {unknown[0]!r}: the model has {', '.join(names) or 'none'}")
     if missing := [name for name in names if name not in inputs]:
@@ -293,6 +296,8 @@ def _array(info: TensorInfo, value: Any) -> np.ndarray:
             value = np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"input {info.name!r}: numpy cannot take it over DLPack: {error}") from error
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError(f"input {info.name!r} is a masked array: fill it in with .filled first")
     if value.dtype != info.dtype:
         raise InputError(
             f"input {info.name!r}: expected {info.dtype}, got {value.dtype}: cast it with .astype"

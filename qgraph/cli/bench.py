@@ -39,11 +39,10 @@ def command(
     turns with it in the same process, on the same inputs and number of threads."""
     from qgraph.evaluate.latency import measure
     from qgraph.evaluate.runners import OnnxRuntimeRunner
-    from qgraph.evaluate.samples import artifact_ranges, input_specs
     from qgraph.runtime import load
 
     with load(artifact) as model, model.session(threads=threads) as session:
-        feeds = make_feeds(input_specs(model), artifact_ranges(model), inputs, dims, seed)
+        feeds = make_feeds(model, inputs, dims, seed)
         ours = f"qgraph ({model.isa})"
         contenders: dict[str, Callable[[], object]] = {ours: lambda: session.run(feeds)}
         if onnx is not None:

@@ -60,13 +60,12 @@ def command(
     5 when one differs too much."""
     from qgraph.evaluate.compare import compare
     from qgraph.evaluate.runners import open_runner
-    from qgraph.evaluate.samples import artifact_ranges, input_specs
     from qgraph.runtime import load
 
     if lowbit is None and original is None:
         raise UsageError("nothing to compare with: give --lowbit, --original or both")
     with load(artifact, threads=threads) as model:
-        feeds = make_feeds(input_specs(model), artifact_ranges(model), inputs, dims, seed)
+        feeds = make_feeds(model, inputs, dims, seed)
         got = model.run(feeds)
     rows, missed = [], []
     for kind, path, engine in (("lowbit", lowbit, "reference"), ("original", original, "onnxruntime")):

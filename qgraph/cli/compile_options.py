@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import click
 
 from qgraph.cli.console import print_json, table
-from qgraph.cli.options import json_option, quiet_option, standard_options
+from qgraph.cli.options import json_option, quiet_option, refuse_overwrite, standard_options
 from qgraph.config import CompileConfig, dump_toml, load_toml
-from qgraph.errors import InputError
+from qgraph.errors import InputError, UsageError
+from qgraph.evaluate.files import existing_file
 from qgraph.report.document import CompileReport
 from qgraph.report.text import summary
 
@@ -96,23 +98,39 @@ def _decorate(options: list[Decorator]) -> Decorator:
 
 
 def make_config(options: dict[str, Any]) -> CompileConfig:
-    """The config of a config file, if any, with the options of the command line over it. Saves it when
-    asked."""
+    """The config of a config file, if any, with the options of the command line over it."""
     config = CompileConfig()
     source = options["config_file"]
     if source is not None:
         try:
-            config = config.with_options(load_toml(source.read_text(), str(source)))
+            config = config.with_options(load_toml(existing_file(source).read_text("utf-8"), str(source)))
         except UnicodeDecodeError as error:
             raise InputError(f"{source}: not a TOML file: {error}") from error
-    config = config.with_options({k: options[k] for k in _FIELDS if options.get(k) not in (None, ())})
-    target = options["save_config"]
-    if target is not None:
-        from qgraph.atomic import atomic_write
+    return config.with_options({k: options[k] for k in _FIELDS if options.get(k) not in (None, ())})
 
-        with atomic_write(target) as temporary:
-            Path(temporary).write_text(dump_toml(config))
-    return config
+
+@contextlib.contextmanager
+def saved_config(config: CompileConfig, model: Path, options: dict[str, Any]) -> Iterator[None]:
+    """Writes the config that `--save-config` asks for when the block, which compiles `model`, has
+    succeeded.
+
+    Raises UsageError, before the block, for a dry run and where the file would replace the model or an
+    output.
+    """
+    target = options["save_config"]
+    if target is None:
+        yield
+        return
+    from qgraph.atomic import atomic_write
+    from qgraph.pipeline import output_files
+
+    if options["dry_run"]:
+        raise UsageError("--save-config writes a file and --dry-run writes none: give one of them")
+    outputs = [file for name in (config.scheme, "") for file in output_files(model, name, options["output"])]
+    refuse_overwrite("--save-config", target, [model, *outputs])
+    with atomic_write(target) as temporary:
+        temporary.write_text(dump_toml(config), "utf-8")
+        yield
 
 
 def show(report: CompileReport, options: dict[str, Any]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from qgraph.config import MAX_THREADS
+from qgraph.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -13,12 +17,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MAX_THREADS),
     default=0,
     metavar="N",
     help="Threads to compute with; 0 is one a core.  [default: 0]",
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of generated inputs.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of generated inputs."
+)
 
 
 def standard_options(function: F) -> F:
@@ -27,3 +33,9 @@ def standard_options(function: F) -> F:
     return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(
         function
     )
+
+
+def refuse_overwrite(option: str, target: Path, others: Iterable[Path]) -> None:
+    """UsageError when `target`, which `option` asks to write, is one of the files that must stay."""
+    if any(target.resolve() == other.resolve() for other in others):
+        raise UsageError(f"{option} {target} would overwrite a file that this command reads or writes")

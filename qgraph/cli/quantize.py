@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qgraph.cli.compile_options import compile_options, make_config, show
+from qgraph.cli.compile_options import compile_options, make_config, saved_config, show
 from qgraph.cli.console import make_progress
 
 
@@ -20,7 +20,7 @@ def command(model: Path, **options: Any) -> None:
     from qgraph.pipeline import quantize
 
     config = make_config(options)
-    with make_progress(options["quiet"]) as progress:
+    with saved_config(config, model, options), make_progress(options["quiet"]) as progress:
         result = quantize(
             model,
             config,

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from qgraph.cli.console import escape, print_json, table
-from qgraph.cli.options import json_option, standard_options, threads_option
-from qgraph.cli.tensors import make_feeds, tensor_options
+from qgraph.cli.options import json_option, refuse_overwrite, standard_options, threads_option
+from qgraph.cli.tensors import input_files, make_feeds, tensor_options
+from qgraph.config import did_you_mean
+from qgraph.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,11 +39,15 @@ def command(
     trust."""
     import numpy as np
 
-    from qgraph.evaluate.samples import artifact_ranges, input_specs
+    from qgraph.codegen.isa import ISAS
     from qgraph.runtime import load
 
+    if isa is not None and isa not in ISAS:
+        raise UsageError(f"unknown isa '{isa}'{did_you_mean(isa, ISAS)}")
+    if output is not None:
+        refuse_overwrite("--output", output, [artifact, *input_files(inputs)])
     with load(artifact, threads=threads, isa=isa) as model:
-        feeds = make_feeds(input_specs(model), artifact_ranges(model), inputs, dims, seed)
+        feeds = make_feeds(model, inputs, dims, seed)
         outputs = model.run(feeds)
         variant = model.isa
     if output is not None:

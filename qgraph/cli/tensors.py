@@ -3,7 +3,6 @@ ones."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +11,12 @@ import click
 
 from qgraph.cli.options import F, seed_option
 from qgraph.errors import InputError, UsageError
+from qgraph.evaluate.files import existing_file
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from qgraph.evaluate.samples import InputSpec
+    from qgraph.runtime import Model
 
 
 def tensor_options(function: F) -> F:
@@ -36,29 +36,30 @@ def tensor_options(function: F) -> F:
     return function
 
 
-def make_feeds(
-    specs: Sequence[InputSpec],
-    ranges: Mapping[str, tuple[int, int]],
-    inputs: Sequence[str],
-    dims: Sequence[str],
-    seed: int,
-) -> dict[str, np.ndarray]:
-    """The tensors that the options of `tensor_options` ask for."""
-    from qgraph.evaluate.samples import choose_dims, make_inputs
+def make_feeds(model: Model, inputs: Sequence[str], dims: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+    """The tensors for `model` that the options of `tensor_options` ask for."""
+    from qgraph.evaluate.samples import artifact_ranges, choose_dims, input_specs, make_inputs
 
     if inputs:
         if dims:
             raise UsageError("--dim is for seeded inputs: it cannot go with --input")
         return _read(inputs)
-    return make_inputs(specs, ranges, choose_dims(specs, _parse_dims(dims)), seed)
+    specs, given = input_specs(model), _parse_dims(dims)
+    chosen = choose_dims(specs, given)
+    for dim in model.dims:
+        if dim.name in given and not dim.min <= given[dim.name] <= dim.max:
+            raise UsageError(f"--dim {dim.name}={given[dim.name]}: the model takes {dim.min} to {dim.max}")
+    return make_inputs(specs, artifact_ranges(model), chosen, seed)
 
 
 def _parse_dims(dims: Sequence[str]) -> dict[str, int]:
-    parsed = {}
+    parsed: dict[str, int] = {}
     for text in dims:
         name, equals, size = text.partition("=")
-        if not equals or not size.isdecimal():
+        if not equals or not size.isdecimal() or len(size) > 19:
             raise UsageError(f"--dim {text}: expected NAME=SIZE, e.g. --dim batch=2")
+        if name in parsed:
+            raise UsageError(f"--dim gives '{name}' twice")
         parsed[name] = int(size)
     return parsed
 
@@ -67,6 +68,8 @@ def _read(inputs: Sequence[str]) -> dict[str, np.ndarray]:
     feeds: dict[str, np.ndarray] = {}
     for text in inputs:
         name, equals, file = text.partition("=")
+        if not text or (equals and not (name and file)):
+            raise UsageError(f"--input {text}: expected NAME=FILE or FILE.npz")
         found = {name: _load(Path(file))} if equals else _load_all(Path(text))
         for key, array in found.items():
             if key in feeds:
@@ -92,17 +95,27 @@ def _load_all(path: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"--input {path}: a .npy file needs the input's name: --input NAME={path}")
     try:
         return dict(loaded.items())
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: damaged .npz file: {error}") from error
+    except Exception as error:  # as in _open
+        raise InputError(
+            f"{path}: damaged, or not an .npz file of plain arrays that fit in memory"
+        ) from error
 
 
 def _open(path: Path) -> np.ndarray | Mapping[str, np.ndarray]:
     import numpy as np
 
+    existing_file(path)
     try:
         loaded: np.ndarray | Mapping[str, np.ndarray] = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a .npy or .npz file of plain arrays: {error}") from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read as a .npy or .npz file: {error.strerror or error}"
+        ) from error
+    except Exception as error:  # numpy's, zipfile's and, for a header that lies, MemoryError share no base
+        raise InputError(f"{path}: not a .npy or .npz file of plain arrays that fit in memory") from error
     return loaded
+
+
+def input_files(inputs: Sequence[str]) -> list[Path]:
+    """The files that `--input` names."""
+    return [Path(file if equals else name) for name, equals, file in (text.partition("=") for text in inputs)]

@@ -205,6 +205,12 @@ OPTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "option without value": (("--scheme",), USAGE, ("--scheme",)),
     "two models": (("tiny.onnx",), USAGE, ("tiny.onnx",)),
     "negative threads": (("--threads", "-1"), USAGE, ("threads",)),
+    "too many threads": (("--threads", "99999999"), USAGE, ("threads", "1024")),
+    "config is a device": (("--config", "/dev/zero"), INPUT, ("/dev/zero", "not a regular file")),
+    "config over the model": (("--save-config", "tiny.onnx"), USAGE, ("tiny.onnx", "overwrite")),
+    "config over an output": (("--save-config", "./tiny.nvfp4.qg"), USAGE, ("tiny.nvfp4.qg", "overwrite")),
+    "config and dry run": (("--save-config", "a.toml", "--dry-run"), USAGE, ("--dry-run",)),
+    "config and a failure": (("--save-config", "a.toml", "--exclude", "no/such"), USAGE, ("no/such",)),
     "not a number": (("--seed", "x"), USAGE, ("--seed",)),
     "pattern that matches nothing": (("--exclude", "no/such/layer"), USAGE, ("no/such/layer",)),
     "config missing": (("--config", "none.toml"), INPUT, ("none.toml",)),
@@ -222,8 +228,12 @@ def test_bad_option(name: str, tiny: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
-def test_an_interrupt_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle: 130, one line, no file."""
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "hangup")],
+)
+def test_a_signal_leaves_nothing(number: signal.Signals, words: str, tiny: Path, tmp_path: Path) -> None:
+    """Ctrl-C, `kill` or a closed terminal in the middle: 128 + signal, one line, no file."""
     args = [sys.executable, "-m", "qgraph", "compile", str(tiny), "-o", str(tmp_path / "out")]
     env = {
         **os.environ,
@@ -235,10 +245,10 @@ def test_an_interrupt_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     for line in process.stderr:
         if line.split()[0] == "import":  # the phase before
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest = process.stderr.read()
-    assert process.wait(timeout=60) == 130
-    assert rest.strip() == "error: interrupted"
+    assert process.wait(timeout=60) == 128 + number
+    assert rest.strip() == f"error: {words}"
     assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == []
 
 
@@ -306,6 +316,13 @@ def test_output_is_a_folder(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out.qg").mkdir()
     assert_fails(qgraph("compile", "-q", tiny, "-o", tmp_path / "out"), RESOURCE, "out.qg", "directory")
     assert [p.name for p in tmp_path.iterdir()] == ["out.qg"]
+
+
+def test_a_folder_stands_where_the_report_should_go(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.report.json").mkdir()
+    result = qgraph("quantize", "-q", tiny, "-o", tmp_path / "out")
+    assert_fails(result, RESOURCE, "cannot write", "out.report.json: it is a directory")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.report.json"]
 
 
 # Kilobytes that are too few for the tiny model's ONNX file, and too few for its artifact but not for the ONNX
@@ -381,7 +398,17 @@ RUN_OPTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "unknown dim": (("--dim", "bach=2"), USAGE, ("bach", "batch")),
     "malformed dim": (("--dim", "batch"), USAGE, ("batch", "NAME=SIZE")),
     "zero dim": (("--dim", "batch=0"), USAGE, ("batch", "at least 1")),
-    "unknown isa": (("--isa", "pentium"), UNSUPPORTED, ("pentium",)),
+    "huge dim": (("--dim", f"batch={10**12}"), USAGE, ("batch", "the model takes 1 to ")),
+    "dim twice": (("--dim", "batch=2", "--dim", "batch=3"), USAGE, ("'batch' twice",)),
+    "unknown isa": (("--isa", "x86-64-v5"), USAGE, ("x86-64-v5", "did you mean")),
+    "too many threads": (("--threads", "5000"), USAGE, ("--threads", "1024")),
+    "negative seed": (("--seed", "-1"), USAGE, ("--seed",)),
+    "input without a file": (("--input", "input_ids="), USAGE, ("NAME=FILE",)),
+    "input is a pipe": (("--input", "input_ids=pipe"), INPUT, ("pipe", "not a regular file")),
+    "input whose header lies": (("--input", "input_ids=huge.npy"), INPUT, ("huge.npy", "memory")),
+    "input with code for a header": (("--input", "input_ids=call.npy"), INPUT, ("call.npy: not a .npy",)),
+    "output is the artifact": (("-o", "tiny.qg"), USAGE, ("tiny.qg", "overwrite")),
+    "output is an input": (("--input", "in.npz", "-o", "link.npz"), USAGE, ("link.npz", "overwrite")),
 }
 
 
@@ -391,7 +418,20 @@ def test_bad_run_option(name: str, compiled: Compiled, tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("not numpy")
     np.save(tmp_path / "ids.npy", np.ones((2, 7), np.int64))
     np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    assert_fails(qgraph("run", compiled.artifact, *options, cwd=tmp_path), code, *words)
+    _npy_header(tmp_path / "huge.npy", f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({10**18},)}}")
+    _npy_header(tmp_path / "call.npy", "{'descr': '<i8', 'fortran_order': False, 'shape': f(1)}")
+    np.savez(tmp_path / "in.npz", **_feeds())  # type: ignore[arg-type]
+    (tmp_path / "link.npz").symlink_to("in.npz")
+    (tmp_path / "tiny.qg").write_bytes(compiled.artifact.read_bytes())
+    before = files(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert_fails(qgraph("run", "tiny.qg", *options, cwd=tmp_path, timeout=60), code, *words)
+    assert files(tmp_path) == before
+
+
+def _npy_header(path: Path, header: str) -> None:
+    text = header.ljust(117).encode() + b"\n"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64))
 
 
 def test_damaged_artifact(compiled: Compiled, tmp_path: Path) -> None:
@@ -429,3 +469,64 @@ def test_internal_errors_are_one_line_and_70(tmp_path: Path) -> None:
         "sys.exit(run(['schemes']))"
     )
     assert_fails(command(sys.executable, "-c", code), 70, "internal error", "--debug")
+
+
+# ---- where the output goes ---------------------------------------------------------------------------------
+
+
+def shell(script: str, *args: object) -> Result:
+    """A bash script in which `qgraph` is the command and $1... are the arguments."""
+    define = f'qgraph() {{ "{sys.executable}" -m qgraph "$@"; }}\n'
+    return command("bash", "-c", define + script, "bash", *map(str, args))
+
+
+def test_a_closed_pipe_is_141_and_silent(compiled: Compiled) -> None:
+    for verb in ("inspect", "schemes", "--help"):
+        done = shell(
+            'qgraph "$@" | true; exit ${PIPESTATUS[0]}', verb, *[compiled.artifact][: verb == "inspect"]
+        )
+        assert (done.code, done.err) == (141, ""), verb
+
+
+@pytest.mark.parametrize("redirect", [">&-", ">&- 2>&-", "<&- >&-"])
+def test_closed_streams(redirect: str, compiled: Compiled) -> None:
+    done = shell(
+        f'qgraph inspect "$1" {redirect} && qgraph inspect --json "$1" {redirect}', compiled.artifact
+    )
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_an_encoding_without_the_letters(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "t\u00efny \U0001f642.onnx"
+    source.write_bytes(tiny.read_bytes())
+    done = shell('PYTHONIOENCODING=ascii qgraph quantize -q "$1"', source)
+    assert (done.code, done.err) == (0, "")
+    assert r"t\xefny \U0001f642.nvfp4.onnx" in done.out
+
+
+def test_a_full_device_is_a_line(compiled: Compiled) -> None:
+    assert_fails(shell('qgraph inspect "$1" > /dev/full', compiled.artifact), RESOURCE, "no space left")
+
+
+# ---- the same from Python ----------------------------------------------------------------------------------
+
+
+def test_wrong_python_arguments(compiled: Compiled) -> None:
+    import qgraph as api
+    from qgraph.errors import InputError, UsageError
+
+    with pytest.raises(UsageError, match="output: a path cannot hold the character NUL"):
+        api.compile(compiled.model, output="a\0b")
+    with pytest.raises(UsageError, match="output: expected a path, got a int"):
+        api.compile(compiled.model, output=3)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="model: expected a path, got a NoneType"):
+        api.compile(None)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="config: expected a CompileConfig, got a dict"):
+        api.compile(compiled.model, {"a": 1})  # type: ignore[arg-type]
+    with api.load(compiled.artifact) as model:
+        for inputs in (None, [1]):
+            with pytest.raises(InputError, match="give a dict of input_ids, attention_mask to arrays"):
+                model.run(inputs)  # type: ignore[arg-type]
+        masked = np.ma.masked_array(np.ones((1, 2), np.int64), [[True, False]])
+        with pytest.raises(InputError, match="'input_ids' is a masked array"):
+            model.run(_feeds(input_ids=masked))

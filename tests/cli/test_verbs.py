@@ -229,8 +229,8 @@ def test_scheme_none_compiles_the_float_model(tiny: Path, tmp_path: Path) -> Non
 
 def test_config_file_and_precedence(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('solver = "rtn"\nexclude = ["*.down"]\nseed = 5\n')
-    options = ("--config", "a.toml", "--seed", "7", "--save-config", "b.toml", "--dry-run", "--json")
-    done = qgraph("compile", "-q", tiny, *options, cwd=tmp_path)
+    options = ("--config", "a.toml", "--seed", "7", "--save-config", "b.toml", "--no-verify", "--json")
+    done = qgraph("compile", "-q", tiny, "-o", "x", *options, cwd=tmp_path)
     assert done.code == 0, done.err
     config = load_json(done.out)["config"]
     assert (config["solver"], config["exclude"], config["seed"]) == ("rtn", ["*.down"], 7)
