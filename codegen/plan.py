@@ -70,13 +70,25 @@ def _assign_slots(steps: list[list[Buffer]], temps: list[Buffer]) -> tuple[dict[
     return slot, len(capacity)
 
 
-def _dims(inputs: list[Buffer]) -> list[dict[str, Any]]:
+def _dims(inputs: list[Buffer], checks: list[tuple[Dim, Dim, str]]) -> list[dict[str, Any]]:
+    """The symbolic dims with their bounds, as far as a check bounds one of them by a number."""
     names = dict.fromkeys(str(d.name) for buffer in inputs for d in buffer.shape if d.is_Symbol)
     used = {str(s.name) for buffer in inputs for d in buffer.shape for s in d.free_symbols}
     free = used - set(names)
     if free:
         raise QGraphError(f"size '{sorted(free)[0]}' is the whole dimension of no input")
-    return [{"name": name, "min": 1, "max": MAX_DIM} for name in names]
+    low, high = dict.fromkeys(names, 1), dict.fromkeys(names, MAX_DIM)
+    for a, b, _ in checks:
+        if b.is_Symbol and a.is_Integer and b.name in high:
+            high[b.name] = min(high[b.name], int(a))
+        if a.is_Symbol and b.is_Integer and a.name in low:
+            low[a.name] = max(low[a.name], int(b))
+    for name in names:
+        if low[name] > high[name]:
+            raise UnsupportedError(
+                f"no size of '{name}' is right: at least {low[name]}, at most {high[name]}"
+            )
+    return [{"name": name, "min": low[name], "max": high[name]} for name in names]
 
 
 def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
@@ -122,7 +134,7 @@ def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
     ]
     document = {
         "version": 1,
-        "dims": _dims(low.inputs),
+        "dims": _dims(low.inputs, checks),
         "checks": [{"ge": [plan_expr(a), plan_expr(b)], "message": message} for a, b, message in checks],
         "inputs": [{"name": b.name, "value": b.index} for b in low.inputs],
         "outputs": [{"name": b.name, "value": b.index} for b in outputs],

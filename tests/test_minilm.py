@@ -162,7 +162,7 @@ def test_report(compiled) -> None:
 
 def test_too_long_and_out_of_range_inputs_are_refused(compiled) -> None:
     model = compiled.load()
-    with pytest.raises(qgraph.QGraphError, match="sequence must be at most 512"):
+    with pytest.raises(qgraph.QGraphError, match=r"sequence must lie in \[1, 512\], got 513"):
         model.run(feeds(1, 513))
     bad = feeds(1, 4)
     bad["input_ids"][0, 2] = 30522

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qgraph.codegen.dims import symbol
 from qgraph.codegen.memory import Buffer
 from qgraph.codegen.plan import _assign_slots, _dims
-from qgraph.errors import QGraphError
+from qgraph.errors import QGraphError, UnsupportedError
 
 B = symbol("batch")
 
@@ -49,7 +49,15 @@ def test_dims_come_from_whole_input_dimensions():
     S = symbol("sequence")
     x = Buffer("input", "i64", (B, S))
     mask = Buffer("input", "i64", (B, sympy.expand(2 * S)))
-    assert [d["name"] for d in _dims([x, mask])] == ["batch", "sequence"]
-    json.dumps(_dims([x, mask]))
+    assert [d["name"] for d in _dims([x, mask], [])] == ["batch", "sequence"]
+    json.dumps(_dims([x, mask], []))
     with pytest.raises(QGraphError, match="'sequence' is the whole dimension of no input"):
-        _dims([mask])
+        _dims([mask], [])
+
+
+def test_checks_against_numbers_bound_the_dims():
+    x = Buffer("input", "i64", (B,))
+    limits = [(sympy.Integer(512), B, ""), (B, sympy.Integer(3), ""), (sympy.Integer(600), B, "")]
+    assert _dims([x], limits) == [{"name": "batch", "min": 3, "max": 512}]
+    with pytest.raises(UnsupportedError, match="no size of 'batch'"):
+        _dims([x], [*limits, (sympy.Integer(2), B, "")])
