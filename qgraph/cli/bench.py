@@ -57,8 +57,11 @@ def command(
         steps = [{"name": step.name, "kernel": step.kernel, "ns": ns} for step, ns in slowest]
         print_json({"threads": used, "inputs": shapes, "latency": rows, "slowest_steps": steps})
         return
-    print(f"{used} threads; " + ", ".join(f"{escape(name)} {shape}" for name, shape in shapes.items()))
-    header = ("", "median ms", "p90 ms", "min ms", "runs", "median, relative")
+    print(
+        f"{used} thread{'s' if used > 1 else ''}; "
+        + ", ".join(f"{escape(name)} {shape}" for name, shape in shapes.items())
+    )
+    header = ("", "median ms", "p90 ms", "min ms", "runs", "median / ours")
     base = found[ours].median_ms
     cells = [
         (

@@ -27,7 +27,10 @@ _PATTERN = "layers whose node, weight, operator or module matches (wildcards, or
 # them.
 _QUANTIZE = (
     click.option("--scheme", help="How weights are stored: see `qgraph schemes`.  [default: nvfp4]"),
-    click.option("--solver", help="How codes and scales are chosen.  [default: the scheme's best]"),
+    click.option(
+        "--solver",
+        help="How codes and scales are chosen: see `qgraph schemes`.  [default: the scheme's best]",
+    ),
     click.option(
         "--embeddings",
         metavar="FORMAT",

@@ -97,6 +97,9 @@ def guard(action: Callable[[], Any], debug: bool = False) -> int:
         # not standalone.
         _silence_stdout()
         return BROKEN_PIPE
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return UsageError.exit_code
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -19,4 +19,5 @@ def command(as_json: bool) -> None:
     if as_json:
         print_json([asdict(scheme) for scheme in SCHEMES.values()])
         return
-    print(table([(s.name, s.summary) for s in SCHEMES.values()], header=("scheme", "what it is")))
+    rows = [(s.name, s.summary, f"{s.bits_per_weight:g}", ", ".join(s.solvers)) for s in SCHEMES.values()]
+    print(table(rows, header=("scheme", "what it is", "bits/weight", "solvers, best first")))
