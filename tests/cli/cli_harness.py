@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ def command(*args: str, cwd: Path | None = None, timeout: float = 300) -> Result
         check=False,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def default_signals() -> None:
+    """For `preexec_fn`: a shell's background job, as CI may be, ignores SIGINT, and so would its children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def qgraph(*args: object, cwd: Path | None = None, timeout: float = 300) -> Result:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from cli_harness import ROOT, Compiled, Result, command, qgraph
+from cli_harness import ROOT, Compiled, Result, command, default_signals, qgraph
 from onnx import TensorProto, helper, numpy_helper
 from tiny_model import save_tiny, tiny_transformer
 
@@ -240,7 +240,7 @@ def test_a_signal_leaves_nothing(number: signal.Signals, words: str, tiny: Path,
         "PYTHONPATH": str(ROOT),
         "QGRAPH_CACHE_DIR": str(tmp_path / "cache"),
     }  # kernels take long
-    process = subprocess.Popen(args, env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(args, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=default_signals)
     assert process.stderr is not None
     for line in process.stderr:
         if line.split()[0] == "import":  # the phase before

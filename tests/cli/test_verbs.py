@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from cli_harness import ROOT, Compiled, qgraph
+from cli_harness import ROOT, Compiled, default_signals, qgraph
 from tiny_model import HIDDEN, INNER, VOCABULARY, save_tiny
 
 LAYERS = 12  # linear layers of the tiny transformer
@@ -407,7 +407,14 @@ def test_view_serves_on_loopback(compiled: Compiled) -> None:
     pytest.importorskip("netron", reason="needs the package netron")
     args = [sys.executable, "-u", "-m", "qgraph", "view", str(compiled.onnx), "--no-browser"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        args,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=default_signals,
+    )
     try:
         assert process.stdout is not None
         address = process.stdout.readline().split()[0]
