@@ -105,6 +105,10 @@ def guard(action: Callable[[], Any], debug: bool = False) -> int:
             traceback.print_exc()
         known = as_qgraph_error(error)
         _say(escape(str(known)))
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full device: Python would try once more at exit, and say so
+            _silence_stdout()
         return known.exit_code
 
 
