@@ -126,11 +126,13 @@ uint64_t ThreadPool::enter(uint64_t seen) {
   }
 }
 
-// Spins for some microseconds, then gives the core to others for a while, then sleeps. Spinning on is worse
-// than useless where threads outnumber free cores: it takes the time of those that have work.
+// Spins for some microseconds, then gives the core to others for some hundreds, then sleeps. The second part
+// outlasts the steps of a run that one thread does alone: waking a sleeper costs as much as a small step.
+// Spinning on would be worse than useless where threads outnumber free cores: it takes the time of those that
+// have work; a yield does not.
 template <typename Ready>
 void ThreadPool::wait(Ready ready) {
-  constexpr int kSpins = 500, kYields = 20;
+  constexpr int kSpins = 500, kYields = 1000;
   for (int i = 0; i < kSpins; ++i) {
     if (ready()) return;
     pause();
