@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 BATCH = 5  # timed runs of one contender in a row
-PAUSE_S = 0.02  # longer than thread pools spin after a run: the next contender gets the cores to itself
+PAUSE_S = 0.1  # longer than thread pools spin after a run: the next contender gets the cores to itself
 
 
 @dataclass(frozen=True)
