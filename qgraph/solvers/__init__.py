@@ -1,15 +1,17 @@
 """Solvers: float weights -> `QTensor`. Pure functions of arrays, one file each, none knows of graphs.
 
-A solver is `solve(W, *, name="", threads=None) -> QTensor` with W float32 [K, N]. `name` is for messages
-only; the result does not depend on `threads` (None: every CPU this process may use). InputError for weights
-that are not finite.
+A solver is `solve(W, *, H=None, name="", threads=None) -> QTensor` with W float32 [K, N] and H float64
+[K, K], the second moment of the layer's inputs (`Statistics.second_moment`), which only calibrated solvers
+read. `name` is for messages only; the result does not depend on `threads` (None: every CPU this process may
+use). InputError for weights, or an H, that are not finite.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from qgraph.errors import UsageError
 
@@ -20,24 +22,48 @@ if TYPE_CHECKING:
     from qgraph.formats import QTensor
 
 
-class Solver(Protocol):
-    """The signature that every solver has."""
+@dataclass(frozen=True)
+class Solver:
+    """One way to choose codes and scales. Its module is imported at the first call: listing loads nothing.
+
+    Attributes:
+        name: what the user types.
+        module: below `qgraph.solvers`; has the function `solve`.
+        summary: one line for `qgraph schemes` and the docs.
+        format: of the QTensor that it returns.
+        calibrated: whether it needs H.
+    """
+
+    name: str
+    module: str
+    summary: str
+    format: str = "nvfp4"
+    calibrated: bool = False
 
     def __call__(
-        self, W: npt.NDArray[np.float32], *, name: str = "", threads: int | None = None
-    ) -> QTensor: ...
+        self,
+        W: npt.NDArray[np.float32],
+        *,
+        H: npt.NDArray[np.float64] | None = None,
+        name: str = "",
+        threads: int | None = None,
+    ) -> QTensor:
+        """See the module. UsageError when a calibrated solver gets no H."""
+        solve = import_module(f"qgraph.solvers.{self.module}").solve
+        if not self.calibrated:
+            return solve(W, name=name, threads=threads)
+        if H is None:
+            raise UsageError(f"solver '{self.name}' needs calibration data")
+        return solve(W, H=H, name=name, threads=threads)
 
 
-def _lazy(module: str) -> Solver:
-    """The `solve` of a module that is imported at its first call: listing the solvers loads nothing."""
-
-    def solve(W: npt.NDArray[np.float32], *, name: str = "", threads: int | None = None) -> QTensor:
-        return import_module(f"qgraph.solvers.{module}").solve(W, name=name, threads=threads)
-
-    return solve
-
-
-SOLVERS: dict[str, Solver] = {"rtn": _lazy("rtn"), "sweep": _lazy("sweep")}
+SOLVERS: dict[str, Solver] = {
+    solver.name: solver
+    for solver in (
+        Solver("rtn", "rtn", "round to nearest, scales from the block's largest weight"),
+        Solver("sweep", "sweep", "every useful scale of every block, the best kept: least weight error"),
+    )
+}
 
 
 def get_solver(name: str) -> Solver:

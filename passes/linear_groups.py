@@ -1,0 +1,91 @@
+"""The linear layers that are to be quantized, grouped by what they read.
+
+Layers with the same input (query, key and value; gate and up) have the same statistics: calibration measures
+them once. `Calibrator` and `GroupHandler` are the two sides of that meeting: calibration knows data and how
+to run a model, `QuantizeWeights` knows what to do with a layer once its statistics are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qgraph.solvers.statistics import Statistics
+
+Arrays = dict[str, npt.NDArray]
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Weights that are multiplied by the same values. Names only, so that it means the same in a copy of the
+    model."""
+
+    values: tuple[str, ...]  # the left operands, [.., K] each; several where layers share a weight
+    nodes: tuple[str, ...]  # the MatMuls, in graph order
+    weights: tuple[str, ...]  # their initializers [K, N], each once, in graph order
+    K: int
+
+
+class GroupHandler(Protocol):
+    """What happens to a group once its statistics are known."""
+
+    def solve(self, group: LinearGroup, statistics: Statistics) -> Arrays:
+        """Quantize; the result as named arrays, of data types that safetensors has, enough for `apply` to go
+        on from.
+
+        Reads the model, does not change it. The same arguments give the same arrays.
+        """
+
+    def apply(self, group: LinearGroup, record: Arrays) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Put the record of `solve` into effect, be it fresh or from an earlier run that was interrupted.
+
+        Returns the weights as they are from now on, dequantized [K, N], by name.
+        """
+
+
+class Calibrator(Protocol):
+    """Something that knows the statistics of every group."""
+
+    def walk(self, model: ir.Model, groups: Sequence[LinearGroup], handler: GroupHandler) -> None:
+        """For every group, in order, `handler.solve` and `handler.apply`.
+
+        Args:
+            model: the prepared float model; `handler` changes it as the walk goes on, so that what is needed
+                of it is copied before the first call.
+            groups: from `linear_groups`.
+        """
+
+
+def linear_groups(nodes: Sequence[ir.Node]) -> list[LinearGroup]:
+    """The groups of these MatMuls by constant weights; `nodes` is in graph order.
+
+    Ordered by the last node of each: when that is reached, all that a group needs has been computed.
+    """
+    readers: dict[ir.Value, list[int]] = {}  # weight -> positions in `nodes`
+    for i, node in enumerate(nodes):
+        assert node.inputs[1] is not None
+        readers.setdefault(node.inputs[1], []).append(i)
+    members: dict[tuple[str, ...], list[ir.Value]] = {}  # values -> weights
+    for weight, positions in readers.items():
+        values = dict.fromkeys(_input_name(nodes[i]) for i in positions)
+        members.setdefault(tuple(values), []).append(weight)
+    found = []
+    for values, weights in members.items():
+        positions = sorted(i for weight in weights for i in readers[weight])
+        K = weights[0].shape[0] if weights[0].shape is not None else None
+        assert isinstance(K, int)
+        names = tuple(str(weight.name) for weight in weights)
+        found.append(
+            (positions[-1], LinearGroup(values, tuple(str(nodes[i].name) for i in positions), names, K))
+        )
+    return [group for _, group in sorted(found, key=lambda item: item[0])]
+
+
+def _input_name(node: ir.Node) -> str:
+    assert node.inputs[0] is not None
+    return str(node.inputs[0].name)
