@@ -72,8 +72,8 @@ def linear_groups(nodes: Sequence[ir.Node]) -> list[LinearGroup]:
         readers.setdefault(node.inputs[1], []).append(i)
     members: dict[tuple[str, ...], list[ir.Value]] = {}  # values -> weights
     for weight, positions in readers.items():
-        values = dict.fromkeys(_input_name(nodes[i]) for i in positions)
-        members.setdefault(tuple(values), []).append(weight)
+        read = dict.fromkeys(_input_name(nodes[i]) for i in positions)
+        members.setdefault(tuple(read), []).append(weight)
     found = []
     for values, weights in members.items():
         positions = sorted(i for weight in weights for i in readers[weight])
