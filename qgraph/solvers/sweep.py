@@ -47,16 +47,6 @@ _ALWAYS = 15  # codes up to here may have no half in E4M3
 _KEEP = 0.7  # share of live blocks below which the others are dropped
 
 
-@dataclass(frozen=True)
-class Swept:
-    """The optimum of some blocks at one global scale, and the sums that the next global scale needs."""
-
-    scale_codes: npt.NDArray[np.uint8]  # best E4M3 code of each block
-    error: float  # sum of squared errors / a^2
-    wq: float  # sum of (w / a) d q
-    qq: float  # sum of (d q)^2
-
-
 def solve(W: Array, *, name: str = "", threads: int | None = None) -> QTensor:
     """W float32 [K, N] -> NVFP4 with block scales that are each optimal for the global scale found.
 
@@ -64,18 +54,22 @@ def solve(W: Array, *, name: str = "", threads: int | None = None) -> QTensor:
     equal. Deterministic, whatever `threads`. Memory beyond the result: two bytes a block and a few MiB a
     thread. Raises InputError for weights that are not finite.
     """
-    amax = check_weight(W, name)
+    return solve_weighted(W, None, name=name, threads=threads)
+
+
+def solve_weighted(W: Array, h: Array | None, *, name: str = "", threads: int | None = None) -> QTensor:
+    """`solve` with squared errors weighted by h: float32 [K], not negative, one weight an input channel."""
+    # Four Over Six's choice of `a` puts both M/6 and M/4 of the largest block on the grid of scales.
+    a = nvfp4.global_scale(check_weight(W, name), top=256)
     K, N = W.shape
     grid = list(tiles(K, N, nvfp4.BLOCK))
-    # Four Over Six's choice of `a` puts both M/6 and M/4 of the largest block on the grid of scales.
-    a = nvfp4.global_scale(amax, top=256)
-    swept, error = _sweep(W, a, grid, threads)
+    swept, error = _sweep(W, h, a, grid, threads)
     for _ in range(MAX_ROUNDS - 1):
         wq, qq = sum(s.wq for s in swept), sum(s.qq for s in swept)
         if error == 0 or qq == 0:  # perfect, or so close to subnormal that every code is 0
             break
         next_a = np.float32(float(a) * wq / qq)
-        next_swept, next_error = _sweep(W, next_a, grid, threads)
+        next_swept, next_error = _sweep(W, h, next_a, grid, threads)
         gain = 1 - next_error / error
         if gain > 0:
             a, swept, error = next_a, next_swept, next_error
@@ -85,7 +79,7 @@ def solve(W: Array, *, name: str = "", threads: int | None = None) -> QTensor:
     codes = np.empty((K, N), np.uint8)
     block_scale = np.empty((nvfp4.NVFP4.blocks(K), N), e4m3.DTYPE)
 
-    def encode(item: tuple[Tile, Swept]) -> None:
+    def encode(item: tuple[Tile, _Swept]) -> None:
         tile, optimum = item
         part = W[tile.rows, tile.columns]
         d = e4m3.from_codes(optimum.scale_codes).reshape(-1, part.shape[1])
@@ -96,63 +90,119 @@ def solve(W: Array, *, name: str = "", threads: int | None = None) -> QTensor:
     return QTensor("nvfp4", (K, N), codes, block_scale, a)
 
 
-def _sweep(W: Array, a: np.float32, grid: list[Tile], threads: int | None) -> tuple[list[Swept], float]:
+def best_block_scales(block: Array, a: np.float32, weights: Array | None = None) -> npt.NDArray[np.uint8]:
+    """The optimal E4M3 code (1..126) of each block, a column of `block`, at the global scale a.
+
+    Args:
+        block: the weights, float32 [rows, N], rows <= 16, finite.
+        a: positive.
+        weights: of the squared errors, float32, not negative, [rows] or [rows, N]. None: all 1.
+
+    A block whose every weighted element is zero gets scale 1. The calling thread's scratch is used.
+    """
+    rows, N = block.shape
+    x, *buffers = scratch(4, block.size)
+    x = x.reshape(block.shape)
+    np.abs(np.divide(block, a, out=x), out=x)
+    h = None if weights is None else np.broadcast_to(weights.reshape(rows, -1), (rows, N))
+    return sweep_blocks(x, buffers, h)[0].astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Swept:
+    """The optimum of a tile's blocks at one global scale, and the sums that the next global scale needs."""
+
+    scale_codes: npt.NDArray[np.uint8]  # best E4M3 code of each block
+    error: float  # sum of h squared errors / a^2
+    wq: float  # sum of h (w / a) d q
+    qq: float  # sum of h (d q)^2
+
+
+def _sweep(
+    W: Array, h: Array | None, a: np.float32, grid: list[Tile], threads: int | None
+) -> tuple[list[_Swept], float]:
     """The optimum of every tile of W at the global scale a, and the squared error in all."""
 
-    def work(tile: Tile) -> Swept:
+    def work(tile: Tile) -> _Swept:
         part = W[tile.rows, tile.columns]
         rows, width = min(nvfp4.BLOCK, len(part)), part.shape[1]  # fewer rows in a shorter last block of K
         x, *buffers = scratch(4, part.size)
         x = x.reshape(rows, -1, width)
         np.divide(part.reshape(-1, rows, width).transpose(1, 0, 2), a, out=x)
-        return sweep_blocks(np.abs(x, out=x).reshape(rows, -1), buffers)
+        x = np.abs(x, out=x).reshape(rows, -1)
+        weights = None if h is None else np.repeat(h[tile.rows].reshape(-1, rows).T, width, axis=1)
+        scale_codes, errors = sweep_blocks(x, buffers, weights)
+
+        v, q = _round_at(x, scale_codes, buffers)
+        d = _D[scale_codes].astype(np.float64)
+        qh = q if weights is None else np.multiply(q, weights, out=buffers[2].reshape(q.shape))
+        # Sums of products, not matrix products: BLAS and fused multiply-adds would make the result, and so
+        # the file, depend on the machine and its number of threads.
+        wq = np.add.reduce(np.multiply(x, qh, out=v), axis=0) * d
+        qq = np.add.reduce(np.multiply(q, qh, out=v), axis=0) * d * d
+        error = float(errors.sum(dtype=np.float64))
+        return _Swept(scale_codes.astype(np.uint8), error, float(wq.sum()), float(qq.sum()))
 
     swept = map_ordered(work, grid, threads)
     return swept, float(a) ** 2 * sum(s.error for s in swept)
 
 
-def sweep_blocks(X: Array, buffers: Sequence[Array]) -> Swept:
-    """The exact optimum of each block, a column of X = |w| / a: float32 [rows, blocks], rows <= 16.
+def sweep_blocks(
+    X: Array, buffers: Sequence[Array], weights: Array | None = None
+) -> tuple[npt.NDArray[np.intp], Array]:
+    """(code, error) of the exact optimum of each block, a column of X = |w| / a: float32 [rows, blocks].
 
-    buffers: three float32 arrays [X.size] to work in.
+    rows <= 16. buffers: three float32 arrays [X.size] to work in. weights: of the squared errors, like X.
+    The error is E(d) / a^2. A block without a weighted element that is not zero gets code 56, scale 1.
     """
     count = X.shape[1]
-    amax = X.max(axis=0)
+    m, h = X.max(axis=0), None
+    x, weight = X, weights
+    if weight is not None:
+        # The elements that count. The one that costs most when it clips is the guard of its block.
+        np.multiply(X, weight > 0, out=buffers[0].reshape(X.shape))
+        amax = buffers[0].reshape(X.shape).max(axis=0)
+        cost = np.multiply(
+            np.square(X, out=buffers[0].reshape(X.shape)), weight, out=buffers[0].reshape(X.shape)
+        )
+        guard = cost.argmax(axis=0)[None]
+        m, h = (np.take_along_axis(array, guard, axis=0)[0] for array in (X, weight))
+    else:
+        amax = m
     # The bits of a positive float32 less the last 20 are an E4M3 code, rounded down, plus (127 - 7) << 3.
     code = ((amax / np.float32(3.5)).view(np.int32) >> 20) - 960
     code = np.clip(code, _ALWAYS, e4m3.MAX_CODE).astype(np.intp)
 
     scale_codes, errors = np.empty(count, np.intp), np.empty(count, np.float32)
     column = np.arange(count)  # of the blocks that are still in the sweep
-    x, m, best, e = X, amax, code.copy(), np.full(count, np.inf, np.float32)
+    best, e = code.copy(), np.full(count, np.inf, np.float32)
     while column.size:
         v, q = _round_at(x, code, buffers)
         np.subtract(v, q, out=v)
-        trial = np.add.reduce(np.square(v, out=v), axis=0) * np.square(_D.take(code))
+        np.square(v, out=v)
+        if weight is not None:
+            np.multiply(v, weight, out=v)
+        trial = np.add.reduce(v, axis=0) * np.square(_D.take(code))
         better = trial < e
         np.copyto(e, trial, where=better)
         np.copyto(best, code, where=better)
         code -= 1
         ceiling = np.float32(e2m1.MAX) * _D.take(code)
+        clipped = np.square(m - ceiling)
+        if h is not None:
+            clipped *= h
         # Code 0 has no scale (NaN): both comparisons with its ceiling are false.
-        live = (e > 0) & ((ceiling >= m) | (np.square(m - ceiling) < e))
+        live = (e > 0) & ((ceiling >= m) | (clipped < e))
         # Leaving finished blocks in is harmless, and cheaper than copying the others until there are many.
         if np.count_nonzero(live) <= _KEEP * column.size:
             scale_codes[column], errors[column] = best, e
             column, m, code, best, e = column[live], m[live], code[live], best[live], e[live]
             x = np.compress(live, x, axis=1)
+            if weight is not None and h is not None:
+                weight, h = np.compress(live, weight, axis=1), h[live]
         np.maximum(code, 1, out=code)
-
     scale_codes[amax == 0] = e4m3.ONE_CODE
-    v, q = _round_at(X, scale_codes, buffers)
-    d = _D[scale_codes].astype(np.float64)
-    wq = np.add.reduce(np.multiply(X, q, out=v), axis=0) * d
-    qq = np.add.reduce(np.multiply(q, q, out=v), axis=0) * d * d
-    # Sums of products, not matrix products: BLAS and fused multiply-adds would make the result, and so the
-    # file, depend on the machine and its number of threads.
-    return Swept(
-        scale_codes.astype(np.uint8), float(errors.sum(dtype=np.float64)), float(wq.sum()), float(qq.sum())
-    )
+    return scale_codes, errors
 
 
 def _round_at(x: Array, code: npt.NDArray[np.intp], buffers: Sequence[Array]) -> tuple[Array, Array]:
