@@ -8,6 +8,7 @@ use). InputError for weights, or an H, that are not finite.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -73,3 +74,8 @@ def get_solver(name: str) -> Solver:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UsageError(f"unknown solver '{name}'; known: {', '.join(SOLVERS)}{hint}")
     return SOLVERS[name]
+
+
+def default_solver(names: Iterable[str], calibrated: bool) -> str:
+    """The first of `names` that has what it needs; empty when there is none."""
+    return next((name for name in names if calibrated or not get_solver(name).calibrated), "")
