@@ -101,3 +101,99 @@ def _score(
         batch=batch,
         on_batch=lambda done, total: progress.step(done, total, f"{done} of {total} sentences"),
     )
+
+
+@command.command()
+@click.argument("model", type=_PATH)
+@click.option("--text", type=_PATH, required=True, help="The text, UTF-8.")
+@click.option("--tokenizer", type=_PATH, required=True, help="The model's tokenizer.json.")
+@click.option("--against", type=_PATH, help="Another model to score beside it, usually the float ONNX file.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    help="Between the starts of windows. Default: half of --length.",
+)
+@click.option("--separator", default="", help="What stands between documents, such as '<|endoftext|>'.")
+@click.option(
+    "--bos",
+    type=click.Choice(["document", "window", "none"]),
+    default="document",
+    show_default=True,
+    help="What begins with the tokenizer's BOS.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many predicted tokens.")
+@click.option("--output", default="logits", show_default=True, help="The output that holds the logits.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows a run.")
+@click.option(
+    "--engine",
+    type=click.Choice(["qgraph", "onnxruntime", "reference"]),
+    help="What runs MODEL. Default: qgraph for an artifact, onnxruntime for an ONNX file.",
+)
+@threads_option
+@quiet_option
+@json_option
+@standard_options
+def perplexity(
+    model: Path,
+    text: Path,
+    tokenizer: Path,
+    against: Path | None,
+    length: int,
+    stride: int | None,
+    separator: str,
+    bos: str,
+    limit: int | None,
+    output: str,
+    batch: int,
+    engine: str | None,
+    threads: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Perplexity of a causal language model: the exponential of the mean negative log-likelihood of all
+    predicted tokens. Each is predicted once, from at least --length minus --stride tokens before it. MODEL is
+    an artifact (.qg) or an ONNX file. With --against, also the mean KL divergence from the other model, and
+    the share of positions where both find the same token most likely."""
+    from qgraph.errors import UsageError
+    from qgraph.evaluate.perplexity import compare, split_windows
+    from qgraph.evaluate.perplexity import perplexity as measure
+    from qgraph.evaluate.runners import open_runner
+    from qgraph.evaluate.tokenizer import leading_tokens, load_tokenizer, read_documents
+
+    tokenize = load_tokenizer(tokenizer)
+    prefix = leading_tokens(tokenize)
+    if bos == "window" and not prefix:
+        raise UsageError(f"--bos window: {tokenizer} puts no BOS before a text")
+    windows = split_windows(
+        read_documents(text, tokenize, separator=separator),
+        length=length,
+        stride=length // 2 if stride is None else stride,
+        prefix=prefix,
+        bos=bos,
+        limit=limit,
+    )
+    runner = open_runner(model, engine=engine or "", threads=threads)
+    found: dict[str, Any] = {}
+    with make_progress(quiet) as progress:
+        progress.phase(runner.name)
+        options: dict[str, Any] = {
+            "output": output,
+            "batch": batch,
+            "on_batch": lambda done, total: progress.step(done, total, f"{done} of {total} windows"),
+        }
+        if against is None:
+            results = [(model, measure(runner, windows, **options))]
+        else:
+            both = compare(runner, open_runner(against, threads=threads), windows, **options)
+            results = [(model, both.model), (against, both.reference)]
+            found = {"kl_divergence": both.kl_divergence, "top1_agreement": both.top1_agreement}
+    if as_json:
+        shared = {"tokens": results[0][1].tokens, "windows": results[0][1].windows}
+        models = [{"path": str(path), "perplexity": r.perplexity, "nll": r.nll} for path, r in results]
+        print_json({**shared, "models": models, **found})
+        return
+    rows = [(path, f"perplexity {result.perplexity:.4f}") for path, result in results]
+    print(table([("tokens", f"{results[0][1].tokens} in {results[0][1].windows} windows"), *rows]))
+    if found:
+        print(f"KL divergence {both.kl_divergence:.5f} nats; top-1 agreement {both.top1_agreement:.2%}")

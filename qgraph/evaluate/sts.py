@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from qgraph.errors import InputError, ResourceError, UsageError
+from qgraph.errors import InputError, UsageError
 from qgraph.evaluate.files import existing_file
+from qgraph.evaluate.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,15 +75,7 @@ class SentenceTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, max_length: int = 256) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ResourceError("the package 'tokenizers' is missing: pip install 'qgraph[demo]'") from None
-        file = existing_file(path)
-        try:
-            self._tokenizer = Tokenizer.from_file(os.fspath(file))
-        except Exception as error:  # the package raises Exception itself
-            raise InputError(f"{os.fspath(path)}: not a tokenizer.json: {error}") from error
+        self._tokenizer = load_tokenizer(path)
         padding = self._tokenizer.padding or {}
         self._tokenizer.enable_padding(**{k: padding[k] for k in ("pad_id", "pad_token") if k in padding})
         self._tokenizer.enable_truncation(max_length=max_length)
