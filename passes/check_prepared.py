@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from qgraph.errors import InputError, UnsupportedError
-from qgraph.passes.base import GraphPass, describe, is_op, printable
+from qgraph.formats.activations import SMALLEST_NORMAL
+from qgraph.passes.base import GraphPass, describe, is_op, printable, scalar
 from qgraph.passes.fuse_gelu import match_gelu
 from qgraph.passes.fuse_layer_norm import match_layer_norm
 from qgraph.passes.inline_functions import KEPT_DOMAIN
@@ -21,7 +23,8 @@ class CheckPrepared(GraphPass):
 
     Raises (as the cause of `onnx_ir.passes.PostconditionError`):
         InputError: the graph is not in the prepared form.
-        UnsupportedError: it is, but its linear layers are not float32.
+        UnsupportedError: it is, but its linear layers are not float32, or the scale of an activation is no
+            positive constant.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -105,6 +108,13 @@ def _node(node: ir.Node) -> Iterator[InputError | UnsupportedError]:
             yield UnsupportedError(
                 f"{describe(node)}: its weight {describe(weight)} is {weight.dtype}; export the model in "
                 "float32"
+            )
+    if node.domain == KEPT_DOMAIN and node.op_type == "DynamicQDQNVFP4":
+        scale = scalar(node.inputs[1])
+        if scale is None or not SMALLEST_NORMAL <= scale < math.inf:
+            held = "not constant" if scale is None else f"{scale:g}"
+            yield UnsupportedError(
+                f"{describe(node)}: its global scale is {held}; kernels take a positive normal float32"
             )
     if is_op(node, "Add", "Mul") and len(node.inputs) == 2:
         left, right = node.inputs

@@ -1,4 +1,4 @@
-"""NVFP4 weights written out in standard operators become low-bit layers again."""
+"""NVFP4 weights and roundings of activations written out in standard operators become low-bit nodes again."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import onnx_ir as ir
 from qgraph.formats.nvfp4 import NVFP4
 from qgraph.passes.base import GraphPass, attribute, is_op, remove_dead, replace_node
 from qgraph.passes.lowbit_functions import DOMAIN, AddLowbitFunctions
+from qgraph.passes.match_body import match_body
 
 
 class RecognizeLowbit(GraphPass):
     """`MatMul(x, DequantizeLinear(codes, DequantizeLinear(block_scale, global_scale)))` -> `QLinearNVFP4`,
-    and `Gather(DequantizeLinear(codes, ..), ids)` along axis 0 -> `QGatherNVFP4`.
+    and `Gather(DequantizeLinear(codes, ..), ids)` along axis 0 -> `QGatherNVFP4`; the bodies of
+    `DynamicQDQNVFP4` and `DynamicQDQInt8` (match_body.py) -> these.
 
     The inverse of `InlineLowbitFunctions`, so that a file of style `qdq` (ours, or another tool's with blocks
     of 16 along K, or along the rows of a table) compiles to the same kernels as one with functions. `codes`
     must be a FLOAT4E2M1 matrix and `block_scale` FLOAT8E4M3FN, both constant, dequantized to float32 without
-    a zero point; anything else stays and is refused with the reason.
+    a zero point; anything else stays and is refused with the reason. So is a rounding to FLOAT4E2M1 and
+    back that is not ours; one to integers stays without a word, since its operators run as they are written.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -26,6 +29,8 @@ class RecognizeLowbit(GraphPass):
                 modified |= self._try(node, "QLinearNVFP4", weight=node.inputs[1], other=node.inputs[0])
             elif is_op(node, "Gather"):
                 modified |= self._try(node, "QGatherNVFP4", weight=node.inputs[0], other=node.inputs[1])
+            elif rounding := _rounding(node):
+                modified |= self._try_rounding(node, rounding, model.graph.opset_imports[""])
         if modified:
             AddLowbitFunctions()(model)
         return ir.passes.PassResult(model, modified)
@@ -51,6 +56,36 @@ class RecognizeLowbit(GraphPass):
         replace_node(node, [layer])
         remove_dead([weight])
         return True
+
+    def _try_rounding(self, node: ir.Node, op_type: str, opset: int) -> bool:
+        inputs = match_body(node, op_type, opset)
+        if isinstance(inputs, str):
+            if op_type == "DynamicQDQNVFP4":
+                self.refuse(node, f"it rounds to FLOAT4E2M1, but not as {op_type} does: {inputs}")
+            return False
+        for value in inputs[1:]:  # the global scale, where there is one
+            if value.const_value is None or value.dtype != ir.DataType.FLOAT or value.shape != []:
+                self.refuse(node, f"the global scale of {op_type} is not one constant float32")
+                return False
+        rounding = ir.node(op_type, inputs, domain=DOMAIN, name=node.name)
+        rounding.doc_string = node.doc_string
+        body = tuple(node.inputs)
+        replace_node(node, [rounding])
+        remove_dead(body)
+        return True
+
+
+def _rounding(node: ir.Node) -> str:
+    """The operator whose body may end at `node`; empty where none can."""
+    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    if is_op(node, "DequantizeLinear") and source is not None and is_op(source, "QuantizeLinear"):
+        to_fp4 = attribute(source, "output_dtype", 0) == int(ir.DataType.FLOAT4E2M1)
+        return "DynamicQDQNVFP4" if to_fp4 else ""
+    if is_op(node, "Mul") and source is not None and is_op(source, "Round"):
+        quotient = source.inputs[0].producer() if source.inputs[0] is not None else None
+        same = quotient is not None and is_op(quotient, "Div") and quotient.inputs[1] is node.inputs[1]
+        return "DynamicQDQInt8" if same else ""
+    return ""
 
 
 def _mismatch(

@@ -22,7 +22,17 @@ from qgraph.codegen.spec import KernelSpec
 Builder = Callable[[KernelSpec, Isa, str], Any]
 BUILDERS: dict[str, Builder] = {}
 
-_MODULES = ("attention", "elementwise", "gather", "matmul", "matmul_dynamic", "norm", "reduce", "support")
+_MODULES = (
+    "attention",
+    "dynamic_quantize",
+    "elementwise",
+    "gather",
+    "matmul",
+    "matmul_dynamic",
+    "norm",
+    "reduce",
+    "support",
+)
 
 
 def kernel(op: str) -> Callable[[Builder], Builder]:

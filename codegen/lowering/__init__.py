@@ -5,7 +5,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph.codegen.lowering import attention, embedding, linear, movement, normalize, pointwise  # noqa: F401
+from qgraph.codegen.lowering import (  # noqa: F401
+    attention,
+    dynamic_quantize,
+    embedding,
+    linear,
+    movement,
+    normalize,
+    pointwise,
+)
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attributes, data_inputs
 from qgraph.codegen.memory import Buffer, View
 from qgraph.errors import InputError, UnsupportedError

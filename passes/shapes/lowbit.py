@@ -58,3 +58,13 @@ def qgather_nvfp4(n: NodeView) -> None:
         n.fail(f"block scales {list(n.shape(2))} do not fit codes {[rows, h]} in blocks of 16")
     require_range(n, rows, n.content(0))
     n.out(0, ir.DataType.FLOAT, [*n.shape(0), h])
+
+
+@rule("DynamicQDQNVFP4", "DynamicQDQInt8", domain="ai.qgraph")
+def dynamic_qdq(n: NodeView) -> None:
+    """x [.., K] float32 (, global_scale []) -> y as x."""
+    if n.dtype(0) != ir.DataType.FLOAT or n.rank(0) < 1:
+        n.fail(f"its input is {n.dtype(0)} of rank {n.rank(0)}, not rows of float32")
+    if n.node.op_type == "DynamicQDQNVFP4" and (n.dtype(1), n.shape(1)) != (ir.DataType.FLOAT, ()):
+        n.fail(f"its global scale is {n.dtype(1)} {list(n.shape(1))}, not one float32")
+    n.out(0, ir.DataType.FLOAT, n.shape(0))
