@@ -6,16 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph.errors import InputError
-from qgraph.formats import QTensor
-from qgraph.formats.packing import pack_nibbles
+from qgraph.errors import InputError, UsageError
+from qgraph.formats import FORMATS, QTensor
+from qgraph.formats.packing import pack_nibbles, unpack_nibbles
 from qgraph.passes.base import GraphPass, is_op, replace_node
+from qgraph.passes.linear_groups import Arrays, Calibrator, LinearGroup, linear_groups
 from qgraph.passes.lowbit_functions import DOMAIN, LOOKUPS, OPERATORS
+from qgraph.passes.quantize_activations import quantize_input
 from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT
 from qgraph.schemes import get_scheme
-from qgraph.solvers import get_solver
+from qgraph.solvers import default_solver, get_solver
+from qgraph.solvers.statistics import Statistics
 
 QUANTIZED = "qgraph.quantized"  # key of model.meta: list[QuantizedWeight], one a weight, in graph order
 
@@ -32,6 +36,9 @@ class QuantizedWeight:
     bits_per_weight: float  # all scales counted
     nbytes: int
     original_nbytes: int
+    output_error: float | None = (
+        None  # E|x W - x W'|^2 / E|x W|^2 on the calibration data, where there are any
+    )
 
 
 class QuantizeWeights(GraphPass):
@@ -39,14 +46,21 @@ class QuantizeWeights(GraphPass):
     global_scale)`, and every Gather into `ai.qgraph::QGatherNVFP4(ids, codes, block_scale, global_scale)`.
 
     Rules: a weight that several nodes share is quantized once; the blocks of a table [V, H] run along its
-    rows, so that a solver sees it as [K, N] = [H, V]; the float weight goes when nothing reads it any more;
-    the node keeps its name, output and metadata, and gets `qgraph.scheme`, `qgraph.bits_per_weight`,
-    `qgraph.sqnr_db`, `qgraph.source_weight`. What was done is stored in `model.meta[QUANTIZED]`.
+    rows, so that a solver sees it as [K, N] = [H, V], and without calibration; where the scheme rounds
+    activations, the input of a MatMul comes through one `DynamicQDQ` node (quantize_activations.py) that all
+    its readers share; the float weight goes when nothing reads it any more; the node keeps its name, output
+    and metadata, and gets `qgraph.scheme` (the format of its weight), `qgraph.bits_per_weight`,
+    `qgraph.sqnr_db`, `qgraph.source_weight`, with calibration `qgraph.output_error`. What was done is stored
+    in `model.meta[QUANTIZED]`.
 
-    on_layer(i, n, weight): called before the i-th of n weights (from 0) is quantized, and with i = n at the
-    end.
+    Args:
+        solver: empty is the scheme's first that has what it needs.
+        calibrator: knows the statistics of the layers' inputs, and leads from layer to layer.
+        on_layer(i, n, weight): called before the i-th of n weights (from 0) is quantized, and with i = n at
+            the end.
 
-    Raises InputError naming the weight that is not finite, UsageError for an unknown scheme or solver.
+    Raises InputError naming the weight that is not finite, UsageError for an unknown scheme or solver, or one
+    that needs a calibrator and has none.
     """
 
     def __init__(
@@ -54,16 +68,22 @@ class QuantizeWeights(GraphPass):
         scheme: str,
         solver: str = "",
         *,
+        calibrator: Calibrator | None = None,
         threads: int | None = None,
         on_layer: Callable[[int, int, str], None] = lambda i, n, name: None,
     ) -> None:
         super().__init__()
         self.scheme = get_scheme(scheme)
-        self.solver = solver or self.scheme.default_solver
+        self.calibrator = calibrator
         self.threads = threads
         self.on_layer = on_layer
-        if self.scheme.weight_format is not None:
-            get_solver(self.solver)
+        solvers = self.scheme.solvers
+        self.solver = solver or default_solver(solvers, calibrated=calibrator is not None)
+        self.table_solver = default_solver([self.solver, *solvers], calibrated=False) if solvers else ""
+        if calibrator is None and (
+            self.scheme.needs_calibration or (self.solver and get_solver(self.solver).calibrated)
+        ):
+            raise UsageError(f"scheme '{scheme}' with solver '{self.solver}' needs calibration data")
 
     def requires(self, model: ir.Model) -> None:
         """`SelectLayers` has run."""
@@ -78,19 +98,17 @@ class QuantizeWeights(GraphPass):
                 if node.name in named:
                     node.metadata_props[KEPT] = f"scheme {self.scheme.name}"
             return ir.passes.PassResult(model, bool(named))
-        by_weight: dict[ir.Value, list[ir.Node]] = {}
-        for node in _chosen(model):
-            weight = node.inputs[0 if is_op(node, "Gather") else 1]
-            assert weight is not None
-            by_weight.setdefault(weight, []).append(node)
-
-        done = []
-        for i, (weight, nodes) in enumerate(by_weight.items()):
-            self.on_layer(i, len(by_weight), str(weight.name))
-            done.append(self._quantize(weight, nodes))
-        self.on_layer(len(by_weight), len(by_weight), "")
-        model.meta[QUANTIZED] = done
-        return ir.passes.PassResult(model, bool(done))
+        work = _Work(self, model, _chosen(model))
+        for weight in work.tables:
+            work.quantize_table(weight)
+        if self.calibrator is not None:
+            self.calibrator.walk(model, work.groups, work)
+        else:
+            for group in work.groups:
+                work.apply(group, work.solve(group, None))
+        self.on_layer(len(work.order), len(work.order), "")
+        model.meta[QUANTIZED] = work.done()
+        return ir.passes.PassResult(model, bool(work.order))
 
     def ensures(self, model: ir.Model) -> None:
         """Every layer that was chosen is low-bit now."""
@@ -98,13 +116,104 @@ class QuantizeWeights(GraphPass):
         if left:
             raise ir.passes.PostconditionError(f"chosen but not quantized: {left}")
 
-    def _quantize(self, weight: ir.Value, nodes: list[ir.Node]) -> QuantizedWeight:
-        name, graph, tensor = str(weight.name), weight.graph, weight.const_value
+
+class _Work:
+    """One run of the pass: the `GroupHandler` of a calibrator."""
+
+    def __init__(self, options: QuantizeWeights, model: ir.Model, nodes: list[ir.Node]) -> None:
+        self.options, self.model = options, model
+        self.order: dict[str, ir.Value] = {}  # weights in graph order
+        self.readers: dict[str, list[ir.Node]] = {}
+        self.tables: list[str] = []
+        for node in nodes:
+            lookup = is_op(node, "Gather")
+            weight = node.inputs[0 if lookup else 1]
+            assert weight is not None and weight.name is not None
+            if lookup and weight.name not in self.order:
+                self.tables.append(weight.name)
+            self.order[weight.name] = weight
+            self.readers.setdefault(weight.name, []).append(node)
+        # Of a shared weight either all readers are lookups or none is: SelectLayers sees to it.
+        self.groups = linear_groups([node for node in nodes if is_op(node, "MatMul")])
+        self._done: dict[str, QuantizedWeight] = {}
+
+    def done(self) -> list[QuantizedWeight]:
+        """What was done, in graph order."""
+        return [self._done[name] for name in self.order]
+
+    def quantize_table(self, name: str) -> None:
+        """Quantize a table that rows are looked up in."""
+        self._announce(name)
+        W = self._float_weight(name).T
+        q = get_solver(self.options.table_solver)(W, name=name, threads=self.options.threads)
+        self._replace(name, q, _relative_error(W, q.dequantize()), None)
+
+    def solve(self, group: LinearGroup, statistics: Statistics | None) -> Arrays:
+        """See GroupHandler; without statistics the solver goes by the weights alone."""
+        solver, record = get_solver(self.options.solver), Arrays()
+        for i, name in enumerate(group.weights):
+            self._announce(name)
+            W = target = self._float_weight(name)
+            H = None if statistics is None else statistics.second_moment
+            if statistics is not None and statistics.cross is not None:
+                from qgraph.solvers.hessian import compensated_target
+
+                target = compensated_target(W, statistics.second_moment, statistics.cross)
+            q = solver(target, H=H, name=name, threads=self.options.threads)
+            back = q.dequantize()
+            errors = [_relative_error(W, back)]
+            if H is not None:
+                errors.append(_output_error(W, back, H))
+            record |= {f"{i}.{part}": array for part, array in _to_arrays(q).items()}
+            record[f"{i}.errors"] = np.array(errors)
+        if statistics is not None and self.options.scheme.needs_calibration:
+            record["input_amax"] = np.array([statistics.largest], np.float32)
+        return record
+
+    def apply(self, group: LinearGroup, record: Arrays) -> dict[str, npt.NDArray[np.float32]]:
+        """See GroupHandler."""
+        weights = {}
+        activations = self.options.scheme.activation_format
+        if activations is not None:
+            amax = float(record["input_amax"][0]) if "input_amax" in record else None
+            for value in {node.inputs[0]: None for name in group.weights for node in self.readers[name]}:
+                assert value is not None
+                rounded = quantize_input(value, activations, amax)
+                for name in group.weights:
+                    for node in self.readers[name]:
+                        if node.inputs[0] is value:
+                            node.replace_input_with(0, rounded)
+        for i, name in enumerate(group.weights):
+            q = _from_arrays(
+                self.options.scheme.weight_format or "",
+                self._shape(name),
+                {part: record[f"{i}.{part}"] for part in ("codes", "block_scale", "global_scale")},
+            )
+            errors = [float(error) for error in record[f"{i}.errors"]]
+            self._replace(name, q, errors[0], errors[1] if len(errors) > 1 else None)
+            weights[name] = q.dequantize()
+        return weights
+
+    def _announce(self, name: str) -> None:
+        self.options.on_layer(len(self._done), len(self.order), name)
+
+    def _float_weight(self, name: str) -> npt.NDArray[np.float32]:
+        tensor = self.order[name].const_value
+        assert tensor is not None
+        return tensor.numpy()
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        tensor = self.order[name].const_value
+        assert tensor is not None
+        K, N = tensor.shape.numpy()
+        return K, N
+
+    def _replace(self, name: str, q: QTensor, relative_error: float, output_error: float | None) -> None:
+        """Put the low-bit nodes in the place of those that read the weight."""
+        weight, nodes = self.order[name], self.readers[name]
+        graph, tensor = weight.graph, weight.const_value
         assert isinstance(graph, ir.Graph) and tensor is not None
-        lookup = is_op(nodes[0], "Gather")  # of a shared weight all or none: SelectLayers sees to it
-        W = tensor.numpy().T if lookup else tensor.numpy()
-        q = get_solver(self.solver)(W, name=name, threads=self.threads)
-        relative_error = _relative_error(W, q)
+        lookup = is_op(nodes[0], "Gather")
         sqnr_db = -10 * float(np.log10(relative_error)) if relative_error else float("inf")
         parts = _initializers(graph, name, q, turned=lookup)
         for node in nodes:
@@ -118,23 +227,26 @@ class QuantizeWeights(GraphPass):
             replace_node(node, [lowbit])
             lowbit.metadata_props.update(
                 {
-                    "qgraph.scheme": self.scheme.name,
+                    "qgraph.scheme": q.format,
                     "qgraph.bits_per_weight": f"{q.bits_per_weight():.4f}",
                     "qgraph.sqnr_db": f"{sqnr_db:.2f}",
                     "qgraph.source_weight": name,
                 }
             )
+            if output_error is not None:
+                lowbit.metadata_props["qgraph.output_error"] = f"{output_error:.6g}"
         if not weight.uses() and not weight.is_graph_output():
             del graph.initializers[name]
-        return QuantizedWeight(
+        self._done[name] = QuantizedWeight(
             weight=name,
             nodes=tuple(str(node.name) for node in nodes),
             shape=q.shape[::-1] if lookup else q.shape,
             relative_error=relative_error,
             sqnr_db=sqnr_db,
+            output_error=output_error,
             bits_per_weight=q.bits_per_weight(),
             nbytes=q.nbytes(),
-            original_nbytes=W.nbytes,
+            original_nbytes=tensor.nbytes,
         )
 
 
@@ -176,10 +288,45 @@ def _initializers(graph: ir.Graph, name: str, q: QTensor, turned: bool) -> list[
     return values
 
 
-def _relative_error(W: np.ndarray, q: QTensor) -> float:
+def _to_arrays(q: QTensor) -> Arrays:
+    """The parts of `q` as arrays that can be stored."""
+    return {
+        "codes": pack_nibbles(q.codes),
+        "block_scale": np.ascontiguousarray(q.block_scale).view(np.uint8),
+        "global_scale": np.array([q.global_scale], np.float32),
+    }
+
+
+def _from_arrays(weight_format: str, shape: tuple[int, int], arrays: Arrays) -> QTensor:
+    """The inverse. InputError when the parts do not fit."""
+    return QTensor(
+        weight_format,
+        shape,
+        unpack_nibbles(arrays["codes"], shape),
+        arrays["block_scale"].view(FORMATS[weight_format].scale_dtype),
+        np.float32(arrays["global_scale"][0]),
+    )
+
+
+def _relative_error(W: npt.NDArray[np.float32], back: npt.NDArray[np.float32]) -> float:
     """|W - W'|^2 / |W|^2 in float64, by rows so that no float64 copy of W is made; 0 for a zero weight."""
-    back = q.dequantize()
-    np.subtract(W, back, out=back)
-    noise = sum(float(np.square(row, dtype=np.float64).sum()) for row in back)
+    noise = sum(float(np.square(row, dtype=np.float64).sum()) for row in map(np.subtract, W, back))
     signal = sum(float(np.square(row, dtype=np.float64).sum()) for row in W)
     return noise / signal if signal else 0.0
+
+
+def _output_error(
+    W: npt.NDArray[np.float32], back: npt.NDArray[np.float32], H: npt.NDArray[np.float64]
+) -> float:
+    """E|x W - x W'|^2 / E|x W|^2 over the calibration data; 0 where x W is zero."""
+
+    def energy(weight: npt.NDArray[np.float32]) -> float:
+        # Some columns at a time: float64 copies of a whole weight would double the memory of a layer.
+        total = 0.0
+        for n in range(0, weight.shape[1], 256):
+            part = weight[:, n : n + 256].astype(np.float64)
+            total += float(np.sum(part * (H @ part)))
+        return total
+
+    signal = energy(W)
+    return energy(W - back) / signal if signal > 0 else 0.0

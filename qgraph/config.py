@@ -6,12 +6,18 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qgraph.errors import InputError, UsageError
 
+if TYPE_CHECKING:
+    from qgraph.schemes import Scheme
+
 ONNX_STYLES = ("function", "qdq")
 EMBEDDINGS = ("float", "nvfp4")
+CALIBRATE_ON = ("float", "quantized", "corrected")
+ROTATE = (0, 16, 32, 64, 128)
+FROM_PYTHON = "<from Python>"  # as `calibration`: the data are an argument of `compile`
 MAX_THREADS = 1024
 
 
@@ -25,6 +31,14 @@ class CompileConfig:
         embeddings: how tables that rows are looked up in are stored: `float`, or the scheme's weight format.
         include: patterns (shell wildcards) of the layers to quantize; empty is all that suit.
         exclude: patterns of the layers to leave in float; stronger than `include`.
+        calibration: file with data to calibrate on: `.npz`, `.txt` or `.jsonl`; empty is none.
+        tokenizer: `tokenizer.json` for text.
+        samples: how many samples of the data are used.
+        length: tokens a sample: text is cut into windows of so many; 0 takes its lines as they are.
+        calibrate_on: what a layer's inputs are measured in: the `float` model; the model whose earlier layers
+            are `quantized` already; or that with the layers' weights `corrected` for what earlier layers did.
+        smooth: strength, 0 to 1, of the migration of scales from activations to weights; 0 is none.
+        rotate: size of the blocks in which inputs and weights are rotated by Hadamard matrices; 0 is none.
         onnx_style: `function` writes a quantized layer as one node with a standard body, `qdq` writes the
             body in place.
         onnx: whether the low-bit ONNX file is written.
@@ -42,6 +56,13 @@ class CompileConfig:
     embeddings: str = "float"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    calibration: str = ""
+    tokenizer: str = ""
+    samples: int = 128
+    length: int = 0
+    calibrate_on: str = "float"
+    smooth: float = 0.0
+    rotate: int = 0
     onnx_style: str = "function"
     onnx: bool = True
     target: str = "x86_64-linux"
@@ -59,6 +80,8 @@ class CompileConfig:
                 ):
                     raise UsageError(f"{field.name}: expected a list of patterns, got {value!r}")
                 object.__setattr__(self, field.name, tuple(value))
+            elif isinstance(default, float) and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
             elif type(value) is not type(default):
                 raise UsageError(f"{field.name}: expected {type(default).__name__}, got {value!r}")
         from qgraph.codegen.isa import TARGETS
@@ -69,6 +92,7 @@ class CompileConfig:
             raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no solver")
         if self.solver:
             _one_of("solver", self.solver, scheme.solvers)
+        self._check_calibration(scheme)
         _one_of("embeddings", self.embeddings, EMBEDDINGS)
         if self.embeddings not in ("float", scheme.weight_format):
             raise UsageError(
@@ -77,11 +101,36 @@ class CompileConfig:
             )
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("target", self.target, TARGETS)
-        for name in ("threads", "seed"):
+        for name in ("threads", "seed", "length"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: must not be negative, got {getattr(self, name)}")
         if self.threads > MAX_THREADS:
             raise UsageError(f"threads: must be at most {MAX_THREADS}, got {self.threads}")
+
+    def _check_calibration(self, scheme: Scheme) -> None:
+        from qgraph.solvers import get_solver
+
+        _one_of("calibrate_on", self.calibrate_on, CALIBRATE_ON)
+        if self.rotate not in ROTATE:
+            raise UsageError(f"rotate: choose from {', '.join(map(str, ROTATE))}, got {self.rotate}")
+        if not 0 <= self.smooth <= 1:
+            raise UsageError(f"smooth: must be from 0 to 1, got {self.smooth:g}")
+        if self.samples < 1:
+            raise UsageError(f"samples: must be at least 1, got {self.samples}")
+        if self.calibration:
+            if scheme.weight_format is None:
+                raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no calibration data")
+            return
+        data = "calibration data: give --calibration FILE"
+        if scheme.needs_calibration:
+            raise UsageError(f"scheme '{scheme.name}' needs {data}")
+        if self.solver and get_solver(self.solver).calibrated:
+            raise UsageError(f"solver '{self.solver}' needs {data}")
+        if self.smooth:
+            raise UsageError(f"smooth needs {data}")
+        for name in ("tokenizer", "length"):
+            if getattr(self, name):
+                raise UsageError(f"{name} is for {data}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> CompileConfig:
@@ -97,14 +146,19 @@ class CompileConfig:
         return self.from_options({**asdict(self), **options})
 
     def resolved(self) -> dict[str, Any]:
-        """All fields, with the solver that an empty one stands for."""
+        """All fields, with the solver that an empty one stands for: the scheme's first that has what it
+        needs."""
         from qgraph.schemes import get_scheme
+        from qgraph.solvers import default_solver
 
-        return {**asdict(self), "solver": self.solver or get_scheme(self.scheme).default_solver}
+        default = default_solver(get_scheme(self.scheme).solvers, calibrated=bool(self.calibration))
+        return {**asdict(self), "solver": self.solver or default}
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""
-        decisive = ("scheme", "solver", "embeddings", "include", "exclude")
+        decisive = ["scheme", "solver", "embeddings", "include", "exclude", "rotate"]
+        if self.calibration:
+            decisive += ["samples", "length", "calibrate_on", "smooth"]
         return {key: self.resolved()[key] for key in decisive}
 
 

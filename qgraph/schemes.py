@@ -16,10 +16,11 @@ class Scheme:
         name: what the user types.
         summary: one line for `qgraph schemes`.
         weight_format: a key of `qgraph.formats.FORMATS`; None leaves the weights in float32.
-        activation_format: None for float32, the only one so far.
+        activation_format: what the inputs of the quantized layers are rounded to at run time: `nvfp4` (block
+            scales at run time, a calibrated global one), `int8` (a scale a token), None for float32.
         bits_per_weight: nominal, all scales counted, for large layers.
         solvers: names of `qgraph.solvers.SOLVERS` that can choose codes and scales, best first; empty where
-            nothing is quantized.
+            nothing is quantized. The default is the first that has what it needs.
     """
 
     name: str
@@ -36,10 +37,12 @@ class Scheme:
             )
 
     @property
-    def default_solver(self) -> str:
-        """The solver when none is asked for; empty where nothing is quantized."""
-        return self.solvers[0] if self.solvers else ""
+    def needs_calibration(self) -> bool:
+        """Whether it takes calibration data, whatever the solver: for the global scale of the activations."""
+        return self.activation_format == "nvfp4"
 
+
+_NVFP4_SOLVERS = ("sweep", "rtn")
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -57,7 +60,23 @@ SCHEMES: dict[str, Scheme] = {
             weight_format="nvfp4",
             activation_format=None,
             bits_per_weight=4.5,
-            solvers=("sweep", "rtn"),
+            solvers=_NVFP4_SOLVERS,
+        ),
+        Scheme(
+            name="nvfp4-w4a8",
+            summary="NVFP4 weights, activations rounded to int8 with a scale for every token",
+            weight_format="nvfp4",
+            activation_format="int8",
+            bits_per_weight=4.5,
+            solvers=_NVFP4_SOLVERS,
+        ),
+        Scheme(
+            name="nvfp4-w4a4",
+            summary="NVFP4 weights and activations, the latter with block scales chosen at run time",
+            weight_format="nvfp4",
+            activation_format="nvfp4",
+            bits_per_weight=4.5,
+            solvers=_NVFP4_SOLVERS,
         ),
     )
 }

@@ -16,7 +16,7 @@ BASE = {"errors", "progress", "atomic", "cache"}
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"*"},
     "pipeline": {"config", "passes", "codegen", "evaluate", "report", "schemes", "formats", "runtime"} | BASE,
-    "config": {"schemes", "codegen.isa"} | BASE,
+    "config": {"schemes", "solvers", "codegen.isa"} | BASE,
     "models": {"evaluate"} | BASE,
     "report": {"evaluate", "formats", "runtime"} | BASE,
     "evaluate": {"formats", "runtime"} | BASE,

@@ -7,7 +7,7 @@ import pytest
 from qgraph.errors import UsageError
 from qgraph.formats import FORMATS
 from qgraph.schemes import SCHEMES, Scheme, get_scheme
-from qgraph.solvers import SOLVERS
+from qgraph.solvers import SOLVERS, default_solver
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
@@ -25,13 +25,15 @@ def test_bits_per_weight_is_what_the_format_stores(scheme: Scheme):
 
 
 def test_defaults():
-    assert SCHEMES["nvfp4"].default_solver == "sweep"
-    assert SCHEMES["none"].default_solver == ""
+    nvfp4, none = SCHEMES["nvfp4"].solvers, SCHEMES["none"].solvers
+    assert default_solver(nvfp4, calibrated=False) == "sweep"
+    assert default_solver(nvfp4, calibrated=True) == "gptq"
+    assert default_solver(none, calibrated=True) == ""
 
 
 def test_unknown():
     with pytest.raises(
-        UsageError, match=r"^unknown scheme 'nvpf4'; known: none, nvfp4; did you mean 'nvfp4'\?$"
+        UsageError, match=r"^unknown scheme 'nvpf4'; known: none, nvfp4, nvfp4-w4a8, nvfp4-w4a4; did you mean 'nvfp4'\?$"
     ):
         get_scheme("nvpf4")
 

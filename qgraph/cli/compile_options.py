@@ -32,6 +32,39 @@ _QUANTIZE = (
         help="How codes and scales are chosen: see `qgraph schemes`.  [default: the scheme's best]",
     ),
     click.option(
+        "--calibration",
+        metavar="FILE",
+        help="Data to calibrate on: .npz, .txt or .jsonl. With data the default solver is a calibrated one.",
+    ),
+    click.option("--tokenizer", metavar="FILE", help="tokenizer.json for a calibration text."),
+    click.option(
+        "--samples", type=int, metavar="N", help="Samples of the data that are used.  [default: 128]"
+    ),
+    click.option(
+        "--length",
+        type=int,
+        metavar="N",
+        help="Cut the calibration text into windows of N tokens.  [default: 0, lines as they are]",
+    ),
+    click.option(
+        "--calibrate-on",
+        metavar="MODEL",
+        help="In what a layer's inputs are measured: float, quantized (earlier layers are), or corrected "
+        "(for what these did).  [default: float]",
+    ),
+    click.option(
+        "--smooth",
+        type=float,
+        metavar="ALPHA",
+        help="Migrate scales from activations to weights, with strength 0 to 1.  [default: 0]",
+    ),
+    click.option(
+        "--rotate",
+        type=int,
+        metavar="SIZE",
+        help="Rotate inputs and weights by Hadamard matrices of 16, 32, 64 or 128.  [default: 0, no]",
+    ),
+    click.option(
         "--embeddings",
         metavar="FORMAT",
         help="How lookup tables are stored: float, or nvfp4 with that scheme.  [default: float]",

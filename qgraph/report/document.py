@@ -20,6 +20,8 @@ class CompileReport:
         version: of qgraph.
         model: `name`, `sha256`, `nbytes` of the original.
         config: the fields of the CompileConfig.
+        calibration: `source` (the file's name), `sha256` (of what was used of it), `samples`, `tokens`; None
+            where nothing was calibrated.
         layers: every linear layer and embedding.
         sizes: bytes: `original`, `linear_float` and `linear_stored` (weights of the linear layers before and
             after), `embedding_float` and `embedding_stored` (tables that are no linear layer's weight, too),
@@ -41,6 +43,7 @@ class CompileReport:
     verification: Verification | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -72,6 +75,7 @@ class CompileReport:
             "qgraph_version": self.version,
             "model": self.model,
             "config": self.config,
+            "calibration": self.calibration,
             "summary": {
                 "linear_layers": len(self.of_kind("linear")),
                 "quantized_layers": sum(bool(x.scheme) for x in self.of_kind("linear")),

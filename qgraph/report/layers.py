@@ -27,6 +27,7 @@ class LayerReport:
         kept: why it was left in float, empty when it was not.
         bits_per_weight: all scales counted; 32 for float32.
         sqnr_db: signal to quantization noise of the weight in dB; None for float.
+        output_error: E|x W - x W'|^2 / E|x W|^2 over the calibration data; None without.
         kernel: the kernel that runs it, and `compute` its precision; empty until an artifact is built.
         kind: `linear` or `embedding`.
     """
@@ -41,6 +42,7 @@ class LayerReport:
     kernel: str = ""
     compute: str = ""
     kind: str = "linear"
+    output_error: float | None = None
 
     @property
     def elements(self) -> int:
@@ -78,6 +80,7 @@ def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = N
         props = node.metadata_props
         scheme = props.get("qgraph.scheme") or _FORMATS.get((node.domain, node.op_type), "")
         sqnr = props.get("qgraph.sqnr_db")
+        error = props.get("qgraph.output_error")
         bits = props.get("qgraph.bits_per_weight")
         kernel, compute = (kernels or {}).get(str(node.name), ("", ""))
         rows, columns = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]
@@ -91,6 +94,7 @@ def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = N
                 kept="" if scheme else props.get("qgraph.kept", "not considered"),
                 bits_per_weight=float(bits) if bits else _bits(scheme, weight, lookup),
                 sqnr_db=float(sqnr) if sqnr else None,
+                output_error=float(error) if error else None,
                 kernel=kernel,
                 compute=compute,
                 kind="embedding" if lookup else "linear",

@@ -26,6 +26,8 @@ def _rows(report: CompileReport) -> Iterator[Row]:
         if layers or kind == "linear":
             count = sum(bool(layer.scheme) for layer in layers)
             yield label, _quantized(count, len(layers), things, report.config["scheme"])
+    if quantized and report.config.get("solver"):
+        yield "solver", f"{report.config['solver']}, {_calibration(report)}"
     reasons: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in report.layers:
         if not layer.scheme:
@@ -42,6 +44,11 @@ def _rows(report: CompileReport) -> Iterator[Row]:
     worst = sorted((x for x in quantized if x.sqnr_db is not None), key=lambda x: (x.sqnr_db, x.name))[:3]
     if worst:
         yield "worst SQNR", ", ".join(f"{layer.name} {layer.sqnr_db:.2f} dB" for layer in worst)
+    loud = sorted(
+        (x for x in quantized if x.output_error is not None), key=lambda x: (-(x.output_error or 0), x.name)
+    )[:3]
+    if loud:
+        yield "worst output", ", ".join(f"{layer.name} {layer.output_error:.2%}" for layer in loud)
     for kernel, count in Counter((x.kernel, x.compute) for x in report.layers if x.kernel).items():
         yield "kernels", f"{count} x {kernel[0]}: {kernel[1]}"
     if report.isas:
@@ -63,6 +70,13 @@ def _rows(report: CompileReport) -> Iterator[Row]:
                 f"relative error {check.worst:.1e} (allowed {check.limit:g})"
             ),
         )
+
+
+def _calibration(report: CompileReport) -> str:
+    data = report.calibration
+    if data is None:
+        return "from the weights alone: no calibration data"
+    return f"calibrated on {data['samples']} samples ({data['tokens']} tokens) of {data['source']}"
 
 
 def _quantized(count: int, total: int, things: str, scheme: str) -> str:
