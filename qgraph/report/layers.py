@@ -128,7 +128,7 @@ def _bits(scheme: str, weight: ir.Value, lookup: bool) -> float:
 
 def _weight(node: ir.Node) -> ir.Value | None:
     """The stored matrix, float or codes, that `node` multiplies with or looks up in, else None."""
-    if node.domain == "ai.qgraph":
+    if (node.domain, node.op_type) in _FORMATS:
         return node.inputs[1]
     if node.domain != "" or node.op_type not in ("MatMul", "Gather"):
         return None
