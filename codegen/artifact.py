@@ -16,11 +16,20 @@ from qgraph.codegen.isa import get_target
 from qgraph.codegen.lowering import Lowering, lower
 from qgraph.codegen.plan import Plan, make_plan
 
-# How the kernels of weights compute, in the terms of the report.
+# How kernels compute, in the terms of the report.
 _COMPUTE = {
     "matmul_nvfp4": "W4A16: NVFP4 weights, float32 activations and sums",
-    "matmul_f32": "float32",
     "gather_nvfp4": "NVFP4 table, float32 rows",
+    "dynamic_nvfp4": "rounds to NVFP4 and back in float32",
+    "dynamic_int8": "rounds to int8 and back in float32",
+}
+# The same of products whose left operand was rounded by an operator: the rounding is real, the product is not
+# done in the format.
+_COMPUTE_ROUNDED = {
+    ("matmul_nvfp4", "DynamicQDQNVFP4"): "W4A4 emulated: NVFP4 weights and activations, float32 products",
+    ("matmul_nvfp4", "DynamicQDQInt8"): "W4A8 emulated: NVFP4 weights, int8 activations, float32 products",
+    ("matmul_f32", "DynamicQDQNVFP4"): "float32 of activations rounded to NVFP4",
+    ("matmul_f32", "DynamicQDQInt8"): "float32 of activations rounded to int8",
 }
 
 
@@ -75,9 +84,15 @@ class Artifact:
 
 def _layers(low: Lowering) -> list[LayerKernel]:
     return [
-        LayerKernel(node.name or "", node.op_type, step.spec.op, _COMPUTE.get(step.spec.op, "float32"))
+        LayerKernel(node.name or "", node.op_type, step.spec.op, _compute(node, step.spec.op))
         for node, step in low.layers
     ]
+
+
+def _compute(node: ir.Node, kernel: str) -> str:
+    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    rounded = _COMPUTE_ROUNDED.get((kernel, source.op_type)) if source is not None else None
+    return rounded or _COMPUTE.get(kernel, "float32")
 
 
 def build_artifact(
