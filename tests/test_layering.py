@@ -15,10 +15,22 @@ ROOT = Path(__file__).parent.parent
 BASE = {"errors", "progress", "atomic", "cache"}
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"*"},
-    "pipeline": {"config", "passes", "codegen", "evaluate", "report", "schemes", "formats", "runtime"} | BASE,
+    "pipeline": {
+        "config",
+        "passes",
+        "calibration",
+        "codegen",
+        "evaluate",
+        "report",
+        "schemes",
+        "formats",
+        "runtime",
+    }
+    | BASE,
     "config": {"schemes", "solvers", "codegen.isa"} | BASE,
     "models": {"evaluate"} | BASE,
     "report": {"evaluate", "formats", "runtime"} | BASE,
+    "calibration": {"passes", "solvers", "evaluate", "formats"} | BASE,
     "evaluate": {"formats", "runtime"} | BASE,
     "passes": {"formats", "solvers", "schemes"} | BASE,
     "codegen": {"formats", "schemes"} | BASE,

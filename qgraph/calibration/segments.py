@@ -1,0 +1,203 @@
+"""Cuts the prepared graph into segments that are run one after the other, each on its own.
+
+A segment computes what a stage of calibration taps, from what earlier segments left, and leaves what later
+ones need: the values alive at its border. Each is a small ONNX model without weights: these are fed to it,
+from wherever they are, so that no copy of a weight is made and one layer's at a time are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from qgraph.calibration.session import open_session
+from qgraph.errors import UnsupportedError
+from qgraph.passes.base import describe, printable
+from qgraph.passes.shapes.dims import from_ir, product
+
+Array = npt.NDArray[Any]
+
+# What ONNX Runtime 1.31 loads. The operators of a model of a later opset are the same wherever their last
+# change is not after this.
+_NEWEST_OPSET, _NEWEST_IR = 26, 13
+
+# Initializers up to this size are part of the segment: axes, shapes, scalars.
+_INLINE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Nodes to run, and what goes in and out, by name."""
+
+    feeds: tuple[str, ...]  # inputs of the model
+    borders: tuple[str, ...]  # values that earlier segments left
+    weights: tuple[str, ...]  # initializers
+    outputs: tuple[str, ...]
+    session: Any  # None where there is nothing to compute
+
+    def run(
+        self, feeds: Mapping[str, Array], borders: Mapping[str, Array], weights: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """The outputs for one batch. Raises what ONNX Runtime raises."""
+        if self.session is None:
+            return {}
+        given = {name: feeds[name] for name in self.feeds}
+        given |= {name: borders[name] for name in self.borders}
+        given |= {name: weights[name] for name in self.weights}
+        return dict(zip(self.outputs, self.session.run(list(self.outputs), given), strict=True))
+
+
+class FrozenGraph:
+    """A prepared graph as it is now, whatever happens to the model later. Weights are referred to, not
+    copied.
+
+    Raises UnsupportedError for a graph with subgraphs or functions, or of an opset that ONNX Runtime does not
+    run.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        graph = model.graph
+        self.nodes: list[onnx.NodeProto] = []
+        self.producer: dict[str, int] = {}  # value -> index of its node
+        self.inputs = frozenset(str(value.name) for value in graph.inputs if not value.is_initializer())
+        self.weights: dict[str, ir.TensorProtocol] = {}
+        self._info: dict[str, onnx.ValueInfoProto] = {}
+        for value in graph.initializers.values():
+            assert value.const_value is not None
+            self.weights[str(value.name)] = value.const_value
+        for value in (*graph.inputs, *graph.initializers.values()):
+            self._info[str(value.name)] = _info(value)
+        for node in graph:
+            if node.domain or any(True for _ in _subgraphs(node)):
+                raise UnsupportedError(
+                    f"{describe(node)}: calibration runs float models of standard operators without subgraphs"
+                )
+            for value in node.outputs:
+                if value.name:
+                    self.producer[value.name] = len(self.nodes)
+                    self._info[value.name] = _info(value)
+            self.nodes.append(ir.serde.serialize_node(node))
+        self._opset, self._ir_version = _versions(model)
+
+    def ranks(self, groups: Sequence[Iterable[str]]) -> dict[str, int]:
+        """For every computed value, how many of the groups of weights it depends on: all that come before.
+
+        The value is final once groups [0, rank) are.
+        """
+        of_weight = {name: i + 1 for i, names in enumerate(groups) for name in names}
+        ranks: dict[str, int] = {}
+        for node in self.nodes:
+            rank = max((max(ranks.get(n, 0), of_weight.get(n, 0)) for n in node.input), default=0)
+            ranks.update(dict.fromkeys(filter(None, node.output), rank))
+        return ranks
+
+    def needed(self, wanted: Iterable[str], have: frozenset[str] | set[str]) -> tuple[list[int], set[str]]:
+        """The nodes that compute `wanted` from `have`, in order, and what of `have` is read or wanted."""
+        nodes: set[int] = set()
+        read: set[str] = set()
+        work, seen = list(wanted), set()
+        while work:
+            name = work.pop()
+            if name in seen or not name:
+                continue
+            seen.add(name)
+            if name in have:
+                read.add(name)
+            elif (index := self.producer.get(name)) is not None and index not in nodes:
+                nodes.add(index)
+                work.extend(self.nodes[index].input)
+        return sorted(nodes), read
+
+    def weights_of(self, nodes: Iterable[int]) -> set[str]:
+        """The initializers that these nodes read."""
+        return {name for i in nodes for name in self.nodes[i].input if name in self.weights}
+
+    def segment(self, outputs: Iterable[str], have: frozenset[str] | set[str], name: str) -> Segment:
+        """What computes `outputs` from the values `have`, the model's inputs and its weights.
+
+        name: for messages. Raises InputError, UnsupportedError: see `open_session`.
+        """
+        computed = sorted(n for n in set(outputs) - have if n in self.producer)
+        nodes, read = self.needed(computed, have)
+        if not nodes:
+            return Segment((), (), (), (), None)
+        names = {n for i in nodes for n in self.nodes[i].input if n}
+        inline = {n for n in names & self.weights.keys() if self.weights[n].nbytes <= _INLINE_BYTES}
+        feeds, borders = sorted(names & self.inputs), sorted(read)
+        weights = sorted((names & self.weights.keys()) - inline)
+        graph = onnx.helper.make_graph(
+            [self.nodes[i] for i in nodes],
+            "segment",
+            [self._info[n] for n in (*feeds, *borders, *weights)],
+            [self._info[n] for n in computed],
+            [ir.serde.serialize_tensor(self.weights[n]) for n in sorted(inline)],
+        )
+        for tensor, n in zip(graph.initializer, sorted(inline), strict=True):
+            tensor.name = n
+        opsets = [onnx.helper.make_opsetid("", self._opset)]
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._ir_version)
+        session = open_session(model, name)
+        return Segment(tuple(feeds), tuple(borders), tuple(weights), tuple(computed), session)
+
+
+def leading_dims_match(value: ir.Value, mask: ir.Value | None) -> bool:
+    """Whether `value` [batch, sequence, K], or [batch * sequence, K], has a row for every element of `mask`
+    [batch, sequence].
+
+    By the dims' names, not by sizes that may agree by accident. A mask that covers more than the value does,
+    such as one over a cache and the new tokens, [batch, past + sequence], matches as well: where nothing is
+    in the cache the sizes agree, and elsewhere `masked_rows` does not use it.
+    """
+    if mask is None or mask.shape is None or value.shape is None or len(mask.shape) != 2:
+        return False
+    rows, wanted = list(value.shape)[:-1], list(mask.shape)
+    if len(rows) == 1:
+        both = [from_ir(dim) for dim in wanted]
+        return None not in both and product(both) == from_ir(rows[0])
+    return len(rows) == 2 and all(_covers(a, b) for a, b in zip(wanted, rows, strict=True))
+
+
+def masked_rows(x: Array, tokens: npt.NDArray[np.bool_] | None) -> Array:
+    """The rows of x [.., K] that are no padding, as [n, K]. tokens: bool [batch, sequence]; None: all."""
+    rows = x.reshape(-1, x.shape[-1])
+    if tokens is None or tokens.size != len(rows):
+        return rows
+    return rows[tokens.reshape(-1)]
+
+
+def _covers(mask: int | ir.SymbolicDim, dim: int | ir.SymbolicDim) -> bool:
+    if isinstance(mask, int) or isinstance(dim, int):
+        return mask == dim
+    return mask.value is not None and dim.value is not None and dim.free_symbols() <= mask.free_symbols()
+
+
+def _subgraphs(node: ir.Node) -> Iterable[ir.Attr]:
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return (attribute for attribute in node.attributes.values() if attribute.type in kinds)
+
+
+def _info(value: ir.Value) -> onnx.ValueInfoProto:
+    """Name, data type and shape; named dims are left open, as ONNX Runtime would do nothing with them."""
+    assert value.dtype is not None and value.shape is not None, value.name
+    shape = [dim if isinstance(dim, int) else None for dim in value.shape]
+    return onnx.helper.make_tensor_value_info(str(value.name), int(value.dtype), shape)
+
+
+def _versions(model: ir.Model) -> tuple[int, int]:
+    """Opset and IR version to run the model's operators with."""
+    opset = model.opset_imports[""]
+    if opset > _NEWEST_OPSET:
+        for node in model.graph:
+            schema = onnx.defs.get_schema(node.op_type, opset, "")
+            if schema.since_version > _NEWEST_OPSET:
+                raise UnsupportedError(
+                    f"{describe(node)} is of opset {schema.since_version}; calibration runs models up to "
+                    f"opset {_NEWEST_OPSET}: export '{printable(model.graph.name)}' with opset 23"
+                )
+    return min(opset, _NEWEST_OPSET), min(model.ir_version, _NEWEST_IR)

@@ -1,0 +1,47 @@
+"""Sessions of ONNX Runtime as calibration wants them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from qgraph.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def open_session(model: onnx.ModelProto, name: str) -> Any:
+    """An `onnxruntime.InferenceSession` on one thread of the CPU, that may be run by many threads at once.
+
+    Every node runs as it stands, by the same kernel whatever surrounds it: the graph is not optimized, so
+    that values do not depend, to the last bit, on where it was cut. Memory goes back after each run.
+
+    Raises UnsupportedError when ONNX Runtime lacks an operator, InputError when it refuses the model; `name`
+    is for the message.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # is read at import
+    import onnxruntime
+
+    onnxruntime.disable_telemetry_events()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 4  # what goes wrong comes as an exception
+    try:
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise UnsupportedError(
+            f"{name}: ONNX Runtime, which runs the model for calibration, lacks an operator: "
+            f"{first_line(error)}"
+        ) from error
+    except Exception as error:  # ONNX Runtime's classes share no base
+        raise InputError(f"{name}: ONNX Runtime refuses it: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What of a message of several lines says it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
