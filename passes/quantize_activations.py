@@ -49,6 +49,7 @@ def quantize_input(value: ir.Value, activation_format: str, amax: float | None) 
         inputs.append(add_initializer(graph, np.array(scale, np.float32), f"{value.name}.act_scale"))
     name = _free_name(graph, f"{value.name}/{activation_format}")
     node = ir.node(op_type, inputs, domain=DOMAIN, name=name)
+    node.metadata_props["qgraph.activations"] = activation_format  # stays when the body is written out
     rounded = node.outputs[0]
     rounded.name, rounded.type, rounded.shape = name, ir.TensorType(ir.DataType.FLOAT), value.shape
     producer = value.producer()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 # operator -> format of its weight
 _FORMATS = {("ai.qgraph", "QLinearNVFP4"): "nvfp4", ("ai.qgraph", "QGatherNVFP4"): "nvfp4"}
 _LOOKUPS = ("Gather", "QGatherNVFP4")
+# operator -> format that it rounds activations to
+_ROUNDINGS = {("ai.qgraph", "DynamicQDQNVFP4"): "nvfp4", ("ai.qgraph", "DynamicQDQInt8"): "int8"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class LayerReport:
         bits_per_weight: all scales counted; 32 for float32.
         sqnr_db: signal to quantization noise of the weight in dB; None for float.
         output_error: E|x W - x W'|^2 / E|x W|^2 over the calibration data; None without.
+        activations: what its input is rounded to: `float32` (not at all), `nvfp4`, `int8`.
         kernel: the kernel that runs it, and `compute` its precision; empty until an artifact is built.
         kind: `linear` or `embedding`.
     """
@@ -43,6 +46,7 @@ class LayerReport:
     compute: str = ""
     kind: str = "linear"
     output_error: float | None = None
+    activations: str = "float32"
 
     @property
     def elements(self) -> int:
@@ -98,9 +102,20 @@ def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = N
                 kernel=kernel,
                 compute=compute,
                 kind="embedding" if lookup else "linear",
+                activations=_activations(node),
             )
         )
     return found
+
+
+def _activations(node: ir.Node) -> str:
+    """The format of the layer's input, by the node that it comes from; one written out in standard operators
+    says it in its metadata."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if source is None:
+        return "float32"
+    found = _ROUNDINGS.get((source.domain, source.op_type))
+    return found or source.metadata_props.get("qgraph.activations", "float32")
 
 
 def stored_weights(layers: Iterable[LayerReport]) -> list[LayerReport]:

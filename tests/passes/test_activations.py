@@ -23,6 +23,7 @@ from qgraph.passes.lowbit_functions import AddLowbitFunctions, InlineLowbitFunct
 from qgraph.passes.match_body import match_body
 from qgraph.passes.quantize_activations import quantize_input
 from qgraph.passes.recognize_lowbit import RecognizeLowbit
+from qgraph.report import layers_of
 
 FORMATS = ("nvfp4", "int8")
 SIZES = (1, 15, 16, 17, 31, 172, 384)
@@ -218,6 +219,7 @@ def test_layers_share_a_node(activation_format):
     assert rounded.op_identifier() == ("ai.qgraph", op_type, "")
     assert by_name["q"].inputs[0] is by_name["k"].inputs[0] is rounded.outputs[0]
     assert by_name["rest"].inputs[1].name == "h"  # the residual is not rounded
+    assert layers_of(layers())[0].activations == "float32"
     assert rounded.outputs[0].shape == by_name["up"].outputs[0].shape
     assert rounded.outputs[0].dtype == ir.DataType.FLOAT
     assert set(model.graph.initializers) == {"w"} | (
@@ -266,6 +268,10 @@ def test_only_float32():
 # Written out and found again
 
 
+def reported(model: ir.Model) -> dict[str, str]:
+    return {layer.name: layer.activations for layer in layers_of(model)}
+
+
 @pytest.mark.parametrize("activation_format", FORMATS)
 def test_written_out_and_found_again(activation_format):
     model = layers()
@@ -276,7 +282,9 @@ def test_written_out_and_found_again(activation_format):
     names = [node.name for node in model.graph]
     assert len(set(names)) == len(names) and f"h/{activation_format}/scale" in names
     model = ir.from_proto(ir.to_proto(model))  # as read from a file
+    assert reported(model) == dict.fromkeys(("up", "q", "k"), activation_format)
     assert RecognizeLowbit()(model).modified
+    assert reported(model) == dict.fromkeys(("up", "q", "k"), activation_format)
     assert [(n.op_type, n.name, [v.name for v in n.inputs]) for n in model.graph] == want
     assert not RecognizeLowbit()(model).modified
     x = np.random.default_rng(1).standard_normal((3, 40)).astype(np.float32)
