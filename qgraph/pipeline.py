@@ -29,6 +29,7 @@ from qgraph.report import CompileReport, layers_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from qgraph.evaluate.verify import Rounding
     from qgraph.passes import Refusal
     from qgraph.runtime import Model
 
@@ -247,10 +248,34 @@ def _verify(run: _Run, lowbit: Path) -> None:
     else:
         with run.phase("runtime"):
             library()  # built by the first use on a machine
-        with run.phase("verify"):
+        with run.phase("verify"), tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
+            exposed, roundings = _expose(run, lowbit, Path(folder))
             run.report.verification = verify(
-                run.staged(".qg"), lowbit, threads=config.threads, seed=config.seed, on_case=run.stepped
+                run.staged(".qg"),
+                lowbit,
+                exposed=exposed,
+                roundings=roundings,
+                threads=config.threads,
+                seed=config.seed,
+                on_case=run.stepped,
             )
+
+
+def _expose(run: _Run, lowbit: Path, folder: Path) -> tuple[Path | None, list[Rounding]]:
+    """An artifact of the low-bit file that shows its roundings of activations, and these; None without
+    any."""
+    from qgraph.codegen import build_artifact
+    from qgraph.evaluate.verify import Rounding
+    from qgraph.passes import load_model, prepare_model
+    from qgraph.passes.expose_roundings import expose_roundings
+
+    model = prepare_model(load_model(lowbit))
+    roundings = [Rounding(r.input, r.output, r.format, r.global_scale) for r in expose_roundings(model)]
+    if not roundings:
+        return None, []
+    path = folder / "exposed.qg"
+    build_artifact(model, target=run.config.target, metadata={}).write(path)
+    return path, roundings
 
 
 # ---- what the stages share ---------------------------------------------------------------------------------

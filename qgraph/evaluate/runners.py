@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,6 +12,7 @@ from qgraph.evaluate.files import existing_file
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
 
 Feeds = Mapping[str, "np.ndarray"]
 
@@ -70,16 +71,25 @@ class OnnxRuntimeRunner:
 
 
 class ReferenceRunner:
-    """An ONNX file by ONNX's reference evaluator: numpy, slow, and the judge of what an operator means."""
+    """An ONNX file by ONNX's reference evaluator: numpy, slow, and the judge of what an operator means.
+
+    given: values inside the graph that are inputs instead, computed by nobody; shown: values that are outputs
+    as well. InputError for names that the graph does not have.
+    """
 
     name = "reference"
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, given: Sequence[str] = (), shown: Sequence[str] = ()
+    ) -> None:
         self._path = os.fspath(existing_file(path))
         from onnx.reference import ReferenceEvaluator
 
         try:
-            self._evaluator = ReferenceEvaluator(self._path)
+            model = _cut(self._path, given, shown) if given or shown else self._path
+            self._evaluator = ReferenceEvaluator(model)
+        except InputError:
+            raise
         except Exception as error:  # protobuf's, ONNX's and numpy's classes share no base
             raise InputError(
                 f"{self._path}: ONNX's reference evaluator refuses it: {_first_line(error)}"
@@ -96,6 +106,26 @@ class ReferenceRunner:
         except Exception as error:
             raise InputError(f"{self._path}: ONNX's reference evaluator: {_first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
+
+
+def _cut(path: str, given: Sequence[str], shown: Sequence[str]) -> onnx.ModelProto:
+    """The model with the values `given` as inputs and `shown` as further outputs."""
+    import onnx
+
+    model = onnx.load(path)
+    graph = model.graph
+    known = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    for name in (*given, *shown):
+        if name not in known:
+            raise InputError(f"{path}: the graph has no value '{name}'")
+    kept = [node for node in graph.node if not set(node.output) & set(given)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    there = {value.name for value in graph.input}
+    graph.input.extend(onnx.ValueInfoProto(name=name) for name in given if name not in there)
+    there = {value.name for value in graph.output}
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown if name not in there)
+    return model
 
 
 class ArtifactRunner:

@@ -1,6 +1,12 @@
 """Does the artifact compute what the low-bit ONNX file says? Both are run, on the same seeded inputs.
 
 The judge is ONNX's reference evaluator: plain numpy, an implementation that shares nothing with ours.
+
+Where activations are rounded, the last bit of a float32 sum decides now and then which way; the difference is
+a whole step of the format, later layers meet it with roundings of their own, and two correct implementations
+drift apart. So the pieces between roundings are compared one by one: a second artifact shows what goes into
+every rounding and what comes out of it; the rounding must be exact to the bit, and the reference evaluator
+goes on from the artifact's rounded values.
 """
 
 from __future__ import annotations
@@ -8,11 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qgraph.errors import BudgetError
 from qgraph.evaluate.compare import compare
 from qgraph.evaluate.runners import ReferenceRunner
 from qgraph.evaluate.samples import InputSpec, artifact_ranges, choose_dims, input_specs, make_inputs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Arrays = Mapping[str, np.ndarray]
 
 REL_ERROR_LIMIT = 1e-4  # float32 sums in another order differ by far less, a wrong kernel by far more
 
@@ -45,10 +57,23 @@ class Verification:
         return max((e for c in self.comparisons for e in c.rel_error.values()), default=0.0)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """A place where activations are rounded: names of the value before and after, `nvfp4` or `int8`, the
+    global scale of the former."""
+
+    input: str
+    output: str
+    format: str
+    global_scale: float | None
+
+
 def verify(
     artifact: Path,
     lowbit: Path,
     *,
+    exposed: Path | None = None,
+    roundings: Sequence[Rounding] = (),
     threads: int = 0,
     seed: int = 0,
     limit: float = REL_ERROR_LIMIT,
@@ -56,30 +81,70 @@ def verify(
 ) -> Verification:
     """Run both files on inputs of several sizes and compare all outputs.
 
+    Args:
+        exposed: where there are `roundings`: the artifact of the same model with their inputs and outputs as
+            further outputs.
+
     Raises BudgetError, naming output and dims, when one differs by more than `limit` (relative, Frobenius
-    norm).
+    norm), or a rounding in any bit.
     """
     from qgraph.runtime import load
 
     model = load(artifact, threads=threads)
     inputs = input_specs(model)
     ranges = artifact_ranges(model)
-    reference = ReferenceRunner(lowbit)
+    reference = ReferenceRunner(
+        lowbit, given=[r.output for r in roundings], shown=[r.input for r in roundings]
+    )
+    inside = None if exposed is None else load(exposed, threads=threads)
     cases = _cases(inputs, {dim.name: (dim.min, dim.max) for dim in model.dims})
     comparisons = []
     for i, dims in enumerate(cases):
-        shown = " ".join(f"{name}={size}" for name, size in dims.items()) or "fixed sizes"
-        on_case(i, len(cases), shown)
+        where = " ".join(f"{name}={size}" for name, size in dims.items()) or "fixed sizes"
+        on_case(i, len(cases), where)
         feeds = make_inputs(inputs, ranges, dims, seed + i)
-        errors = {name: d.rel_error for name, d in compare(model.run(feeds), reference.run(feeds)).items()}
+        got = model.run(feeds)
+        if inside is not None:
+            shown = _check_inside(got, inside.run(feeds), feeds, roundings, where)
+            given = {r.output: shown[r.output] for r in roundings}
+            wanted = reference.run({**feeds, **given})
+            got = {**got, **{r.input: shown[r.input] for r in roundings}}
+        else:
+            wanted = reference.run(feeds)
+        errors = {name: d.rel_error for name, d in compare(got, wanted).items()}
         comparisons.append(Comparison(dims, errors))
         for name, error in errors.items():
             if not error <= limit:
                 raise BudgetError(
-                    f"the artifact disagrees with the low-bit ONNX model: output '{name}' at {shown} has "
+                    f"the artifact disagrees with the low-bit ONNX model: output '{name}' at {where} has "
                     f"a relative error of {error:.2g}, allowed is {limit:g}; nothing was written"
                 )
     return Verification("passed", limit=limit, comparisons=comparisons)
+
+
+def _check_inside(
+    got: Arrays, shown: Arrays, feeds: Arrays, roundings: Sequence[Rounding], where: str
+) -> dict[str, np.ndarray]:
+    """What the exposed artifact shows, inputs included, if its outputs are those of the other and its
+    roundings exact."""
+    from qgraph.formats.activations import dynamic_int8, dynamic_nvfp4
+
+    shown = {**feeds, **shown}
+    for name, value in got.items():
+        if value.tobytes() != shown[name].tobytes():
+            raise BudgetError(
+                f"the artifact changes with what is shown of it: output '{name}' at {where}; nothing was "
+                "written"
+            )
+    for rounding in roundings:
+        x, y = shown[rounding.input], shown[rounding.output]
+        exact = dynamic_int8(x) if rounding.format == "int8" else dynamic_nvfp4(x, rounding.global_scale or 1)
+        if y.tobytes() != exact.tobytes():
+            raise BudgetError(
+                f"the artifact rounds '{rounding.input}' to {rounding.format} wrongly at {where}; nothing "
+                "was written"
+            )
+    return shown
 
 
 def _cases(inputs: list[InputSpec], bounds: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
