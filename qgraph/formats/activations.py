@@ -38,20 +38,20 @@ def dynamic_nvfp4(x: npt.NDArray[np.float32], a: float | np.float32) -> npt.NDAr
     scale = np.float32(a)
     if not SMALLEST_NORMAL <= scale < np.inf:
         raise InputError(f"the global scale of an activation is a positive normal float32, not {a!r}")
-    K, blocks = rows.shape[1], -(-rows.shape[1] // BLOCK)
+    K = rows.shape[1]
     out = np.empty_like(rows)
     step = max(1, min(len(rows), _CHUNK // K))
-    magnitude, s = np.empty((step, K), np.float32), np.empty((step, K), np.float32)
+    magnitude = np.empty((step, K), np.float32)
     for start in range(0, len(rows), step):
         part, y = rows[start : start + step], out[start : start + step]
-        v, wide = magnitude[: len(part)], s[: len(part)]
+        v = magnitude[: len(part)]
         np.bitwise_and(part.view(np.int32), _ABS, out=v.view(np.int32))
         with np.errstate(over="ignore"):
-            d = _block_scale(_block_amax(v, blocks), scale)
-            _spread(e4m3.decode(d) * scale, wide)
-            np.divide(v, wide, out=v)
+            d = _block_scale(_block_amax(v), scale)
+            s = np.repeat(e4m3.decode(d) * scale, BLOCK, axis=1)[:, :K]
+            np.divide(v, s, out=v)
         e2m1.round_magnitudes(v, y)
-        np.multiply(v, wide, out=v)
+        np.multiply(v, s, out=v)
         sign = y.view(np.int32)  # round_magnitudes is done with it
         np.bitwise_and(part.view(np.int32), _SIGN, out=sign)
         np.bitwise_or(v.view(np.int32), sign, out=sign)
@@ -90,15 +90,16 @@ def _rows(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(x).reshape(-1, x.shape[-1])
 
 
-def _block_amax(v: npt.NDArray[np.float32], blocks: int) -> npt.NDArray[np.float32]:
-    """The largest of each block of [R, K], none negative: [R, blocks]. NaN orders above all, by its bits."""
+def _block_amax(v: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The largest of each block of [R, K], none negative: [R, ceil(K / 16)]. NaN orders above all, by its
+    bits."""
     bits = v.view(np.int32)
-    whole = v.shape[1] // BLOCK
-    amax = np.empty((len(v), blocks), np.int32)
-    if whole:
-        bits[:, : whole * BLOCK].reshape(len(v), whole, BLOCK).max(axis=2, out=amax[:, :whole])
-    if whole < blocks:
-        bits[:, whole * BLOCK :].max(axis=1, out=amax[:, whole])
+    whole = v.shape[1] - v.shape[1] % BLOCK
+    amax = bits[:, :whole]
+    for _ in range(4):  # by pairs: several times faster than a maximum along a last axis of 16
+        amax = np.maximum(amax[:, 0::2], amax[:, 1::2])
+    if whole < v.shape[1]:
+        amax = np.concatenate([amax, bits[:, whole:].max(axis=1, keepdims=True)], axis=1)
     return amax.view(np.float32)
 
 
@@ -106,10 +107,3 @@ def _block_scale(amax: npt.NDArray[np.float32], a: np.float32) -> npt.NDArray:
     """E4M3(amax / (6 a)), at least the smallest positive one: a zero block divides by no zero."""
     ratio = amax / (np.float32(e2m1.MAX) * a)
     return e4m3.encode(np.maximum(ratio, np.float32(e4m3.SMALLEST)))
-
-
-def _spread(s: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:
-    """out[:, k] = s[:, k // 16]."""
-    whole = out.shape[1] // BLOCK
-    out[:, : whole * BLOCK].reshape(len(out), whole, BLOCK)[...] = s[:, :whole, None]
-    out[:, whole * BLOCK :] = s[:, whole:]
