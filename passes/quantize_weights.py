@@ -146,7 +146,7 @@ class _Work:
         self._announce(name)
         W = self._float_weight(name).T
         q = get_solver(self.options.table_solver)(W, name=name, threads=self.options.threads)
-        self._replace(name, q, _relative_error(W, q.dequantize()), None)
+        self._replace(name, q, [_relative_error(W, q.dequantize())], 0)
 
     def solve(self, group: LinearGroup, statistics: Statistics | None) -> Arrays:
         """See GroupHandler; without statistics the solver goes by the weights alone."""
@@ -166,6 +166,7 @@ class _Work:
                 errors.append(_output_error(W, back, H))
             record |= {f"{i}.{part}": array for part, array in _to_arrays(q).items()}
             record[f"{i}.errors"] = np.array(errors)
+        record["tokens"] = np.array([0 if statistics is None else statistics.tokens])
         if statistics is not None and self.options.scheme.needs_calibration:
             record["input_amax"] = np.array([statistics.largest], np.float32)
         return record
@@ -190,7 +191,7 @@ class _Work:
                 {part: record[f"{i}.{part}"] for part in ("codes", "block_scale", "global_scale")},
             )
             errors = [float(error) for error in record[f"{i}.errors"]]
-            self._replace(name, q, errors[0], errors[1] if len(errors) > 1 else None)
+            self._replace(name, q, errors, int(record["tokens"][0]))
             weights[name] = q.dequantize()
         return weights
 
@@ -208,8 +209,12 @@ class _Work:
         K, N = tensor.shape.numpy()
         return K, N
 
-    def _replace(self, name: str, q: QTensor, relative_error: float, output_error: float | None) -> None:
-        """Put the low-bit nodes in the place of those that read the weight."""
+    def _replace(self, name: str, q: QTensor, errors: list[float], tokens: int) -> None:
+        """Put the low-bit nodes in the place of those that read the weight.
+
+        errors: of the weight and, with calibration, of the output.
+        """
+        relative_error, output_error = errors[0], errors[1] if len(errors) > 1 else None
         weight, nodes = self.order[name], self.readers[name]
         graph, tensor = weight.graph, weight.const_value
         assert isinstance(graph, ir.Graph) and tensor is not None
@@ -244,6 +249,7 @@ class _Work:
             relative_error=relative_error,
             sqnr_db=sqnr_db,
             output_error=output_error,
+            tokens=tokens,
             bits_per_weight=q.bits_per_weight(),
             nbytes=q.nbytes(),
             original_nbytes=tensor.nbytes,

@@ -15,23 +15,29 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qgraph import __version__
-from qgraph.config import CompileConfig
+from qgraph.config import FROM_PYTHON, CompileConfig
 from qgraph.errors import BudgetError, InputError, UnsupportedError, UsageError
 from qgraph.progress import Progress
 from qgraph.report import CompileReport, layers_of
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
+    from qgraph.calibration import Data
     from qgraph.evaluate.verify import Rounding
     from qgraph.passes import Refusal
+    from qgraph.passes.base import GraphPass
+    from qgraph.passes.linear_groups import Calibrator
     from qgraph.runtime import Model
+
+Calibration: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, np.ndarray]] | None"
 
 EXTERNAL_DATA_BYTES = 1 << 30  # a larger file keeps its weights beside it: protobuf ends at 2 GiB
 
@@ -57,6 +63,7 @@ def compile(
     model: str | os.PathLike[str],
     config: CompileConfig | None = None,
     *,
+    calibration: Calibration = None,
     output: str | os.PathLike[str] | None = None,
     dump: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
@@ -68,6 +75,8 @@ def compile(
     Args:
         model: path of the float model.
         config: how; `options` are fields of CompileConfig that replace its own.
+        calibration: data to calibrate on: a file (as the config's field), or an iterable of feeds, each a
+            mapping of input names to arrays.
         output: what is written is `<output>.onnx`, `.qg` and `.report.json`. A folder takes the model's name;
             the default is beside the model: `model.nvfp4.*`.
         dump: a folder for the graph after every phase of `prepare`.
@@ -81,9 +90,9 @@ def compile(
 
     On any error, what an earlier run wrote is as it was.
     """
-    config, source = _config(config, options), _path("model", model)
+    config, source = _config(config, options, calibration), _path("model", model)
     with _Run(source, config, output, dry_run, progress, suffixes=(".onnx", ".qg")) as run:
-        lowbit = _quantize(run, dump)
+        lowbit = _quantize(run, calibration, dump)
         _build(run, run.staged(".onnx"))
         if config.onnx_style != "function":
             _restyle(run, lowbit)
@@ -97,6 +106,7 @@ def quantize(
     model: str | os.PathLike[str],
     config: CompileConfig | None = None,
     *,
+    calibration: Calibration = None,
     output: str | os.PathLike[str] | None = None,
     dump: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
@@ -105,9 +115,9 @@ def quantize(
 ) -> CompileResult:
     """The first half of `compile`: `<output>.onnx` and `<output>.report.json`. Arguments and errors as
     there."""
-    config, source = _config(config, options), _path("model", model)
+    config, source = _config(config, options, calibration), _path("model", model)
     with _Run(source, config, output, dry_run, progress, suffixes=(".onnx",)) as run:
-        lowbit = _quantize(run, dump)
+        lowbit = _quantize(run, calibration, dump)
         if config.onnx_style != "function":
             _restyle(run, lowbit)
         return run.finish()
@@ -136,13 +146,13 @@ def build(
 # ---- stages ------------------------------------------------------------------------------------------------
 
 
-def _quantize(run: _Run, dump: str | os.PathLike[str] | None) -> ir.Model:
+def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] | None) -> ir.Model:
     """Load, prepare and quantize the source; write the low-bit file to the staging folder. Returns the
     model."""
     from qgraph.passes import load_model, prepare_model, run_passes
     from qgraph.passes.lowbit_functions import AddLowbitFunctions
     from qgraph.passes.pipeline import PrepareOptions
-    from qgraph.passes.quantize_weights import QuantizeWeights
+    from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights
     from qgraph.passes.select_layers import SelectLayers
 
     config, report = run.config, run.report
@@ -158,24 +168,33 @@ def _quantize(run: _Run, dump: str | os.PathLike[str] | None) -> ir.Model:
         already = [layer.name for layer in layers_of(model) if layer.scheme]
         if already:
             raise UsageError(f"{run.source}: node '{already[0]}' is quantized already: use `qgraph build`")
+    data = _calibration_data(run, calibration, model)
+    options = PrepareOptions(refusals=refusals)
+    with run.phase("select"):
+        run_passes(model, [SelectLayers(config.include, config.exclude, config.embeddings)], options)
+        run_passes(model, _transforms(run, model, data), options)
     with run.phase("quantize"):
-        threads = config.threads or None
-        options = PrepareOptions(refusals=refusals)
-        run_passes(
-            model,
-            [
-                SelectLayers(config.include, config.exclude, config.embeddings),
-                QuantizeWeights(config.scheme, config.solver, threads=threads, on_layer=run.stepped),
-                AddLowbitFunctions(),
-            ],
-            options,
+        quantize = QuantizeWeights(
+            config.scheme,
+            config.solver,
+            calibrator=None if data is None else _calibrator(run, data),
+            threads=config.threads or None,
+            on_layer=run.stepped,
         )
+        run_passes(model, [quantize, AddLowbitFunctions()], options)
+        if data is not None:
+            report.calibration = {
+                "source": data.name,
+                "sha256": data.fingerprint(),
+                "samples": data.samples,
+                "tokens": max((weight.tokens for weight in model.meta[QUANTIZED]), default=0),
+            }
         report.decisions += [str(refusal) for refusal in refusals]
         model.metadata_props.update(
             {
                 "qgraph.version": __version__,
                 "qgraph.scheme": config.scheme,
-                "qgraph.config": json.dumps(config.recipe(), sort_keys=True),
+                "qgraph.config": json.dumps(_recipe(config, data), sort_keys=True),
                 "qgraph.model_sha256": report.model["sha256"],
             }
         )
@@ -183,6 +202,49 @@ def _quantize(run: _Run, dump: str | os.PathLike[str] | None) -> ir.Model:
         report.sizes["lowbit_onnx"] = _save(model, run.staged(".onnx"))
     report.set_layers(layers_of(model))
     return model
+
+
+def _calibration_data(run: _Run, calibration: Calibration, model: ir.Model) -> Data | None:
+    """The data to calibrate on, None where there are none."""
+    config = run.config
+    if not config.calibration:
+        return None
+    from qgraph.calibration import model_inputs, open_data
+
+    with run.phase("data"):
+        return open_data(
+            calibration if config.calibration == FROM_PYTHON and calibration else config.calibration,
+            model_inputs(model),
+            tokenizer=config.tokenizer or None,
+            samples=config.samples,
+            length=config.length or None,
+        )
+
+
+def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass]:
+    """The passes that make the float model easier to quantize."""
+    return []
+
+
+def _calibrator(run: _Run, data: Data) -> Calibrator:
+    """Leads from layer to layer, and keeps a journal so that a run that was killed can go on."""
+    from qgraph.calibration import Journal, StreamingCalibrator
+
+    config = run.config
+    journal = Journal({"model": run.report.model["sha256"], "recipe": _recipe(config, data)})
+    return StreamingCalibrator(
+        data,
+        sequential=config.calibrate_on != "float",
+        corrected=config.calibrate_on == "corrected",
+        journal=journal,
+        threads=config.threads or None,
+    )
+
+
+def _recipe(config: CompileConfig, data: Data | None) -> dict[str, Any]:
+    """All that decides the low-bit model besides the original: what an artifact records of how it was
+    made."""
+    return config.recipe() | ({} if data is None else {"calibration_sha256": data.fingerprint()})
 
 
 def _restyle(run: _Run, model: ir.Model) -> None:
@@ -369,9 +431,15 @@ class _Run:
         return CompileResult(self.report, onnx, artifact)
 
 
-def _config(config: CompileConfig | None, options: dict[str, Any]) -> CompileConfig:
+def _config(
+    config: CompileConfig | None, options: dict[str, Any], calibration: Calibration = None
+) -> CompileConfig:
     if not isinstance(config, CompileConfig | None):
         raise UsageError(f"config: expected a CompileConfig, got a {type(config).__name__}")
+    if isinstance(calibration, str | os.PathLike):
+        options = {**options, "calibration": os.fspath(calibration)}
+    elif calibration is not None:
+        options = {**options, "calibration": FROM_PYTHON}
     return (config or CompileConfig()).with_options(options)
 
 
