@@ -33,3 +33,24 @@ def decode(x: npt.NDArray) -> npt.NDArray[np.float32]:
 def from_codes(codes: npt.NDArray[np.uint8]) -> npt.NDArray:
     """Bit patterns -> float8_e4m3fn, without a copy."""
     return np.ascontiguousarray(codes, np.uint8).view(DTYPE)
+
+
+_EXPONENT = np.int32(0x7F800000)
+_SMALLEST_NORMAL = np.float32(2.0**-6)
+_MAGIC = np.float32(1.5 * 2**20)
+
+
+def nearest_scale(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The positive E4M3 number nearest to x >= 0, as float32: decode(encode(x)), but never zero.
+
+    Several times faster than a cast there and back. The spacing of E4M3 near x is p/8 with p = 2^floor(log2
+    x), at least 2^-6; adding 1.5 * 2^20 p makes that one unit in the last place of the float32 sum (see
+    `e2m1`).
+    """
+    x = np.clip(x, np.float32(SMALLEST), np.float32(MAX))
+    magic = (x.view(np.int32) & _EXPONENT).view(np.float32)
+    np.maximum(magic, _SMALLEST_NORMAL, out=magic)
+    magic *= _MAGIC
+    x += magic
+    x -= magic
+    return x

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qgraph.formats import e2m1, e4m3
-from qgraph.formats.block import BlockFormat, per_block
+from qgraph.formats.block import BlockFormat, divide_blocks
 
 BLOCK = 16
 NVFP4 = BlockFormat(name="nvfp4", block=BLOCK, code_bits=4, values=e2m1.VALUES, scale_dtype=e4m3.DTYPE)
@@ -19,12 +19,6 @@ NVFP4 = BlockFormat(name="nvfp4", block=BLOCK, code_bits=4, values=e2m1.VALUES, 
 # Weights beyond this have no NVFP4 form whose float32 products are sure not to overflow.
 MAX_WEIGHT = 2.0**125
 _SMALLEST_NORMAL = 2.0**-126
-
-
-def block_amax(W: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """max|W| of every block: [K, N] -> [ceil(K/16), N]."""
-    views = per_block(W, BLOCK)
-    return np.concatenate([np.maximum(v.max(axis=1), -v.min(axis=1)) for v in views])
 
 
 def global_scale(amax: float, top: float = e4m3.MAX) -> np.float32:
@@ -37,13 +31,13 @@ def global_scale(amax: float, top: float = e4m3.MAX) -> np.float32:
     return np.float32(max(amax / (e2m1.MAX * top), _SMALLEST_NORMAL) if amax else 1.0)
 
 
-def amax_block_scale(amax: npt.NDArray[np.float32], a: np.float32) -> npt.NDArray:
-    """The block scale that maps a block's largest magnitude to 6, E4M3(amax / (6 a)): [blocks, N] as amax.
+def amax_block_scale(amax: npt.NDArray[np.float32], a: np.float32, code: float = e2m1.MAX) -> npt.NDArray:
+    """The block scale that maps a block's largest magnitude to `code`, E4M3(amax / (code a)): as amax.
 
     Held to the smallest positive E4M3, so that a block far below the tensor's range keeps what it can; 1 for
     a zero block. A block scale is therefore always positive.
     """
-    d = np.maximum(amax / (np.float32(e2m1.MAX) * a), np.float32(e4m3.SMALLEST))
+    d = np.maximum(amax / (np.float32(code) * a), np.float32(e4m3.SMALLEST))
     return e4m3.encode(np.where(amax == 0, np.float32(1), d))
 
 
@@ -57,11 +51,4 @@ def quantize(W: npt.NDArray[np.float32], block_scale: npt.NDArray, a: np.float32
 
     Nearest is optimal element by element, so no other codes have a smaller squared error at these scales.
     """
-    s = scales(block_scale, a)
-    ratio = np.empty(W.shape, np.float32)
-    start = 0
-    for source, out in zip(per_block(W, BLOCK), per_block(ratio, BLOCK), strict=True):
-        stop = start + len(source)
-        np.divide(source, s[start:stop, None, :], out=out)
-        start = stop
-    return e2m1.encode(ratio)
+    return e2m1.encode(divide_blocks(W, scales(block_scale, a), BLOCK))

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from qgraph.errors import InputError
 from qgraph.formats.block import BlockFormat, per_block
+from qgraph.formats.mxfp4 import MXFP4
 from qgraph.formats.nvfp4 import NVFP4
 
-FORMATS: dict[str, BlockFormat] = {NVFP4.name: NVFP4}
+FORMATS: dict[str, BlockFormat] = {spec.name: spec for spec in (NVFP4, MXFP4)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class QTensor:
     shape: tuple[int, int]  # (K, N)
     codes: npt.NDArray[np.uint8]  # [K, N], one code an element
     block_scale: npt.NDArray  # [ceil(K / block), N] in the format's scale dtype: finite, not negative
-    global_scale: np.float32  # finite, positive
+    global_scale: np.float32  # finite, positive; 1 where the format has none
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -46,9 +47,11 @@ class QTensor:
             raise InputError("block_scale holds a negative number or NaN")
         if not isinstance(self.global_scale, np.float32) or not 0 < self.global_scale < np.inf:
             raise InputError(f"global_scale is a positive finite float32, not {self.global_scale!r}")
+        if self.global_scale != 1 and not spec.has_global_scale:
+            raise InputError(f"{self.format} has no global scale: it is 1, not {self.global_scale!r}")
 
     def dequantize(self) -> npt.NDArray[np.float32]:
-        """float32 [K, N], bit for bit what ONNX's DequantizeLinear of DequantizeLinear gives."""
+        """float32 [K, N], bit for bit what ONNX's DequantizeLinear gives, that of the scales first."""
         spec = FORMATS[self.format]
         s = self.block_scale.astype(np.float32) * self.global_scale
         W = spec.values[self.codes]

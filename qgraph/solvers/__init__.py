@@ -62,7 +62,26 @@ SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
         Solver("rtn", "rtn", "round to nearest, scales from the block's largest weight"),
+        Solver(
+            "four-over-six",
+            "four_over_six",
+            "the better of two scales: the block's largest weight at 6 or at 4",
+        ),
+        Solver(
+            "soar",
+            "soar",
+            "closed forms for all scales, and a search that decouples codes from stored scales",
+        ),
         Solver("sweep", "sweep", "every useful scale of every block, the best kept: least weight error"),
+        Solver(
+            "sweep-diagonal",
+            "sweep_diagonal",
+            "sweep, errors weighted by the power of each input",
+            calibrated=True,
+        ),
+        Solver(
+            "mxfp4-rtn", "mxfp4_rtn", "round to nearest in MXFP4, a baseline to compare with", format="mxfp4"
+        ),
     )
 }
 

@@ -1,10 +1,11 @@
-"""What the solvers share: the check of their input, and tiles of whole blocks for threads to work on."""
+"""What the solvers share: the check of their input, tiles of whole blocks for threads to work on, and blocks
+laid out as columns, for searches."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qgraph.errors import InputError
+from qgraph.formats import FORMATS, QTensor, e2m1
 from qgraph.formats.nvfp4 import MAX_WEIGHT
 
 S = TypeVar("S")
@@ -61,7 +63,7 @@ def check_weight(W: npt.NDArray[np.float32], name: str) -> float:
         )
     if amax > MAX_WEIGHT:
         raise InputError(
-            f"{what} reaches {amax:.3g}, beyond the {MAX_WEIGHT:.3g} that NVFP4 can represent safely"
+            f"{what} reaches {amax:.3g}, beyond the {MAX_WEIGHT:.3g} that 4-bit floats can represent safely"
         )
     return amax
 
@@ -74,6 +76,26 @@ def map_ordered(work: Callable[[S], T], items: Iterable[S], threads: int | None)
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, items))
+
+
+def fill(
+    format: str,
+    shape: tuple[int, int],
+    a: np.float32,
+    work: Callable[[int, Tile], tuple[npt.NDArray, npt.NDArray[np.uint8]]],
+    threads: int | None,
+) -> QTensor:
+    """The QTensor [K, N] whose i-th tile is `work(i, tile)`: its block scales and codes."""
+    spec = FORMATS[format]
+    codes = np.empty(shape, np.uint8)
+    block_scale = np.empty((spec.blocks(shape[0]), shape[1]), spec.scale_dtype)
+
+    def store(item: tuple[int, Tile]) -> None:
+        i, tile = item
+        block_scale[tile.blocks, tile.columns], codes[tile.rows, tile.columns] = work(i, tile)
+
+    map_ordered(store, enumerate(tiles(*shape, spec.block)), threads)
+    return QTensor(format, shape, codes, block_scale, a)
 
 
 _local = threading.local()
@@ -91,6 +113,33 @@ def scratch(count: int, size: int) -> npt.NDArray[np.float32]:
 
 
 _EMPTY = np.empty(0, np.float32)
+
+
+def columns(
+    part: npt.NDArray[np.float32], block: int, a: np.float32, out: npt.NDArray
+) -> npt.NDArray[np.float32]:
+    """|w| / a of a tile [rows, width] as [rows of a block, blocks], in `out`, float32 [part.size].
+
+    The blocks, now columns, have the order of the tile's scales.
+    """
+    rows, width = min(block, len(part)), part.shape[1]  # fewer rows in a shorter last block of K
+    x = out.reshape(rows, -1, width)
+    np.divide(part.reshape(-1, rows, width).transpose(1, 0, 2), a, out=x)
+    return np.abs(x, out=x).reshape(rows, -1)
+
+
+def round_at(
+    x: npt.NDArray[np.float32], inverse: npt.NDArray[np.float32], buffers: Sequence[npt.NDArray[np.float32]]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """(v, q) with v = x * inverse and q = E2M1(v), in the first two of three float32 buffers [>= x.size].
+
+    x: [rows, blocks], not negative. inverse: [blocks], one over each block's scale.
+    """
+    v, q, magic = (b[: x.size].reshape(x.shape) for b in buffers)
+    np.multiply(x, inverse, out=v)
+    np.copyto(q, v)
+    e2m1.round_magnitudes(q, magic)
+    return v, q
 
 
 def _usable_cpus() -> int:

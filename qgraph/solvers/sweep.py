@@ -1,10 +1,12 @@
 """Exact block scales for NVFP4: all useful E4M3 scales of every block, alternated with the best global scale.
 
 At given scales a and d the nearest E2M1 value of each weight is optimal, so a block's squared error is a
-function of d alone, E(d) = sum_i (w_i - a d E2M1(w_i / (a d)))^2, and trying the 126 positive E4M3 numbers
-finds its minimum. (The same idea as ScaleSweep, arXiv 2606.07618; the bounds below are ours.) Then, with
-codes and block scales fixed, the error is a parabola in a with its minimum at a = sum(w d q) / sum(d^2 q^2).
-Both steps can only lower the error, so alternating them converges; two to four rounds reach the floor.
+function of d alone, E(d) = sum_i h_i (w_i - a d E2M1(w_i / (a d)))^2, and trying the 126 positive E4M3
+numbers finds its minimum. (The same idea as ScaleSweep, arXiv 2606.07618; the bounds below are ours.) The
+weights h_i >= 0 are 1, or one an input channel: see `sweep_diagonal`. Then, with codes and block scales
+fixed, the error is a parabola in a with its minimum at a = sum(h w d q) / sum(h d^2 q^2). Both steps can only
+lower the error, so alternating them converges. The second one rarely has anything left to do: it is skipped
+when its own share, which is known in advance, is below MIN_GAIN.
 
 **Which scales are tried.** Let M = max|w_b| / a, so v = M / d is the largest magnitude to round. Not all 126:
 
@@ -12,12 +14,14 @@ Both steps can only lower the error, so alternating them converges; two to four 
    3.5, then c is not better than c - 8. Proof: c > 15 is d_c >= 2^-5, so d_c / 2 >= 2^-6 is a normal number
    with the same mantissa: d_c / 2 = d_{c-8}. With v <= 3.5 every weight has a nearest value among 0, .5, 1,
    1.5, 2, 3 (3.5 is halfway from 3 to 4). Their doubles 0, 1, 2, 3, 4, 6 are E2M1 values as well, hence
-   whatever the block becomes with d_c it can become with d_c / 2, where nearest rounding is at least as good.
-   Repeating the argument, some c <= max(15, C) is as good as any above, where d_C is the largest E4M3 number
-   below M / 3.5.
-2. *From below.* A weight above 6 d clips to 6 d. So E(d) / a^2 >= (M - 6 d)^2 for 6 d < M, which grows as d
-   falls: once (M - 6 d)^2 reaches the best error found so far, neither d nor any smaller scale improves on
-   it.
+   whatever each weight becomes with d_c it can become with d_c / 2, where nearest rounding is at least as
+   good. That holds weight by weight, so for the sum with any h. Repeating the argument, some c <= max(15, C)
+   is as good as any above, where d_C is the largest E4M3 number below M / 3.5.
+2. *From below.* A weight above 6 d clips to 6 d. So for every i, E(d) / a^2 >= h_i (|w_i| / a - 6 d)^2 while
+   6 d < |w_i| / a, which grows as d falls: once that reaches the best error found so far, neither d nor any
+   smaller scale improves on it. Any one weight may be this *guard*. For equal h the largest stops soonest;
+   otherwise it is the one with the largest h_i w_i^6, which costs a few percent more scales than the bound
+   with all weights in it would.
 3. A block without error cannot improve.
 
 So the sweep starts at max(15, C) and walks down until 2 or 3 stops it: 8 or 9 scales for a normal
@@ -33,17 +37,18 @@ import numpy as np
 import numpy.typing as npt
 
 from qgraph.formats import QTensor, e2m1, e4m3, nvfp4
-from qgraph.solvers._tiles import Tile, check_weight, map_ordered, scratch, tiles
+from qgraph.solvers._tiles import Tile, check_weight, columns, fill, map_ordered, round_at, scratch, tiles
 
 MAX_ROUNDS = 4
-MIN_GAIN = 1e-4  # a round that lowers the error by less than this share is the last
+MIN_GAIN = 1e-4  # a step of the global scale that lowers the error by less than this share is not taken
 
 Array = npt.NDArray[np.float32]
 
 _D = e4m3.from_codes(np.arange(127, dtype=np.uint8)).astype(np.float32)  # value of each non-negative code
 _D[0] = np.nan  # zero is no scale
-_INVERSE = 1 / _D
+_INVERSE = np.reciprocal(_D)
 _ALWAYS = 15  # codes up to here may have no half in E4M3
+_TINY = np.finfo(np.float32).tiny
 _KEEP = 0.7  # share of live blocks below which the others are dropped
 
 
@@ -66,28 +71,23 @@ def solve_weighted(W: Array, h: Array | None, *, name: str = "", threads: int | 
     swept, error = _sweep(W, h, a, grid, threads)
     for _ in range(MAX_ROUNDS - 1):
         wq, qq = sum(s.wq for s in swept), sum(s.qq for s in swept)
-        if error == 0 or qq == 0:  # perfect, or so close to subnormal that every code is 0
+        if qq == 0:  # so close to subnormal that every code is 0
             break
-        next_a = np.float32(float(a) * wq / qq)
+        step = wq / qq
+        if (step - 1) ** 2 * qq <= MIN_GAIN * error:  # what the step alone takes off the error
+            break
+        next_a = np.float32(a * step)
         next_swept, next_error = _sweep(W, h, next_a, grid, threads)
-        gain = 1 - next_error / error
-        if gain > 0:
-            a, swept, error = next_a, next_swept, next_error
-        if gain < MIN_GAIN:
+        if next_error * float(next_a) ** 2 >= error * float(a) ** 2:
             break
+        a, swept, error = next_a, next_swept, next_error
 
-    codes = np.empty((K, N), np.uint8)
-    block_scale = np.empty((nvfp4.NVFP4.blocks(K), N), e4m3.DTYPE)
-
-    def encode(item: tuple[Tile, _Swept]) -> None:
-        tile, optimum = item
+    def encode(i: int, tile: Tile) -> tuple[npt.NDArray, npt.NDArray[np.uint8]]:
         part = W[tile.rows, tile.columns]
-        d = e4m3.from_codes(optimum.scale_codes).reshape(-1, part.shape[1])
-        block_scale[tile.blocks, tile.columns] = d
-        codes[tile.rows, tile.columns] = nvfp4.quantize(part, d, a)
+        d = e4m3.from_codes(swept[i].scale_codes).reshape(-1, part.shape[1])
+        return d, nvfp4.quantize(part, d, a)
 
-    map_ordered(encode, zip(grid, swept, strict=True), threads)
-    return QTensor("nvfp4", (K, N), codes, block_scale, a)
+    return fill("nvfp4", (K, N), a, encode, threads)
 
 
 def best_block_scales(block: Array, a: np.float32, weights: Array | None = None) -> npt.NDArray[np.uint8]:
@@ -102,8 +102,7 @@ def best_block_scales(block: Array, a: np.float32, weights: Array | None = None)
     """
     rows, N = block.shape
     x, *buffers = scratch(4, block.size)
-    x = x.reshape(block.shape)
-    np.abs(np.divide(block, a, out=x), out=x)
+    x = columns(block, nvfp4.BLOCK, a, out=x)
     h = None if weights is None else np.broadcast_to(weights.reshape(rows, -1), (rows, N))
     return sweep_blocks(x, buffers, h)[0].astype(np.uint8)
 
@@ -121,19 +120,16 @@ class _Swept:
 def _sweep(
     W: Array, h: Array | None, a: np.float32, grid: list[Tile], threads: int | None
 ) -> tuple[list[_Swept], float]:
-    """The optimum of every tile of W at the global scale a, and the squared error in all."""
+    """The optimum of every tile of W at the global scale a, and the squared error / a^2 in all."""
 
     def work(tile: Tile) -> _Swept:
         part = W[tile.rows, tile.columns]
-        rows, width = min(nvfp4.BLOCK, len(part)), part.shape[1]  # fewer rows in a shorter last block of K
         x, *buffers = scratch(4, part.size)
-        x = x.reshape(rows, -1, width)
-        np.divide(part.reshape(-1, rows, width).transpose(1, 0, 2), a, out=x)
-        x = np.abs(x, out=x).reshape(rows, -1)
-        weights = None if h is None else np.repeat(h[tile.rows].reshape(-1, rows).T, width, axis=1)
+        x = columns(part, nvfp4.BLOCK, a, out=x)
+        weights = None if h is None else np.repeat(h[tile.rows].reshape(-1, len(x)).T, part.shape[1], axis=1)
         scale_codes, errors = sweep_blocks(x, buffers, weights)
 
-        v, q = _round_at(x, scale_codes, buffers)
+        v, q = round_at(x, _INVERSE[scale_codes], buffers)
         d = _D[scale_codes].astype(np.float64)
         qh = q if weights is None else np.multiply(q, weights, out=buffers[2].reshape(q.shape))
         # Sums of products, not matrix products: BLAS and fused multiply-adds would make the result, and so
@@ -144,7 +140,7 @@ def _sweep(
         return _Swept(scale_codes.astype(np.uint8), error, float(wq.sum()), float(qq.sum()))
 
     swept = map_ordered(work, grid, threads)
-    return swept, float(a) ** 2 * sum(s.error for s in swept)
+    return swept, sum(s.error for s in swept)
 
 
 def sweep_blocks(
@@ -156,19 +152,18 @@ def sweep_blocks(
     The error is E(d) / a^2. A block without a weighted element that is not zero gets code 56, scale 1.
     """
     count = X.shape[1]
-    m, h = X.max(axis=0), None
-    x, weight = X, weights
+    m = amax = X.max(axis=0)
+    x, weight, h = X, weights, None
     if weight is not None:
-        # The elements that count. The one that costs most when it clips is the guard of its block.
-        np.multiply(X, weight > 0, out=buffers[0].reshape(X.shape))
-        amax = buffers[0].reshape(X.shape).max(axis=0)
-        cost = np.multiply(
-            np.square(X, out=buffers[0].reshape(X.shape)), weight, out=buffers[0].reshape(X.shape)
-        )
+        # The guard of a block: large enough to clip early, and heavy enough to cost much then.
+        square, cost = (b[: X.size].reshape(X.shape) for b in buffers[:2])
+        np.multiply(X, 1 / np.maximum(amax, _TINY), out=square)
+        np.square(square, out=square)
+        np.square(square, out=cost)
+        cost *= square
+        cost *= weight
         guard = cost.argmax(axis=0)[None]
         m, h = (np.take_along_axis(array, guard, axis=0)[0] for array in (X, weight))
-    else:
-        amax = m
     # The bits of a positive float32 less the last 20 are an E4M3 code, rounded down, plus (127 - 7) << 3.
     code = ((amax / np.float32(3.5)).view(np.int32) >> 20) - 960
     code = np.clip(code, _ALWAYS, e4m3.MAX_CODE).astype(np.intp)
@@ -177,7 +172,7 @@ def sweep_blocks(
     column = np.arange(count)  # of the blocks that are still in the sweep
     best, e = code.copy(), np.full(count, np.inf, np.float32)
     while column.size:
-        v, q = _round_at(x, code, buffers)
+        v, q = round_at(x, _INVERSE.take(code), buffers)
         np.subtract(v, q, out=v)
         np.square(v, out=v)
         if weight is not None:
@@ -203,12 +198,3 @@ def sweep_blocks(
         np.maximum(code, 1, out=code)
     scale_codes[amax == 0] = e4m3.ONE_CODE
     return scale_codes, errors
-
-
-def _round_at(x: Array, code: npt.NDArray[np.intp], buffers: Sequence[Array]) -> tuple[Array, Array]:
-    """(v, q) with v = x / d_code and q = E2M1(v), in the buffers. x: [rows, blocks], code: [blocks]."""
-    v, q, magic = (b[: x.size].reshape(x.shape) for b in buffers)
-    np.multiply(x, _INVERSE.take(code), out=v)
-    np.copyto(q, v)
-    e2m1.round_magnitudes(q, magic)
-    return v, q
