@@ -36,9 +36,8 @@ class QuantizedWeight:
     bits_per_weight: float  # all scales counted
     nbytes: int
     original_nbytes: int
-    output_error: float | None = (
-        None  # E|x W - x W'|^2 / E|x W|^2 on the calibration data, where there are any
-    )
+    output_error: float | None = None  # E|x W - x W'|^2 / E|x W|^2 over the calibration data
+    tokens: int = 0  # of calibration data that the layer saw
 
 
 class QuantizeWeights(GraphPass):
