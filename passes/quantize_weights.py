@@ -154,7 +154,7 @@ class _Work:
             self._announce(name)
             W = target = self._float_weight(name)
             H = None if statistics is None else statistics.second_moment
-            if statistics is not None and statistics.cross is not None:
+            if solver.calibrated and statistics is not None and statistics.cross is not None:
                 from qgraph.solvers.hessian import compensated_target
 
                 target = compensated_target(W, statistics.second_moment, statistics.cross)

@@ -15,7 +15,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -236,9 +236,22 @@ def _calibrator(run: _Run, data: Data) -> Calibrator:
         data,
         sequential=config.calibrate_on != "float",
         corrected=config.calibrate_on == "corrected",
+        rounding=_rounding(config.scheme),
         journal=journal,
         threads=config.threads or None,
     )
+
+
+def _rounding(scheme: str) -> Callable[[np.ndarray, float], np.ndarray] | None:
+    """What the inputs of quantized layers go through at run time: (x, largest |x| of all) -> x rounded."""
+    from qgraph.formats.activations import dynamic_int8, dynamic_nvfp4
+    from qgraph.formats.nvfp4 import global_scale
+    from qgraph.schemes import get_scheme
+
+    activations = get_scheme(scheme).activation_format
+    if activations == "nvfp4":
+        return lambda x, amax: dynamic_nvfp4(x, global_scale(amax))
+    return (lambda x, amax: dynamic_int8(x)) if activations == "int8" else None
 
 
 def _recipe(config: CompileConfig, data: Data | None) -> dict[str, Any]:
