@@ -11,10 +11,12 @@ from onnx_ir.passes.common import NameFixPass
 
 from qgraph.errors import QGraphError, ResourceError
 from qgraph.passes.base import GraphPass, Refusal
+from qgraph.passes.broadcast_rotary import BroadcastRotary
 from qgraph.passes.check_prepared import CheckPrepared
 from qgraph.passes.eliminate_identity import EliminateIdentity
 from qgraph.passes.expand_contrib import ExpandContrib
 from qgraph.passes.fold_constants import FoldConstants
+from qgraph.passes.fold_index_functions import FoldIndexFunctions
 from qgraph.passes.fuse_gelu import FuseGelu
 from qgraph.passes.fuse_layer_norm import FuseLayerNorm
 from qgraph.passes.fuse_rms_norm import FuseRMSNorm
@@ -64,6 +66,7 @@ def prepare(options: PrepareOptions) -> list[Pass]:
             InferShapes(),
             HoldOutputs(),
             FoldConstants(),
+            FoldIndexFunctions(),
             SimplifyReshape(),
             EliminateIdentity(),
             RemoveUnused(),
@@ -76,6 +79,7 @@ def prepare(options: PrepareOptions) -> list[Pass]:
         OrientWeights(),
         InferShapes(),
         OrderBias(),
+        BroadcastRotary(),
         FuseLayerNorm(),
         FuseRMSNorm(),
         FuseGelu(),

@@ -13,6 +13,7 @@ from qgraph.codegen.lowering import (  # noqa: F401
     movement,
     normalize,
     pointwise,
+    rotary,
 )
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attributes, data_inputs
 from qgraph.codegen.memory import Buffer, View
