@@ -147,6 +147,8 @@ def _weight(node: ir.Node) -> ir.Value | None:
         return node.inputs[1]
     if node.domain != "" or node.op_type not in ("MatMul", "Gather"):
         return None
+    if "qgraph.rotation" in node.metadata_props:  # a step of the layer after it, by a matrix of +-2^-k
+        return None
     weight = node.inputs[0 if node.op_type == "Gather" else 1]
     producer = weight.producer() if weight is not None else None
     if producer is not None and producer.op_type == "DequantizeLinear":
