@@ -38,18 +38,18 @@ class StoredValue:
 
 
 class Border:
-    """The values that are alive after a stage, in `folder`, which is theirs alone.
+    """The values that are alive at a position of the walk, in `folder`, which is theirs alone.
 
-    `write` replaces them by those of a later stage: until all of these are on the disk, those of the earlier
-    stage stand. With `keep`, what an earlier process left there is taken up if it is whole, and else removed;
-    without, nothing is to survive this process.
+    `write` replaces them by those of a later position: until all of these are on the disk, those of the
+    earlier one stand. With `keep`, what an earlier process left there is taken up if it is whole, and else
+    removed; without, nothing is to survive this process.
 
     Raises ResourceError when the disk is full or refuses.
     """
 
     def __init__(self, folder: Path, *, keep: bool = False) -> None:
         self.folder, self._keep = folder, keep
-        self.stage = -1  # the last that was written
+        self.position = -1  # the last that was written
         self._values: dict[str, StoredValue] = {}
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -60,9 +60,9 @@ class Border:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def keys(self) -> frozenset[str]:
-        """What is alive."""
-        return frozenset(self._values)
+    def __iter__(self) -> Iterator[str]:
+        """The keys of what is alive."""
+        return iter(self._values)
 
     def read(self, key: str, batch: int) -> npt.NDArray[Any]:
         """One batch of a value, as it was put. Many threads may read at once."""
@@ -74,7 +74,7 @@ class Border:
         return array.reshape(shape)
 
     @contextlib.contextmanager
-    def write(self, stage: int, alive: Iterable[str]) -> Iterator[BorderWriter]:
+    def write(self, position: int, alive: Iterable[str]) -> Iterator[BorderWriter]:
         """Yields what takes the batches of those `alive` that are not here yet, in order.
 
         When the block ends well, `alive` is what the border holds, and it survives a crash from then on.
@@ -90,20 +90,20 @@ class Border:
                 writer.discard()
                 raise
             self._values = {key: new.get(key) or self._values[key] for key in alive}
-            self.stage = stage
+            self.position = position
             if self._keep:
                 self._save()
             self._sweep()
 
     def clear(self) -> None:
         """Forget everything."""
-        self.stage, self._values = -1, {}
+        self.position, self._values = -1, {}
         with disk_errors(self.folder):
             (self.folder / MANIFEST).unlink(missing_ok=True)
             self._sweep()
 
     def _save(self) -> None:
-        body = {"stage": self.stage, "values": {key: asdict(v) for key, v in self._values.items()}}
+        body = {"position": self.position, "values": {key: asdict(v) for key, v in self._values.items()}}
         text = json.dumps(body, sort_keys=True)
         with atomic_write(self.folder / MANIFEST) as file:
             file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "border": text}))
@@ -122,10 +122,10 @@ class Border:
                         return
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return
-        self.stage, self._values = body["stage"], values
+        self.position, self._values = body["position"], values
 
     def _sweep(self) -> None:
-        """Removes files that nothing refers to: of an earlier stage, or left by a process that was killed."""
+        """Removes files that nothing refers to: of an earlier position, or of a process that was killed."""
         named = {value.file for value in self._values.values()}
         for path in self.folder.glob(f"*{_SUFFIX}"):
             if path.name not in named:

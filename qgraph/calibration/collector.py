@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qgraph.calibration.border import Border
 from qgraph.calibration.data import Data, Feeds, model_inputs, open_data
 from qgraph.calibration.moments import Moments
 from qgraph.calibration.segments import FrozenGraph
-from qgraph.calibration.walk import Stream, Tap, Walk, make_taps
+from qgraph.calibration.walk import Stream, Walk, make_taps, partition
 from qgraph.calibration.workspace import scratch_folder, thread_count
 from qgraph.solvers.statistics import Statistics
 
@@ -73,15 +73,3 @@ def linear_inputs(model: ir.Model) -> list[str]:
     chosen = {decision.node_name for decision in model.meta[DECISIONS] if decision.quantize}
     nodes = [n for n in model.graph if n.op_type == "MatMul" and n.name in chosen]
     return list(dict.fromkeys(str(n.inputs[0].name) for n in nodes if n.inputs[0] is not None))
-
-
-def partition(taps: Sequence[Tap], memory: int) -> Iterator[tuple[int, int]]:
-    """Consecutive taps, as (first, last), whose sums take at most `memory` bytes together; at least one."""
-    first, used = 0, 0
-    for i, tap in enumerate(taps):
-        used += Moments.nbytes(tap.K)
-        if i > first and used > memory:
-            yield first, i - 1
-            first, used = i, Moments.nbytes(tap.K)
-    if taps:
-        yield first, len(taps) - 1

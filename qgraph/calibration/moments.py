@@ -28,10 +28,11 @@ class Moments:
     computed. Memory: `nbytes` while it runs, plus the blocks that wait.
 
     name: of the values, for messages.
+    cross: also gather E[x^T (x_float - x)].
     """
 
     def __init__(self, name: str, K: int, *, cross: bool = False) -> None:
-        self.name, self.K = name, K
+        self.name, self.K, self.cross = name, K, cross
         self.tokens = 0
         self._second = np.zeros((K, K), np.float64)
         self._cross = np.zeros((K, K), np.float64) if cross else None
@@ -112,6 +113,20 @@ class Moments:
             if self._cross is not None:
                 assert difference is not None
                 self._cross[panel] += product(columns, difference)
+
+
+class Peaks:
+    """The largest |x| of every channel, alone."""
+
+    cross = False
+
+    def __init__(self, K: int) -> None:
+        self.amax = np.zeros(K, np.float32)
+
+    def add(self, x: Rows, x_float: Rows | None = None) -> None:
+        """Takes in float32 rows [n, K]."""
+        if len(x):
+            np.maximum(self.amax, np.abs(x).max(axis=0), out=self.amax)
 
 
 def accumulate(moments: Iterable[Moments], pool: Executor | None) -> None:

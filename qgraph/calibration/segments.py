@@ -85,6 +85,14 @@ class FrozenGraph:
             self.nodes.append(ir.serde.serialize_node(node))
         self._opset, self._ir_version = _versions(model)
 
+    def redirect(self, nodes: Iterable[str]) -> None:
+        """Lets these nodes read, in the place of their first input, what `rounded` calls its rounding:
+        wherever that is at hand."""
+        wanted = set(nodes)
+        for node in self.nodes:
+            if node.name in wanted:
+                node.input[0] = rounded(node.input[0])
+
     def ranks(self, groups: Sequence[Iterable[str]]) -> dict[str, int]:
         """For every computed value, how many of the groups of weights it depends on: all that come before.
 
@@ -93,7 +101,8 @@ class FrozenGraph:
         of_weight = {name: i + 1 for i, names in enumerate(groups) for name in names}
         ranks: dict[str, int] = {}
         for node in self.nodes:
-            rank = max((max(ranks.get(n, 0), of_weight.get(n, 0)) for n in node.input), default=0)
+            read = (_original(n) for n in node.input)
+            rank = max((max(ranks.get(n, 0), of_weight.get(n, 0)) for n in read), default=0)
             ranks.update(dict.fromkeys(filter(None, node.output), rank))
         return ranks
 
@@ -103,7 +112,7 @@ class FrozenGraph:
         read: set[str] = set()
         work, seen = list(wanted), set()
         while work:
-            name = work.pop()
+            name = _at_hand(work.pop(), have)
             if name in seen or not name:
                 continue
             seen.add(name)
@@ -127,14 +136,15 @@ class FrozenGraph:
         nodes, read = self.needed(computed, have)
         if not nodes:
             return Segment((), (), (), (), None)
-        names = {n for i in nodes for n in self.nodes[i].input if n}
+        protos = [self._resolved(self.nodes[i], have) for i in nodes]
+        names = {n for proto in protos for n in proto.input if n}
         inline = {n for n in names & self.weights.keys() if self.weights[n].nbytes <= _INLINE_BYTES}
         feeds, borders = sorted(names & self.inputs), sorted(read)
         weights = sorted((names & self.weights.keys()) - inline)
         graph = onnx.helper.make_graph(
-            [self.nodes[i] for i in nodes],
+            protos,
             "segment",
-            [self._info[n] for n in (*feeds, *borders, *weights)],
+            [self._info_of(n) for n in (*feeds, *borders, *weights)],
             [self._info[n] for n in computed],
             [ir.serde.serialize_tensor(self.weights[n]) for n in sorted(inline)],
         )
@@ -144,6 +154,41 @@ class FrozenGraph:
         model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._ir_version)
         session = open_session(model, name)
         return Segment(tuple(feeds), tuple(borders), tuple(weights), tuple(computed), session)
+
+    def _resolved(self, node: onnx.NodeProto, have: frozenset[str] | set[str]) -> onnx.NodeProto:
+        """The node, reading values that there are."""
+        names = [_at_hand(name, have) for name in node.input]
+        if names == list(node.input):
+            return node
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = names
+        return copy
+
+    def _info_of(self, name: str) -> onnx.ValueInfoProto:
+        if name in self._info:
+            return self._info[name]
+        info = onnx.ValueInfoProto()
+        info.CopyFrom(self._info[_original(name)])
+        info.name = name
+        return info
+
+
+_ROUNDED = "\n(rounded)"  # ends no name of a model: these are one line
+
+
+def rounded(name: str) -> str:
+    """What the rounded `name` is called."""
+    return name + _ROUNDED
+
+
+def _original(name: str) -> str:
+    return name.removesuffix(_ROUNDED)
+
+
+def _at_hand(name: str, have: frozenset[str] | set[str]) -> str:
+    """`name`; where that is a rounding that there is not, what is rounded."""
+    return name if name in have else _original(name)
 
 
 def leading_dims_match(value: ir.Value, mask: ir.Value | None) -> bool:

@@ -20,26 +20,30 @@ def open_session(model: onnx.ModelProto, name: str) -> Any:
     Raises UnsupportedError when ONNX Runtime lacks an operator, InputError when it refuses the model; `name`
     is for the message.
     """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # is read at import
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
-    options = onnxruntime.SessionOptions()
+    ort = onnxruntime()
+    options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4  # what goes wrong comes as an exception
     try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
         raise UnsupportedError(
             f"{name}: ONNX Runtime, which runs the model for calibration, lacks an operator: "
             f"{first_line(error)}"
         ) from error
     except Exception as error:  # ONNX Runtime's classes share no base
         raise InputError(f"{name}: ONNX Runtime refuses it: {first_line(error)}") from error
+
+
+def onnxruntime() -> Any:
+    """The module, with its telemetry off."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # is read at import
+    import onnxruntime
+
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
 
 
 def first_line(error: Exception) -> str:

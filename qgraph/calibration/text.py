@@ -96,7 +96,8 @@ def _require_inputs(path: Path, model_inputs: Sequence[InputSpec]) -> None:
         if spec.name not in _MADE or len(spec.shape) != 2:
             raise InputError(
                 f"calibration data {path}: a text gives {', '.join(_MADE)}, each [batch, sequence]; the "
-                f"model's input '{spec.name}' {list(spec.shape)} is none of them: give its values in an .npz file"
+                f"model's input '{spec.name}' {list(spec.shape)} is none of them: give its values in an "
+                ".npz file"
             )
 
 

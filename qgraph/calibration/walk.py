@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ import numpy.typing as npt
 
 from qgraph.calibration.border import Border
 from qgraph.calibration.data import MASK, Batch, Data
-from qgraph.calibration.moments import Moments, accumulate
-from qgraph.calibration.segments import FrozenGraph, Segment, leading_dims_match, masked_rows
+from qgraph.calibration.moments import Moments, Peaks, accumulate
+from qgraph.calibration.segments import FrozenGraph, Segment, leading_dims_match, masked_rows, rounded
 from qgraph.calibration.session import first_line
 from qgraph.errors import InputError, UsageError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Array = npt.NDArray[Any]
+Elementwise = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,18 @@ def make_taps(model: ir.Model, groups: Iterable[Sequence[str]]) -> list[Tap]:
     return taps
 
 
+def partition(taps: Sequence[Tap], memory: int, *, cross: bool = False) -> Iterator[tuple[int, int]]:
+    """Consecutive taps, as (first, last), whose sums take at most `memory` bytes together; at least one."""
+    first, used = 0, 0
+    for i, tap in enumerate(taps):
+        used += Moments.nbytes(tap.K, cross=cross)
+        if i > first and used > memory:
+            yield first, i - 1
+            first, used = i, Moments.nbytes(tap.K, cross=cross)
+    if taps:
+        yield first, len(taps) - 1
+
+
 class Stream:
     """One way of running the graph: with the float weights, or with those that have been quantized so far.
 
@@ -70,6 +84,7 @@ class Stream:
 
     name: tells its values from those of another stream at the same border.
     groups: the weights that will change, group i after stage i.
+    start: the first stage that will be run.
     """
 
     def __init__(
@@ -79,6 +94,7 @@ class Stream:
         taps: Sequence[Tap],
         border: Border,
         groups: Sequence[Iterable[str]] = (),
+        start: int = 0,
     ) -> None:
         self.name, self._graph, self._taps, self._border = name, graph, taps, border
         self._ranks = graph.ranks(groups)
@@ -86,7 +102,7 @@ class Stream:
         self._weights: dict[str, ir.TensorProtocol | Array] = dict(graph.weights)
         self._arrays: dict[str, Array] = {}  # those of the segment
         self._taps_now: set[str] = set()
-        self._forget(graph.needed(self._values(0, len(taps)), self._have())[0])
+        self._forget(graph.needed(self._values(start, len(taps)), self._have())[0])
 
     @property
     def idle(self) -> bool:
@@ -105,17 +121,20 @@ class Stream:
         """These weights [K, N] from now on."""
         self._weights.update((name, array) for name, array in weights.items() if name in self._weights)
 
-    def prepare(self, first: int, last: int, *, keep_taps: bool) -> set[str]:
+    def prepare(self, first: int, last: int, *, keep_taps: bool, rounds: bool) -> set[str]:
         """Opens what computes the taps of stages [first, last]. Returns the values that are to be at the
         border afterwards.
 
         keep_taps: the taps shall be got again from the border.
+        rounds: the roundings of the taps are made in this stage.
         """
         graph, have = self._graph, self._have()
         self._taps_now = self._values(first, last + 1)
         nodes, _ = graph.needed(self._taps_now, have)
         computed = {name for i in nodes for name in graph.nodes[i].output if name}
-        final = {name for name in have | computed if self._ranks[name] <= last}
+        final = have | {name for name in computed if self._ranks[name] <= last}
+        if rounds:
+            final |= {rounded(name) for name in self._taps_now if self._ranks.get(name, 0) <= last}
         later = self._values(last + 1, len(self._taps)) | (self._taps_now if keep_taps else set())
         pending, alive = graph.needed(later, final)
         where = f"the graph up to '{self._taps[last].values[-1]}'"
@@ -143,7 +162,8 @@ class Stream:
         return {value for tap in self._taps[first:end] for value in tap.values}
 
     def _have(self) -> set[str]:
-        return {name for name in self._graph.producer if self.key(name) in self._border}
+        prefix = self.key("")
+        return {key.removeprefix(prefix) for key in self._border if key.startswith(prefix)}
 
     def _forget(self, pending: Iterable[int]) -> None:
         """Lets go of the weights that no node to come reads."""
@@ -164,42 +184,64 @@ class Walk:
         self._data, self._taps, self._streams = data, taps, streams
         self._border, self._threads = border, threads
 
-    def stage(self, first: int, last: int, moments: Sequence[Moments], *, keep_taps: bool = False) -> None:
-        """Runs stages [first, last] as one; `moments`, one a stage, take in what is tapped. Without any, the
-        border moves and nothing is measured.
+    def stage(
+        self,
+        first: int,
+        last: int,
+        measures: Sequence[Moments | Peaks],
+        *,
+        keep_taps: bool = False,
+        roundings: Sequence[Elementwise] = (),
+        complete: bool = True,
+    ) -> None:
+        """Runs stages [first, last] as one. Afterwards the border is at position 2 last + 1.
+
+        Args:
+            measures: one a stage, to take in what is tapped. Without any, only the border moves.
+            keep_taps: leave the taps at the border too.
+            roundings: of the taps x [.., K], one a stage, if they are rounded: measured is x rounded, against
+                x of the float stream or else x itself; layers to come read the rounded x.
+            complete: if not, the same stages will be run once more: the border is at position 2 last.
 
         Raises InputError naming value and sample where a tapped value is not finite.
         """
+        taps = self._taps[first : last + 1]
+        assert len(measures) in (0, len(taps)) and len(roundings) in (0, len(taps))
+        each = {name: r for tap, r in zip(taps, roundings, strict=False) for name in tap.values}
         keys = {}
         for i, stream in enumerate(self._streams):
-            alive = stream.prepare(first, last, keep_taps=keep_taps)
+            alive = stream.prepare(first, last, keep_taps=keep_taps, rounds=bool(each))
             keys.update({stream.key(name): (i, name) for name in alive})
-        idle = not moments and all(stream.idle for stream in self._streams)
+        idle = not measures and not each and all(stream.idle for stream in self._streams)
         batches = iter(() if idle else enumerate(self._data))
-        with self._border.write(last, keys) as border, ThreadPoolExecutor(self._threads) as pool:
+        position = 2 * last + (1 if complete else 0)
+        with self._border.write(position, keys) as border, ThreadPoolExecutor(self._threads) as pool:
             while chunk := list(islice(batches, self._threads)):
-                for (_, batch), values in zip(chunk, pool.map(self._run, chunk), strict=True):
+                for (_, batch), values in zip(chunk, pool.map(partial(self._run, each), chunk), strict=True):
                     for key in border.keys:
                         i, name = keys[key]
                         border.put(key, values[i][name])
-                    for tap, moment in zip(
-                        self._taps[first : last + 1] if moments else (), moments, strict=True
-                    ):
-                        self._measure(tap, moment, batch, values)
-                accumulate(moments, pool)
+                    for tap, measure in zip(taps, measures, strict=False):
+                        self._measure(tap, measure, batch, values)
+                accumulate((m for m in measures if isinstance(m, Moments)), pool)
         for stream in self._streams:
             stream.close()
 
-    def _run(self, item: tuple[int, Batch]) -> list[dict[str, Array]]:
+    def _run(self, roundings: Mapping[str, Elementwise], item: tuple[int, Batch]) -> list[dict[str, Array]]:
+        """What every stream computes for one batch, and the roundings of the first."""
         index, batch = item
         try:
-            return [stream.run(index, batch) for stream in self._streams]
+            values = [stream.run(index, batch) for stream in self._streams]
         except Exception as error:  # ONNX Runtime's classes share no base
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
             raise InputError(f"{self._where(batch)}: the model cannot be run: {first_line(error)}") from error
+        values[0].update({rounded(name): round_(values[0][name]) for name, round_ in roundings.items()})
+        return values
 
-    def _measure(self, tap: Tap, moment: Moments, batch: Batch, values: list[dict[str, Array]]) -> None:
+    def _measure(
+        self, tap: Tap, measure: Moments | Peaks, batch: Batch, values: list[dict[str, Array]]
+    ) -> None:
         tokens = batch.tokens
         for name in tap.values:
             mask = tokens if name in tap.masked else None
@@ -209,18 +251,20 @@ class Walk:
                     f"value '{name}' is not finite for {self._bad_sample(name, mask, batch, values)}: remove "
                     "the sample, or repair the model"
                 )
-            moment.add(rows[0], rows[1] if len(rows) > 1 else None)
+            x, reference = rows[0], rows[-1]
+            if rounded(name) in values[0]:
+                x = masked_rows(values[0][rounded(name)], mask)
+            measure.add(x, reference if measure.cross else None)
 
     def _bad_sample(
         self, name: str, mask: npt.NDArray[np.bool_] | None, batch: Batch, values: list[dict[str, Array]]
     ) -> str:
-        count = len(batch.labels)
+        """The first sample of the batch for which a stream's value is not finite, as far as rows tell."""
         for found in values:
             x = found[name]
-            for i, label in enumerate(batch.labels if len(x) == count else ()):
-                if not np.isfinite(
-                    masked_rows(x[i : i + 1], None if mask is None else mask[i : i + 1])
-                ).all():
+            for i, label in enumerate(batch.labels if len(x) == len(batch.labels) else ()):
+                rows = masked_rows(x[i : i + 1], None if mask is None else mask[i : i + 1])
+                if not np.isfinite(rows).all():
                     return f"{label} of {self._data.name}"
         return self._where(batch)
 

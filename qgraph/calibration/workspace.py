@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +18,33 @@ from qgraph.calibration.border import disk_errors
 def scratch_folder() -> Iterator[Path]:
     """A folder below the cache (/tmp is memory on many machines), removed at the end.
 
-    Raises ResourceError when it cannot be made.
+    Folders of processes that were killed before their end are removed too. Raises ResourceError when none can
+    be made.
     """
     root = cache_dir() / "calibration"
-    with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix="scratch-", dir=root, ignore_cleanup_errors=True)
-    with folder as path:
-        yield Path(path)
+    with contextlib.ExitStack() as stack:
+        with disk_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+            for left in root.glob(f"{_PREFIX}*"):
+                if _is_free(left):
+                    shutil.rmtree(left, ignore_errors=True)
+            name = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=root, ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(name))
+            fcntl.flock(stack.enter_context((folder / _LOCK).open("w")), fcntl.LOCK_EX)
+        yield folder
+
+
+_PREFIX, _LOCK = "scratch-", "lock"
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether the process that made the folder is gone. One that has no lock yet is not free."""
+    try:
+        with (folder / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:
+        return False
 
 
 def thread_count(threads: int | None) -> int:

@@ -1,0 +1,115 @@
+"""Leads `QuantizeWeights` through a model, with the statistics of every group of layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from qgraph.calibration.border import Border
+from qgraph.calibration.collector import MEMORY
+from qgraph.calibration.data import Data
+from qgraph.calibration.journal import Journal
+from qgraph.calibration.sources import FloatModel, QuantizedSoFar, Rounding, Source
+from qgraph.calibration.workspace import scratch_folder, thread_count
+from qgraph.errors import UsageError
+from qgraph.passes.linear_groups import GroupHandler, LinearGroup
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+class StreamingCalibrator:
+    """A `Calibrator` that runs the model over `data` in segments, and keeps no activations but those between
+    two segments, on disk.
+
+    Args:
+        data: from `open_data`, for this model.
+        sequential: the statistics of a group are those of the model as it is by then, with the groups before
+            it quantized (the activations that the layer will see); else those of the float model.
+        corrected: `Statistics.cross` tells how these activations differ from the float model's, which is
+            carried along. Goes with `sequential`.
+        rounding: (x float32 [n, K], the largest |x| over all data) -> x as the layers will see it, where
+            their inputs are rounded at run time. The second moment and the mean are then those of the rounded
+            x, `amax` is that of x before, and `cross` is to x of the float model if `corrected`, else to x
+            before. With `sequential`, layers to come see what rounded inputs lead to.
+        journal: where records are kept, so that a run which was interrupted goes on; None: nowhere.
+        threads: None is one for every CPU. The result does not depend on it.
+        memory: bytes of sums at a time (8 K^2 a group) when not sequential.
+        on_group(i, n, weight): before the i-th of n groups (from 0); i = n at the end.
+
+    Raises UsageError for options that do not fit together. What `walk` raises is told there.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        sequential: bool,
+        corrected: bool = False,
+        rounding: Rounding | None = None,
+        journal: Journal | None = None,
+        threads: int | None = None,
+        memory: int = MEMORY,
+        on_group: Callable[[int, int, str], None] = lambda i, n, name: None,
+    ) -> None:
+        if corrected and not sequential:
+            raise UsageError(
+                "calibration: 'corrected' goes with 'sequential': else nothing is to be corrected"
+            )
+        self.data, self.sequential, self.corrected, self.rounding = data, sequential, corrected, rounding
+        self.journal, self.threads, self.memory = journal, thread_count(threads), memory
+        self.on_group = on_group
+
+    def walk(self, model: ir.Model, groups: Sequence[LinearGroup], handler: GroupHandler) -> None:
+        """See `Calibrator`.
+
+        Raises:
+            InputError: activations that are not finite, with the sample; data that the model cannot run.
+            UnsupportedError: a model that ONNX Runtime cannot run.
+            ResourceError: no disk space; another process holds the journal.
+        """
+        journal = self.journal
+        with contextlib.ExitStack() as stack:
+            if journal is not None:
+                stack.enter_context(journal.open())
+            kept = {
+                i
+                for i, group in enumerate(groups)
+                if journal is not None and journal.read(i, group) is not None
+            }
+            missing = [i for i in range(len(groups)) if i not in kept]
+            source = self._source(model, groups, missing, stack) if missing else None
+            for i, group in enumerate(groups):
+                self.on_group(i, len(groups), group.weights[0])
+                record = journal.read(i, group) if journal is not None and i in kept else None
+                if record is not None:
+                    if source is not None:
+                        source.skip(i)
+                else:
+                    assert source is not None
+                    record = handler.solve(group, source.statistics(i))
+                    if journal is not None:
+                        record = journal.write(i, group, record)
+                weights = handler.apply(group, record)
+                if source is not None:
+                    source.replace(weights)
+            if journal is not None:
+                journal.finish()
+        self.on_group(len(groups), len(groups), "")
+
+    def _source(
+        self,
+        model: ir.Model,
+        groups: Sequence[LinearGroup],
+        missing: Sequence[int],
+        stack: contextlib.ExitStack,
+    ) -> Source:
+        if self.journal is not None:
+            border = self.journal.border(keep=self.sequential)
+        else:
+            border = Border(stack.enter_context(scratch_folder()))
+        given = (model, groups, missing, self.data, border, self.rounding, self.threads)
+        if self.sequential:
+            return QuantizedSoFar(*given, corrected=self.corrected)
+        return FloatModel(*given, memory=self.memory)
