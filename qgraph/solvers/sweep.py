@@ -63,7 +63,7 @@ def solve(W: Array, *, name: str = "", threads: int | None = None) -> QTensor:
 
 
 def solve_weighted(W: Array, h: Array | None, *, name: str = "", threads: int | None = None) -> QTensor:
-    """`solve` with squared errors weighted by h: float32 [K], not negative, one weight an input channel."""
+    """`solve` with squared errors weighted by h: float32 [K] in 0..1, one weight an input channel."""
     # Four Over Six's choice of `a` puts both M/6 and M/4 of the largest block on the grid of scales.
     a = nvfp4.global_scale(check_weight(W, name), top=256)
     K, N = W.shape
@@ -103,7 +103,10 @@ def best_block_scales(block: Array, a: np.float32, weights: Array | None = None)
     rows, N = block.shape
     x, *buffers = scratch(4, block.size)
     x = columns(block, nvfp4.BLOCK, a, out=x)
-    h = None if weights is None else np.broadcast_to(weights.reshape(rows, -1), (rows, N))
+    h = None
+    if weights is not None:
+        h = weights.reshape(rows, -1) / np.maximum(weights.max(), _TINY)  # so that no square underflows
+        h = np.broadcast_to(h, (rows, N))
     return sweep_blocks(x, buffers, h)[0].astype(np.uint8)
 
 

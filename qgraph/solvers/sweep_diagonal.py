@@ -16,6 +16,7 @@ import numpy.typing as npt
 from qgraph.errors import InputError
 from qgraph.formats import QTensor
 from qgraph.solvers import sweep
+from qgraph.solvers._tiles import check_weight
 
 DAMPING = 0.01  # share of the mean that is added to every h_k
 
@@ -32,9 +33,10 @@ def solve(
     Raises InputError for weights or an H that are not finite, and for an H of another shape or with a
     negative diagonal.
     """
+    check_weight(W, name)
     h = np.diagonal(H)
     what = f"weight '{name}'" if name else "the weight"
-    if H.shape != 2 * W.shape[:1]:
+    if H.shape != (len(W), len(W)):
         raise InputError(f"{what} {list(W.shape)} needs a second moment [K, K], not {list(H.shape)}")
     if not (np.isfinite(h) & (h >= 0)).all():
         raise InputError(

@@ -45,3 +45,24 @@ def test_saturation_is_that_of_onnx():
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
     (y,) = ReferenceEvaluator(model).run(None, {"x": x})
     assert np.array_equal(e4m3.encode(x).view(np.uint8), np.asarray(y).view(np.uint8))
+
+
+def test_nearest_scale_is_a_cast_there_and_back():
+    """Of random numbers of every magnitude, and of each tie between two scales and its neighbours."""
+    rng = np.random.default_rng(1)
+    values = e4m3.decode(e4m3.from_codes(np.arange(e4m3.MAX_CODE + 1, dtype=np.uint8)))
+    ties = (values[1:] + values[:-1]) / 2
+    x = np.concatenate(
+        [
+            *(rng.random(20_000, np.float32) * np.float32(10.0**e) for e in range(-5, 5)),
+            values,
+            ties,
+            np.nextafter(ties, np.float32(0)),
+            np.nextafter(ties, np.float32(1e9)),
+            np.array([0, 1e-45, 1e30, np.inf], np.float32),
+        ]
+    )
+    before = x.copy()
+    expected = np.maximum(e4m3.decode(e4m3.encode(x)), np.float32(e4m3.SMALLEST))
+    assert np.array_equal(e4m3.nearest_scale(x), expected)
+    assert np.array_equal(x, before)

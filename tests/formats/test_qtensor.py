@@ -1,4 +1,4 @@
-"""QTensor and the NVFP4 scale arithmetic against ONNX's reference evaluator and plain numpy loops."""
+"""QTensor, and the scale arithmetic of NVFP4 and MXFP4, against ONNX's reference evaluator and numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from qgraph.errors import InputError
-from qgraph.formats import QTensor, e4m3, nvfp4
+from qgraph.formats import FORMATS, QTensor, e4m3, e8m0, mxfp4, nvfp4
 from qgraph.formats.block import block_amax
 from qgraph.formats.packing import pack_nibbles
 
@@ -49,6 +49,58 @@ def onnx_dequantize(q: QTensor) -> np.ndarray:
     return ReferenceEvaluator(model).run(None, {})[0]
 
 
+def random_mxfp4(K: int, N: int, codes: tuple[int, int] = (90, 160)) -> QTensor:
+    rng = np.random.default_rng(0)
+    scale = e8m0.from_codes(rng.integers(*codes, (-(-K // 32), N)).astype(np.uint8))
+    return QTensor("mxfp4", (K, N), rng.integers(0, 16, (K, N)).astype(np.uint8), scale, np.float32(1))
+
+
+def blocked_model(op: str, K: int, N: int, **attributes: int) -> onnx.ModelProto:
+    """One (De)QuantizeLinear of MXFP4: codes and E8M0 scales to float32, or back. Opset 24 has E8M0."""
+    types = {"x": TensorProto.FLOAT4E2M1, "y": TensorProto.FLOAT}
+    if op == "QuantizeLinear":
+        types = {"x": TensorProto.FLOAT, "y": TensorProto.FLOAT4E2M1}
+    node = helper.make_node(op, ["x", "s"], ["y"], axis=0, block_size=32, **attributes)
+    inputs = [
+        helper.make_tensor_value_info("x", types["x"], [K, N]),
+        helper.make_tensor_value_info("s", TensorProto.FLOAT8E8M0, [-(-K // 32), N]),
+    ]
+    graph = helper.make_graph(
+        [node], "mxfp4", inputs, [helper.make_tensor_value_info("y", types["y"], [K, N])]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 5), (64, 3)])
+def test_mxfp4_dequantize_is_onnx_bit_for_bit(shape: tuple[int, int]):
+    q = random_mxfp4(*shape)
+    model = blocked_model("DequantizeLinear", *shape, output_dtype=TensorProto.FLOAT)
+    feeds = {"x": q.codes.view(ml_dtypes.float4_e2m1fn), "s": q.block_scale}
+    (expected,) = ReferenceEvaluator(model).run(None, feeds)
+    assert expected.dtype == np.float32 and q.dequantize().tobytes() == expected.tobytes()
+
+
+def test_mxfp4_dequantize_at_the_ends_of_its_scales():
+    q = random_mxfp4(64, 4, codes=(0, 3))
+    values = q.codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    exact = values * np.repeat(2.0 ** (q.block_scale.view(np.uint8).astype(int) - 127), 32, axis=0)
+    assert np.array_equal(q.dequantize(), exact)  # 2^-127 / 2 is a subnormal float32
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 5), (64, 3)])
+def test_mxfp4_quantize_is_onnx_quantize_linear(shape: tuple[int, int]):
+    K, N = shape
+    rng = np.random.default_rng(4)
+    W = rng.standard_normal(shape).astype(np.float32) * 5
+    W[0, 0] = 0.25
+    s = e8m0.from_codes(rng.integers(124, 130, (-(-K // 32), N)).astype(np.uint8))
+    model = blocked_model("QuantizeLinear", K, N, output_dtype=TensorProto.FLOAT4E2M1)
+    (expected,) = ReferenceEvaluator(model).run(None, {"x": W, "s": s})
+    assert np.array_equal(mxfp4.quantize(W, s), np.asarray(expected).view(np.uint8))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dequantize_is_onnx_bit_for_bit(shape: tuple[int, int]):
     q = random_qtensor(*shape)
@@ -71,10 +123,30 @@ def test_sizes_count_everything(shape: tuple[int, int]):
     stored = pack_nibbles(q.codes).nbytes + q.block_scale.nbytes + q.global_scale.nbytes
     assert q.nbytes() == stored
     assert q.bits_per_weight() == 8 * stored / (K * N)
+    q = random_mxfp4(K, N)  # has no global scale to store
+    assert q.nbytes() == pack_nibbles(q.codes).nbytes + q.block_scale.nbytes
 
 
 def test_bits_per_weight_of_a_real_layer():
     assert random_qtensor(384, 384).bits_per_weight() == pytest.approx(4.5, abs=1e-3)
+    assert random_mxfp4(384, 384).bits_per_weight() == 4.25
+
+
+def test_formats_are_listed_by_name():
+    assert {name: spec.name for name, spec in FORMATS.items()} == {"nvfp4": "nvfp4", "mxfp4": "mxfp4"}
+
+
+@pytest.mark.parametrize("a", [2.0, 0.5])
+def test_mxfp4_has_no_global_scale(a: float):
+    q = random_mxfp4(32, 2)
+    with pytest.raises(InputError, match="mxfp4 has no global scale: it is 1"):
+        QTensor("mxfp4", q.shape, q.codes, q.block_scale, np.float32(a))
+
+
+def test_mxfp4_scale_that_is_nan_is_refused():
+    q = random_mxfp4(32, 2)
+    with pytest.raises(InputError, match="NaN"):
+        QTensor("mxfp4", q.shape, q.codes, e8m0.from_codes(np.full((1, 2), 255, np.uint8)), np.float32(1))
 
 
 @pytest.mark.parametrize(
