@@ -78,6 +78,7 @@ def _shorten(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, IndexFunction
     inputs = list(node.inputs)
     writer.keep()
     replace_node(node, writer.nodes, [result])
+    known[result] = known.pop(value)
     remove_dead(inputs)
     return True
 
