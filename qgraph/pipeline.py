@@ -184,7 +184,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
         run_passes(model, [quantize, AddLowbitFunctions()], options)
         if data is not None:
             report.calibration = {
-                "source": data.name,
+                "source": Path(data.name).name,
                 "sha256": data.fingerprint(),
                 "samples": data.samples,
                 "tokens": max((weight.tokens for weight in model.meta[QUANTIZED]), default=0),
@@ -222,8 +222,21 @@ def _calibration_data(run: _Run, calibration: Calibration, model: ir.Model) -> D
 
 
 def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass]:
-    """The passes that make the float model easier to quantize."""
-    return []
+    """The passes that make the float model easier to quantize: the same function in other numbers."""
+    from qgraph.passes.migrate_scales import MigrateScales
+    from qgraph.passes.rotate_inputs import RotateInputs
+
+    config = run.config
+    passes: list[GraphPass] = []
+    if config.smooth and data is not None:
+        from qgraph.calibration import collect
+
+        found = collect(model, data, threads=config.threads or None)
+        amax = {name: statistics.amax for name, statistics in found.items()}
+        passes.append(MigrateScales(amax, config.smooth))
+    if config.rotate:
+        passes.append(RotateInputs(config.rotate))
+    return passes
 
 
 def _calibrator(run: _Run, data: Data) -> Calibrator:
