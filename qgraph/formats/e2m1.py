@@ -48,6 +48,21 @@ def round_magnitudes(v: npt.NDArray[np.float32], scratch: npt.NDArray[np.float32
     np.subtract(v, scratch, out=v)
 
 
+def round_values(v: npt.NDArray[np.float32], scratch: npt.NDArray[np.float32]) -> None:
+    """`round_magnitudes` for numbers of any sign; what is held to +-6 is the rounded value.
+
+    v: float32, contiguous, finite, |v| < 2^100. scratch: float32 of the same shape, overwritten.
+    """
+    bits = scratch.view(np.int32)
+    np.bitwise_and(v.view(np.int32), _EXPONENT, out=bits)
+    np.maximum(bits, _ONE_BITS, out=bits)
+    np.multiply(scratch, _MAGIC, out=scratch)
+    np.add(v, scratch, out=v)
+    np.subtract(v, scratch, out=v)
+    np.minimum(v, np.float32(MAX), out=v)
+    np.maximum(v, np.float32(-MAX), out=v)
+
+
 def encode(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """float32 of any shape -> codes: nearest, ties to the even mantissa, saturating at +-6.
 

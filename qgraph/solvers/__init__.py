@@ -80,6 +80,12 @@ SOLVERS: dict[str, Solver] = {
             calibrated=True,
         ),
         Solver(
+            "gptq",
+            "gptq",
+            "error feedback along the inputs' correlations, scales and codes chosen together: least output error",
+            calibrated=True,
+        ),
+        Solver(
             "mxfp4-rtn", "mxfp4_rtn", "round to nearest in MXFP4, a baseline to compare with", format="mxfp4"
         ),
     )

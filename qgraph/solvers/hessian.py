@@ -1,0 +1,138 @@
+"""H, the second moment of a linear layer's inputs, as second-order solvers use it.
+
+The output error of a weight W that becomes W' is E|x W - x W'|^2 = tr(D^T H D) with D = W - W': up to a
+factor of 2, H is the Hessian of that error, as GPTQ (arXiv 2210.17323) calls it. All arrays [K, K] float64.
+
+BLAS runs on one thread here (`one_blas_thread`): how it splits a product over threads changes the last bits,
+and so, now and then, a code. What it computes still depends on the kernels that it has for the CPU at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from qgraph.errors import InputError
+
+Array = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.float64]
+
+HADAMARD_SIZES = (16, 32, 64, 128)
+_ASYMMETRY = 1e-6  # of the largest element; what sums in another order may leave
+_LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1.0
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Holds numpy's BLAS to one thread, in the whole process, until the block ends."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+def check_second_moment(H: Matrix, K: int, name: str) -> None:
+    """InputError, naming the layer, unless H is float64 [K, K], finite, symmetric, its diagonal >= 0."""
+    what = f"the second moment of the inputs of weight '{name}'" if name else "the second moment"
+    if H.dtype != np.float64 or H.shape != (K, K):
+        raise InputError(f"{what} is {H.dtype} {list(H.shape)}, not float64 [{K}, {K}]")
+    if not np.isfinite(H).all():
+        i, j = (int(n) for n in np.argwhere(~np.isfinite(H))[0])
+        raise InputError(
+            f"{what} holds {H[i, j]} at [{i}, {j}]: the calibration data drives the model out of float32's range; "
+            "use other data or exclude the layer"
+        )
+    largest = max(float(H.max()), -float(H.min()))
+    if any(np.abs(H[k] - H[:, k]).max() > _ASYMMETRY * largest for k in range(K)):
+        raise InputError(f"{what} is not symmetric")
+    if H.diagonal().min() < 0:
+        raise InputError(f"{what} has a negative diagonal: it is no mean of x^T x")
+
+
+def damp(H: Matrix, damping: float) -> Matrix:
+    """H / m + damping I with m the mean of H's diagonal, which must be positive: a copy."""
+    damped = H / H.diagonal().mean()
+    damped[np.diag_indices(len(H))] += damping
+    return damped
+
+
+def factorize(H: Matrix, damping: float, name: str = "") -> tuple[Matrix, Matrix]:
+    """(H', R): the damped H' = H / m + damping I = R R^T, with R upper triangular, its diagonal positive.
+
+    Then tr(D^T H' D) = sum_k |sum_{j <= k} R_jk D_j|^2, a sum in which row k of D meets but the rows before
+    it. (The Cholesky factor of H with rows and columns in reverse, itself reversed.)
+
+    Where rounding leaves H' short of positive definite, damping grows tenfold until it is. InputError when
+    even 1 is not enough: H is no second moment then.
+    """
+    while True:
+        damped = damp(H, damping)
+        try:
+            return damped, np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+        except np.linalg.LinAlgError:
+            if damping >= _MOST_DAMPING:
+                what = f"the second moment of the inputs of weight '{name}'" if name else "the second moment"
+                raise InputError(f"{what} is not positive semidefinite: it is no mean of x^T x") from None
+            damping = min(max(10 * damping, _LEAST_DAMPING), _MOST_DAMPING)
+
+
+def output_error(D: npt.NDArray, H: Matrix) -> float:
+    """tr(D^T H D) for D [K, N], in float64."""
+    D = D.astype(np.float64)
+    return float((D * (H @ D)).sum())
+
+
+def energy_order(H: Matrix, block: int) -> npt.NDArray[np.intp]:
+    """A permutation of 0..K-1: whole blocks by falling sum of diag(H), and inside each likewise.
+
+    GPTQ's activation order, held to the blocks that share a scale. A shorter last block stays last, so that
+    the others keep to multiples of `block`.
+    """
+    power = H.diagonal()
+    whole = len(H) - len(H) % block
+    inside = np.argsort(-power[:whole].reshape(-1, block), axis=1, kind="stable")
+    blocks = np.argsort(-power[:whole].reshape(-1, block).sum(axis=1), kind="stable")
+    order = (inside + np.arange(0, whole, block)[:, None])[blocks].reshape(-1)
+    return np.concatenate([order, whole + np.argsort(-power[whole:], kind="stable")])
+
+
+def compensated_target(W: Array, H: Matrix, cross: Matrix, damping: float = 0.01) -> Array:
+    """The W~ that makes up for inputs that have already changed: float32 [K, N].
+
+    Minimises E|x_float W - x W~|^2 + lambda |W~ - W|^2: W~ = W + (H + lambda I)^-1 C W, with C = `cross`, the
+    mean of x^T (x_float - x), and lambda = damping times the mean of diag(H). It is the asymmetric
+    calibration of GPTAQ (arXiv 2504.02692), whose target is the float layer's output, in closed form, before
+    any rounding. W itself where H or C is zero.
+    """
+    check_second_moment(H, len(W), "")
+    mean = H.diagonal().mean()
+    if mean == 0:
+        return W.copy()
+    with one_blas_thread():
+        shift = np.linalg.solve(damp(H, max(damping, _LEAST_DAMPING)), (cross / mean) @ W.astype(np.float64))
+    return (W + shift).astype(np.float32)
+
+
+def rotate(A: npt.NDArray, size: int) -> npt.NDArray:
+    """R^T A with R block diagonal, its blocks normalised Hadamard matrices [size, size]: float as A, [K, N].
+
+    R is orthogonal and symmetric: x W = (x R) (R^T W), and H becomes R^T H R (`rotate_moment`). MR-GPTQ
+    (arXiv 2509.23202) rotates blocks like that so that outliers spread over their block.
+    """
+    K = len(A)
+    if size not in HADAMARD_SIZES or K % size:
+        raise InputError(f"blocks of {size} cannot rotate {K} inputs: a divisor of them out of {HADAMARD_SIZES}")
+    H = np.ones((1, 1))
+    while len(H) < size:  # Sylvester's construction
+        H = np.block([[H, H], [H, -H]])
+    blocks = A.reshape(K // size, size, -1)
+    return ((H / np.sqrt(size)).astype(A.dtype) @ blocks).reshape(A.shape)
+
+
+def rotate_moment(H: Matrix, size: int) -> Matrix:
+    """R^T H R: the second moment of x R, see `rotate`."""
+    half = rotate(H, size)
+    return rotate(np.ascontiguousarray(half.T), size)
