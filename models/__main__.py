@@ -7,7 +7,7 @@ import sys
 import click
 
 from qgraph.errors import QGraphError
-from qgraph.models import get_model, model_names
+from qgraph.models import get_model, model_names, open_model
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,8 +27,9 @@ def list_() -> None:
 @click.argument("path", type=click.Path(dir_okay=False))
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter says.")
 def export(name: str, path: str, verbose: bool) -> None:
-    """Writes MODEL as a float ONNX file to PATH."""
-    model = get_model(name)
+    """Writes MODEL as a float ONNX file to PATH. MODEL is a name that `list` knows, or a local folder with a
+    causal language model of Hugging Face's (config.json, weights, tokenizer.json)."""
+    model = open_model(name)
     click.echo(f"exporting {model.title} ...", err=True)
     written = model.export(path, verbose=verbose)
     click.echo(f"{written}: {written.stat().st_size / 1e6:.1f} MB")

@@ -21,13 +21,13 @@ class ModelInput:
     shape: tuple[int | str, ...]
 
 
-class ExampleModel(Protocol):
-    """A trained model with its export and its reference metric."""
+class ExportableModel(Protocol):
+    """A trained model with its export."""
 
     name: str
     title: str
     inputs: tuple[ModelInput, ...]
-    output: str  # the output that `embed` reads
+    output: str  # the output that its metric reads
 
     def export(self, path: str | os.PathLike[str], *, verbose: bool = False) -> Path:
         """Writes the float ONNX file, whole or not at all; the same bytes every time. Returns its path.
@@ -38,6 +38,10 @@ class ExampleModel(Protocol):
 
     def tokenizer_path(self) -> Path:
         """The `tokenizer.json` that turns text into the inputs."""
+
+
+class ExampleModel(ExportableModel, Protocol):
+    """A sentence encoder with its reference metric."""
 
     @property
     def embed(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -37,9 +37,10 @@ def export_module(
     input_names: Sequence[str],
     output_names: Sequence[str],
     dynamic: Sequence[Mapping[int, Any]],
+    opset: int = OPSET,
     verbose: bool = False,
 ) -> ir.Model:
-    """Exports a torch module by the dynamo exporter at opset 23.
+    """Exports a torch module by the dynamo exporter.
 
     Metadata that holds file paths or depends on the machine (stack traces and the like) is removed; each node
     keeps its module path (`KEPT_METADATA`).
@@ -55,7 +56,7 @@ def export_module(
             module,
             tuple(example),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=list(input_names),
             output_names=list(output_names),
             dynamic_shapes=tuple(dict(d) for d in dynamic),

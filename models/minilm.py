@@ -23,7 +23,7 @@ class MiniLM:
 
     name = "minilm"
     title = "all-MiniLM-L6-v2"
-    inputs = tuple(
+    inputs: tuple[ModelInput, ...] = tuple(
         ModelInput(name, "int64", ("batch", "sequence"))
         for name in ("input_ids", "attention_mask", "token_type_ids")
     )

@@ -118,7 +118,8 @@ def test_packed_sequences_of_the_exporter() -> None:
         """(int64[b, s] x) => (bool[b, one, s, s2] out)
         <int64[1] zero1 = {0}, int64[1] one1 = {1}, int64[1] two1 = {2}, int64[1] three1 = {3},
          int64 zero = {0}, int64[1] last1 = {-1}, int64 last = {-1}, int64 one = {1},
-         int64[2] two_first = {0, 1}, int64[2] two_mid = {1, 2}, bool yes = {1}, int64[1] huge = {9223372036854775807}>
+         int64[2] two_first = {0, 1}, int64[2] two_mid = {1, 2}, bool yes = {1},
+         int64[1] huge = {9223372036854775807}>
         { b1 = Shape<end = 1>(x) b = Squeeze(b1) s1 = Shape<start = 1, end = 2>(x) s = Squeeze(s1)
           r = Range(zero, s, one) u = Unsqueeze(r, zero1) bs = Concat<axis = 0>(b1, last1)
           onesize = Concat<axis = 0>(b1, one1) e = Expand(u, onesize)
