@@ -42,7 +42,7 @@ class Scheme:
         return self.activation_format == "nvfp4"
 
 
-_NVFP4_SOLVERS = ("sweep-diagonal", "sweep", "soar", "four-over-six", "rtn")
+_NVFP4_SOLVERS = ("gptq", "sweep-diagonal", "sweep", "soar", "four-over-six", "rtn")
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme

@@ -343,7 +343,7 @@ def test_a_name_that_is_taken_is_refused():
     ("scheme", "solver", "message"),
     [
         ("nvfp5", "", "unknown scheme 'nvfp5'.*did you mean 'nvfp4'"),
-        ("nvfp4", "gptq", "unknown solver 'gptq'"),
+        ("nvfp4", "gtpq", "unknown solver 'gtpq'"),
     ],
 )
 def test_unknown_names(scheme: str, solver: str, message: str):
