@@ -344,6 +344,7 @@ def test_a_name_that_is_taken_is_refused():
     [
         ("nvfp5", "", "unknown scheme 'nvfp5'.*did you mean 'nvfp4'"),
         ("nvfp4", "gtpq", "unknown solver 'gtpq'"),
+        ("nvfp4", "mxfp4-rtn", "solver 'mxfp4-rtn' is not for scheme 'nvfp4'; known: gptq, "),
     ],
 )
 def test_unknown_names(scheme: str, solver: str, message: str):
