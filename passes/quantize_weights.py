@@ -79,7 +79,9 @@ class QuantizeWeights(GraphPass):
         solvers = self.scheme.solvers
         self.solver = solver or default_solver(solvers, calibrated=calibrator is not None)
         if solvers and get_solver(self.solver).format != self.scheme.weight_format:
-            raise UsageError(f"solver '{self.solver}' is not for scheme '{scheme}'; known: {', '.join(solvers)}")
+            raise UsageError(
+                f"solver '{self.solver}' is not for scheme '{scheme}'; known: {', '.join(solvers)}"
+            )
         self.table_solver = default_solver([self.solver, *solvers], calibrated=False) if solvers else ""
         if calibrator is None and (
             self.scheme.needs_calibration or (self.solver and get_solver(self.solver).calibrated)
