@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph.passes.base import attribute, constant, describe, int_list, scalar, shape_of
+from qgraph.passes.base import attribute, constant, describe, int_list, is_op, scalar, shape_of
 
 Labels = npt.NDArray[np.int32]  # of a value: the channel that each of its elements is a multiple of
 
@@ -67,14 +67,18 @@ class Flow:
     obstacles: list[tuple[npt.NDArray[np.bool_], str]] = field(default_factory=list)  # channels [C], why
     block: int = MAX_BLOCK
 
+    def blocked(self) -> npt.NDArray[np.bool_]:
+        """[C]: the channels that something else than sinks reads."""
+        return np.logical_or.reduce([channels for channels, _ in self.obstacles], initial=False) | np.zeros(
+            self.channels, bool
+        )
+
     def free(self) -> npt.NDArray[np.bool_]:
         """[C]: the channels that sinks read and nothing else does."""
         reached = np.zeros(self.channels, bool)
         for sink in self.sinks:
             reached[sink.channels] = True
-        for channels, _ in self.obstacles:
-            reached &= ~channels
-        return reached
+        return reached & ~self.blocked()
 
     def obstacle(self, channels: Labels) -> str:
         """Why not all of `channels` are free; empty when they are."""
@@ -99,13 +103,12 @@ class Tracer:
         waiting = self._readers(flow, value, labels[value])
         while waiting:
             node = heapq.heappop(waiting)[1]
-            read = [i for i, v in enumerate(node.inputs) if v in labels]
+            read = {i: labels[v] for i, v in enumerate(node.inputs) if v in labels}
             try:
-                made = self._through(flow, node, read, [labels[v] for v in node.inputs if v in labels])
+                made = self._through(flow, node, read)
             except _ObstacleError as obstacle:
-                for v in node.inputs:
-                    if v in labels:
-                        _block(flow, labels[v], str(obstacle))
+                for found in read.values():
+                    _block(flow, found, str(obstacle))
                 continue
             for output, found in made.items():
                 labels[output] = found
@@ -137,22 +140,29 @@ class Tracer:
                 _block(flow, labels, f"{describe(node)} reads it in a subgraph")
         return sorted(found.items())
 
-    def _through(
-        self, flow: Flow, node: ir.Node, read: list[int], labels: list[Labels]
-    ) -> dict[ir.Value, Labels]:
-        """The labels of the outputs of `node`, whose inputs `read` have `labels`; none of a sink."""
-        if len(read) > 1:
-            raise _ObstacleError(f"{describe(node)} joins channels with each other")
+    def _through(self, flow: Flow, node: ir.Node, read: dict[int, Labels]) -> dict[ir.Value, Labels]:
+        """The labels of the outputs of `node`, from those of the inputs that it reads; none of a sink."""
+        if 0 in read and _is_sink(node):
+            flow.sinks.append(Sink(node, _last_axis(node, read[0])))
+            return {}
+        if is_op(node, "Attention"):
+            for index in read.keys() & {0, 1, 3}:  # queries, keys, mask
+                _block(flow, read[index], f"{describe(node)} reads it too")
+        # Blocked channels are left as they are: what follows from them alone is a value like any other.
+        blocked = flow.blocked()
+        read = {i: labels for i, labels in read.items() if not blocked[labels.reshape(-1)].all()}
+        if not read:
+            return {}
         rule = _RULES.get(node.op_type) if node.domain == "" else None
         if rule is None:
             raise _ObstacleError(f"{describe(node)} reads it too")
-        if _is_sink(node, read[0]):
-            flow.sinks.append(Sink(node, _last_axis(node, labels[0])))
-            return {}
+        if len(read) > 1:
+            raise _ObstacleError(f"{describe(node)} joins channels with each other")
+        ((index, labels),) = read.items()
         shapes = [self.shape(v) for v in node.outputs]
         if None in shapes:
             raise _ObstacleError(f"the shape of the output of {describe(node)} is not known, or too large")
-        made = rule(flow, node, read[0], labels[0], [s for s in shapes if s is not None])
+        made = rule(flow, node, index, labels, [s for s in shapes if s is not None])
         for found, shape in zip(made, shapes, strict=False):
             if found.shape != shape:
                 raise _ObstacleError(f"{describe(node)} is not followed: its bounds depend on sizes")
@@ -187,8 +197,9 @@ def _drop_shared(flow: Flow) -> None:
     flow.sinks = kept
 
 
-def _is_sink(node: ir.Node, index: int) -> bool:
-    if node.op_type != "MatMul" or index != 0:
+def _is_sink(node: ir.Node) -> bool:
+    """Whether `node` multiplies what it reads first by a constant matrix of floats."""
+    if not is_op(node, "MatMul"):
         return False
     weight = node.inputs[1]
     return (
@@ -322,9 +333,7 @@ def _matmul(flow: Flow, node: ir.Node, index: int, labels: Labels, shapes: _Shap
 
 @_rule("Attention")
 def _attention(flow: Flow, node: ir.Node, index: int, labels: Labels, shapes: _Shapes) -> list[Labels]:
-    """The same for whole heads; query head h reads value head h // (query heads / value heads)."""
-    if index != 2:
-        raise _ObstacleError(f"{describe(node)} reads it too")
+    """The same by heads: query head h reads value head h // (query heads / value heads)."""
     if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]) or any(node.inputs[4:]):
         raise _ObstacleError(f"{describe(node)} keeps it in a cache")
     shape = shapes[0]

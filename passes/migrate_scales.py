@@ -143,7 +143,9 @@ class MigrateScales(GraphPass):
         for node in waiting:
             by_value.setdefault(_input(node), []).append(node)
         for value, nodes in by_value.items():
-            reason = why.get(nodes[0], "no norm, Mul or linear layer before it reaches only weights")
+            reason = why.get(
+                nodes[0], "no norm, product with a vector or linear layer before it can take a scale exactly"
+            )
             shared = [n for n in nodes if any(user not in nodes for user in _weight(n).consumers())]
             if not self.insert or shared:
                 self.refuse(value, reason if not shared else f"{describe(_weight(shared[0]))} is shared")

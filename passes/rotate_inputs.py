@@ -34,7 +34,7 @@ class RotateInputs(GraphPass):
     """x W = (x R)(R^-1 W), R block-diagonal of Hadamard matrices: every number becomes a sum over its block.
 
     MR-GPTQ (arXiv 2509.23202): blocks of 16 to 128, so that rotation stays cheap and local. With b the size
-    of a block and H its Sylvester matrix of +-1, R = H / 2^ceil(log2(b) / 2), R^-1 = H / 2^floor(log2(b) / 2):
+    of a block and H its Sylvester matrix of +-1, R = H / 2^ceil(log2(b)/2), R^-1 = H / 2^floor(log2(b)/2):
     orthogonal, for 32 and 128 but for a factor sqrt(2), and every element is a power of two, so that only
     the sums round.
 
