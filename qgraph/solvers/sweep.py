@@ -98,7 +98,8 @@ def best_block_scales(block: Array, a: np.float32, weights: Array | None = None)
         a: positive.
         weights: of the squared errors, float32, not negative, [rows] or [rows, N]. None: all 1.
 
-    A block whose every weighted element is zero gets scale 1. The calling thread's scratch is used.
+    A block of zeros gets scale 1, one without any weight some scale at which nothing clips. Works in the
+    calling thread's `scratch`.
     """
     rows, N = block.shape
     x, *buffers = scratch(4, block.size)
@@ -152,7 +153,7 @@ def sweep_blocks(
     """(code, error) of the exact optimum of each block, a column of X = |w| / a: float32 [rows, blocks].
 
     rows <= 16. buffers: three float32 arrays [X.size] to work in. weights: of the squared errors, like X.
-    The error is E(d) / a^2. A block without a weighted element that is not zero gets code 56, scale 1.
+    The error is E(d) / a^2. A block of zeros gets code 56, scale 1.
     """
     count = X.shape[1]
     m = amax = X.max(axis=0)

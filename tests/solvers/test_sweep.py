@@ -45,7 +45,7 @@ def test_optimal_for_extreme_blocks():
 @pytest.mark.parametrize("sigma", [0.3, 1, 3])
 @pytest.mark.parametrize("gain", [1.0, 1e-3])
 def test_weighted_is_optimal_block_by_block(gain: float, sigma: float):
-    W = awkward() * np.float32(gain)
+    W = awkward((85, 24)) * np.float32(gain)
     W[3, 4] = np.float32(700 * gain)
     h = spread(len(W), sigma)
     assert_optimal(W, solve_weighted(W, h), h)
