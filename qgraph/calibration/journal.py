@@ -7,8 +7,9 @@ A journal is a folder:
     group-00007.safetensors the record of a group, as `GroupHandler.solve` made it
     border/                 values between two stages (border.py), only while a walk is under way
 
-Records are written whole or not at all, and carry the SHA-256 of their content: one that is damaged counts as
-missing. All that a result depends on is part of the folder's name, so results of different runs never mix.
+Records are written whole or not at all, and carry the SHA-256 of their content and the group: one that is
+damaged counts as missing. All that a result depends on is part of the folder's name, so results of different
+runs never mix.
 """
 
 from __future__ import annotations
@@ -92,12 +93,9 @@ class Journal:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (FileNotFoundError, SafetensorError, ValueError, TypeError, KeyError):
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError):
             return None
-        identity = _identity(group)
-        if metadata.get("group") != identity or metadata.get("sha256") != _digest(arrays, identity):
-            return None
-        return arrays
+        return arrays if metadata.get("sha256") == _digest(group, arrays) else None
 
     def write(self, index: int, group: LinearGroup, record: Mapping[str, npt.NDArray]) -> Arrays:
         """Keeps the record of a group. Returns it as `read` will: what is put into effect is the same whether
@@ -105,12 +103,12 @@ class Journal:
 
         Raises ResourceError when it cannot be written.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         arrays = {name: np.array(array, order="C") for name, array in record.items()}
-        metadata = {"group": _identity(group), "sha256": _digest(arrays, _identity(group))}
+        data = save(arrays, {"sha256": _digest(group, arrays)})
         with atomic_write(self._path(index)) as file, disk_errors(self.folder):
-            save_file(arrays, file, metadata)
+            file.write_bytes(data)
         kept = self.read(index, group)
         if kept is None:
             raise ResourceError(f"{self._path(index)}: what was written cannot be read back: check the disk")
@@ -153,12 +151,9 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _identity(group: LinearGroup) -> str:
-    return json.dumps([group.K, group.values, group.nodes, group.weights])
-
-
-def _digest(arrays: Mapping[str, npt.NDArray], identity: str) -> str:
-    digest = hashlib.sha256(identity.encode())
+def _digest(group: LinearGroup, arrays: Mapping[str, npt.NDArray]) -> str:
+    """SHA-256 of whose record it is, and all that is in it."""
+    digest = hashlib.sha256(json.dumps([group.K, group.values, group.nodes, group.weights]).encode())
     for name in sorted(arrays):
         digest.update(json.dumps([name, arrays[name].dtype.str, arrays[name].shape]).encode())
         digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +18,42 @@ import onnx_ir as ir
 
 from qgraph.calibration.session import open_session
 from qgraph.errors import UnsupportedError
-from qgraph.passes.base import describe, printable
+from qgraph.formats.nvfp4 import NVFP4
+from qgraph.passes.base import describe
+from qgraph.passes.lowbit_functions import DOMAIN, LOOKUPS
 from qgraph.passes.shapes.dims import from_ir, product
 
 Array = npt.NDArray[Any]
 
-# What ONNX Runtime 1.31 loads. The operators of a model of a later opset are the same wherever their last
-# change is not after this.
+# What ONNX Runtime 1.31 loads.
 _NEWEST_OPSET, _NEWEST_IR = 26, 13
 
 # Initializers up to this size are part of the segment: axes, shapes, scalars.
 _INLINE_BYTES = 1024
+
+
+class Weight(Protocol):
+    """What an initializer holds, when it is asked for."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def numpy(self) -> Array: ...
+
+
+class _Table:
+    """The float32 table [V, H] of a quantized lookup, dequantized each time."""
+
+    def __init__(self, node: ir.Node) -> None:
+        parts = [value.const_value for value in node.inputs[1:4] if value is not None]
+        self._codes, self._block_scale, self._global_scale = (part for part in parts if part is not None)
+        self.nbytes = 4 * self._codes.size
+
+    def numpy(self) -> Array:
+        scale = self._block_scale.numpy().astype(np.float32) * self._global_scale.numpy()
+        table = self._codes.numpy().astype(np.float32)
+        table *= np.repeat(scale, NVFP4.block, axis=1)[:, : table.shape[1]]
+        return table
 
 
 @dataclass(frozen=True)
@@ -57,8 +82,10 @@ class FrozenGraph:
     """A prepared graph as it is now, whatever happens to the model later. Weights are referred to, not
     copied.
 
-    Raises UnsupportedError for a graph with subgraphs or functions, or of an opset that ONNX Runtime does not
-    run.
+    Embeddings may be quantized: their lookups become those in the dequantized table.
+
+    Raises UnsupportedError for a graph with subgraphs or other functions, or of an opset that ONNX Runtime
+    does not run.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -66,7 +93,7 @@ class FrozenGraph:
         self.nodes: list[onnx.NodeProto] = []
         self.producer: dict[str, int] = {}  # value -> index of its node
         self.inputs = frozenset(str(value.name) for value in graph.inputs if not value.is_initializer())
-        self.weights: dict[str, ir.TensorProtocol] = {}
+        self.weights: dict[str, Weight] = {}
         self._info: dict[str, onnx.ValueInfoProto] = {}
         for value in graph.initializers.values():
             assert value.const_value is not None
@@ -74,7 +101,9 @@ class FrozenGraph:
         for value in (*graph.inputs, *graph.initializers.values()):
             self._info[str(value.name)] = _info(value)
         for node in graph:
-            if node.domain or any(True for _ in _subgraphs(node)):
+            if (node.domain, node.op_type) == (DOMAIN, LOOKUPS["nvfp4"]):
+                node = self._plain_lookup(node)
+            elif node.domain or any(True for _ in _subgraphs(node)):
                 raise UnsupportedError(
                     f"{describe(node)}: calibration runs float models of standard operators without subgraphs"
                 )
@@ -84,6 +113,17 @@ class FrozenGraph:
                     self._info[value.name] = _info(value)
             self.nodes.append(ir.serde.serialize_node(node))
         self._opset, self._ir_version = _versions(model)
+
+    def _plain_lookup(self, node: ir.Node) -> ir.Node:
+        """`Gather` from the dequantized table, which goes by the name of its codes."""
+        ids, codes, *_ = node.inputs
+        assert codes is not None and codes.name is not None
+        table = _Table(node)
+        self.weights[codes.name] = table
+        value = ir.Value(name=codes.name, shape=codes.shape, type=ir.TensorType(ir.DataType.FLOAT))
+        self._info[codes.name] = _info(value)
+        result = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
+        return ir.Node("", "Gather", [value, ids], outputs=[result], name=node.name)
 
     def redirect(self, nodes: Iterable[str]) -> None:
         """Lets these nodes read, in the place of their first input, what `rounded` calls its rounding:
@@ -146,10 +186,8 @@ class FrozenGraph:
             "segment",
             [self._info_of(n) for n in (*feeds, *borders, *weights)],
             [self._info[n] for n in computed],
-            [ir.serde.serialize_tensor(self.weights[n]) for n in sorted(inline)],
+            [onnx.numpy_helper.from_array(self.weights[n].numpy(), n) for n in sorted(inline)],
         )
-        for tensor, n in zip(graph.initializer, sorted(inline), strict=True):
-            tensor.name = n
         opsets = [onnx.helper.make_opsetid("", self._opset)]
         model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._ir_version)
         session = open_session(model, name)
@@ -239,10 +277,31 @@ def _versions(model: ir.Model) -> tuple[int, int]:
     opset = model.opset_imports[""]
     if opset > _NEWEST_OPSET:
         for node in model.graph:
-            schema = onnx.defs.get_schema(node.op_type, opset, "")
-            if schema.since_version > _NEWEST_OPSET:
+            if not node.domain and not _is_older(node, opset):
                 raise UnsupportedError(
-                    f"{describe(node)} is of opset {schema.since_version}; calibration runs models up to "
-                    f"opset {_NEWEST_OPSET}: export '{printable(model.graph.name)}' with opset 23"
+                    f"{describe(node)} is as of opset {opset}; calibration runs models up to opset "
+                    f"{_NEWEST_OPSET}: export the model with opset 23"
                 )
     return min(opset, _NEWEST_OPSET), min(model.ir_version, _NEWEST_IR)
+
+
+def _is_older(node: ir.Node, opset: int) -> bool:
+    """Whether the operator was there at `_NEWEST_OPSET` with all that the node uses of it.
+
+    Since then operators have been given further data types, which a float model has no use for, and
+    attributes.
+    """
+    try:
+        old = onnx.defs.get_schema(node.op_type, _NEWEST_OPSET, "")
+    except onnx.defs.SchemaError:
+        return False
+    new = onnx.defs.get_schema(node.op_type, opset, "")
+    arity = len(node.inputs) <= old.max_input and len(node.outputs) <= old.max_output
+    return (
+        arity
+        and all(
+            name in node.attributes or attribute.default_value == new.attributes[name].default_value
+            for name, attribute in old.attributes.items()
+        )
+        and node.attributes.keys() <= old.attributes.keys()
+    )

@@ -190,12 +190,12 @@ def _field(line: str, where: str) -> str:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
-    if isinstance(entry, str):
-        return entry
+    text = entry
     if isinstance(entry, dict):
-        if isinstance(entry.get("text"), str):
-            return entry["text"]
         strings = [value for value in entry.values() if isinstance(value, str)]
-        if len(strings) == 1:
-            return strings[0]
-    raise InputError(f"{where}: expected an object with the field 'text', or with one string")
+        text = entry.get("text", strings[0] if len(strings) == 1 else None)
+    if not isinstance(text, str):
+        raise InputError(f"{where}: expected an object with the field 'text', or with one string")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"{where}: half of a character, which is no text in UTF-8")
+    return text

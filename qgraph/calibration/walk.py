@@ -15,7 +15,14 @@ import numpy.typing as npt
 from qgraph.calibration.border import Border
 from qgraph.calibration.data import MASK, Batch, Data
 from qgraph.calibration.moments import Moments, Peaks, accumulate
-from qgraph.calibration.segments import FrozenGraph, Segment, leading_dims_match, masked_rows, rounded
+from qgraph.calibration.segments import (
+    FrozenGraph,
+    Segment,
+    Weight,
+    leading_dims_match,
+    masked_rows,
+    rounded,
+)
 from qgraph.calibration.session import first_line
 from qgraph.errors import InputError, UsageError
 
@@ -99,7 +106,7 @@ class Stream:
         self.name, self._graph, self._taps, self._border = name, graph, taps, border
         self._ranks = graph.ranks(groups)
         self._segment: Segment | None = None
-        self._weights: dict[str, ir.TensorProtocol | Array] = dict(graph.weights)
+        self._weights: dict[str, Weight | Array] = dict(graph.weights)
         self._arrays: dict[str, Array] = {}  # those of the segment
         self._taps_now: set[str] = set()
         self._forget(graph.needed(self._values(start, len(taps)), self._have())[0])
@@ -273,5 +280,5 @@ class Walk:
         return f"{first if first == last else f'one of {first} to {last}'} of {self._data.name}"
 
 
-def _array(weight: ir.TensorProtocol | Array) -> Array:
+def _array(weight: Weight | Array) -> Array:
     return weight if isinstance(weight, np.ndarray) else weight.numpy()
