@@ -1,0 +1,277 @@
+"""What NVFP4 costs a whole model, by scheme and solver, through compiled artifacts.
+
+    python benchmarks/nvfp4_end_to_end.py [minilm stories260K tinystories-llama-4m]
+        [--scheme nvfp4 ...] [--solver rtn sweep gptq ...] [--calibrate-on float ...] [--samples 128]
+
+A solver is measured against rounding to nearest in the same scheme: `recovered` is the share of what `rtn`
+loses against the float model that the solver wins back. Nothing is measured on what it was calibrated on:
+
+* MiniLM: sentences of the STS benchmark's train set; Spearman's correlation on its dev set, and the mean
+  cosine between float and quantized embeddings of all dev sentences. Sentences of both are left out.
+* stories260K: stories 101 to 1550 of the TinyStories file; perplexity of the first 100, each cut at 512
+  tokens: 36,664 predicted tokens, of which published figures are float 3.688 and `rtn` 4.148.
+* tinystories-llama-4m: stories 1 to 1550, of those it was trained on; perplexity of the rest, which it was
+  not.
+
+Downloads nothing: `--data` is a folder of models and texts (docs/nvfp4.md says which), MiniLM comes from an
+installed package or `--minilm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import qgraph
+from qgraph.evaluate.perplexity import PerplexityResult, Window, compare, perplexity, split_windows
+from qgraph.evaluate.runners import open_runner
+from qgraph.evaluate.similarity import cosine
+from qgraph.evaluate.sts import Pair, SentenceTokenizer, StsResult, evaluate_sts, read_pairs
+from qgraph.evaluate.tokenizer import leading_tokens, load_tokenizer, read_documents
+from qgraph.models import get_model, open_model
+from qgraph.schemes import SCHEMES
+from qgraph.solvers import SOLVERS
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+BASELINE = "rtn"
+SEPARATOR = "<|endoftext|>"
+STORIES = "text/tinystories_v2_gpt4_train_first10k_lines.txt"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize. `calibrate_on` is empty where no data are used."""
+
+    scheme: str
+    solver: str
+    calibrate_on: str = ""
+
+    def __str__(self) -> str:
+        return self.solver if self.calibrate_on in ("", "float") else f"{self.solver}, {self.calibrate_on}"
+
+
+class Subject:
+    """A model with its calibration data and its metric. `loss` of a metric is 0 for the float model."""
+
+    title: str
+    columns: tuple[str, ...]
+    model: Path
+    tokenizer: Path
+    calibration: Path
+
+    def measure(self, path: Path) -> Mapping[str, float]:
+        """The columns of a model file."""
+        raise NotImplementedError
+
+    def loss(self, row: Mapping[str, float]) -> float:
+        """What quantization costs, in the metric that `recovered` is a share of."""
+        raise NotImplementedError
+
+
+class Encoder(Subject):
+    """MiniLM on semantic textual similarity."""
+
+    title = "MiniLM, STS-B dev"
+    columns = ("Spearman", "mean cosine")
+
+    def __init__(self, data: Path, work: Path, minilm: Path | None) -> None:
+        example = get_model("minilm")
+        self.model = minilm or example.export(work / "minilm.onnx")
+        self.tokenizer = example.tokenizer_path()
+        self._tokenize = SentenceTokenizer(self.tokenizer)
+        self._pairs = read_pairs(data / "sts" / "stsb-en-dev.csv")
+        self.calibration = work / "sts-train.txt"
+        self.calibration.write_text("\n".join(_train_sentences(data, self._pairs)) + "\n", encoding="utf-8")
+        self._float = self._score(self.model)
+
+    def _score(self, path: Path) -> StsResult:
+        return evaluate_sts(open_runner(path), self._tokenize, self._pairs)
+
+    def measure(self, path: Path) -> Mapping[str, float]:
+        found = self._float if path == self.model else self._score(path)
+        same = cosine(found.embeddings, self._float.embeddings).mean()
+        return {"Spearman": found.spearman, "mean cosine": float(same)}
+
+    def loss(self, row: Mapping[str, float]) -> float:
+        return 1 - row["mean cosine"]
+
+
+def _train_sentences(data: Path, dev: Sequence[Pair]) -> list[str]:
+    """The distinct sentences of the train set, without those of the dev set."""
+    seen = {sentence for pair in dev for sentence in pair[:2]}
+    with (data / "sts" / "stsb-en-train.csv").open(newline="", encoding="utf-8") as file:
+        sentences = dict.fromkeys(sentence for row in csv.reader(file) for sentence in row[:2])
+    return [" ".join(s.split()) for s in sentences if s not in seen]
+
+
+class Decoder(Subject):
+    """A causal language model on stories."""
+
+    columns = ("perplexity", "KL", "top-1")
+
+    def __init__(
+        self, title: str, model: Path, tokenizer: Path, data: Path, work: Path, measured: slice, used: slice
+    ) -> None:
+        self.title, self.model, self.tokenizer = title, model, tokenizer
+        self.calibration = work / f"{model.stem}.jsonl"
+        texts = [s.strip() for s in (data / STORIES).read_text(encoding="utf-8").split(SEPARATOR)]
+        texts = [s for s in texts if s]
+        lines = (json.dumps({"text": story}) for story in texts[used])
+        self.calibration.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        tokenizer_ = load_tokenizer(tokenizer)
+        stories = read_documents(data / STORIES, tokenizer_, separator=SEPARATOR)
+        assert len(stories) == len(texts), "a story of no tokens"
+        prefix = leading_tokens(tokenizer_)
+        cut = [story[: 512 - len(prefix)] for story in stories[measured]]
+        self.windows: list[Window] = split_windows(cut, length=512, stride=256, prefix=prefix)
+        self.float: PerplexityResult = perplexity(open_runner(model), self.windows)
+        self.title += f", {self.float.tokens} tokens"
+
+    def measure(self, path: Path) -> Mapping[str, float]:
+        if path == self.model:
+            return {"perplexity": self.float.perplexity, "KL": 0.0, "top-1": 1.0}
+        found = compare(open_runner(path), open_runner(self.model), self.windows)
+        return {
+            "perplexity": found.model.perplexity,
+            "KL": found.kl_divergence,
+            "top-1": found.top1_agreement,
+        }
+
+    def loss(self, row: Mapping[str, float]) -> float:
+        return row["perplexity"] - self.float.perplexity
+
+
+def stories260k(data: Path, work: Path) -> Decoder:
+    folder = data / "stories260K"
+    return Decoder(
+        "stories260K",
+        folder / "stories260K.onnx",
+        folder / "hf" / "tokenizer.json",
+        data,
+        work,
+        measured=slice(0, 100),
+        used=slice(100, 1550),
+    )
+
+
+def llama4m(data: Path, work: Path) -> Decoder:
+    model = open_model(str(data / "tinystories-llama-4m"))
+    return Decoder(
+        "tinystories-llama-4m",
+        model.export(work / "tinystories-llama-4m.onnx"),
+        model.tokenizer_path(),
+        data,
+        work,
+        measured=slice(1555, None),
+        used=slice(0, 1550),
+    )
+
+
+def variants(schemes: Sequence[str], solvers: Sequence[str], measured_on: Sequence[str]) -> list[Variant]:
+    """What to run, rounding to nearest first in every scheme. Solvers that a scheme does not take are left
+    out."""
+    found: dict[Variant, None] = {}
+    for scheme in schemes:
+        for solver in (BASELINE, *solvers):
+            if solver not in SCHEMES[scheme].solvers:
+                continue
+            needs = SOLVERS[solver].calibrated
+            on = measured_on if needs else ["float" if SCHEMES[scheme].needs_calibration else ""]
+            found.update(dict.fromkeys(Variant(scheme, solver, name) for name in on))
+    return list(found)
+
+
+def build(
+    subject: Subject, variant: Variant, work: Path, options: Mapping[str, Any]
+) -> tuple[Path, float, float]:
+    """(artifact, its bits per quantized weight, seconds to compile)."""
+    config: dict[str, Any] = dict(options)
+    if variant.calibrate_on:
+        config.update(
+            calibration=str(subject.calibration),
+            tokenizer=str(subject.tokenizer),
+            calibrate_on=variant.calibrate_on,
+        )
+    else:
+        config.pop("samples", None)
+    name = "-".join(filter(None, (subject.model.stem, variant.scheme, variant.solver, variant.calibrate_on)))
+    start = time.perf_counter()
+    result = qgraph.compile(
+        subject.model,
+        scheme=variant.scheme,
+        solver=variant.solver,
+        output=work / name,
+        verify=False,
+        onnx=False,
+        **config,
+    )
+    bits = result.report.bits_per_weight
+    return work / f"{name}.qg", float("nan") if bits is None else bits, time.perf_counter() - start
+
+
+def table(subject: Subject, runs: Sequence[Variant], work: Path, options: Mapping[str, Any]) -> None:
+    """Prints the markdown table of a subject, a row as soon as it is measured."""
+    header = ("scheme", "solver", "bits", *subject.columns, "recovered", "s")
+    print(f"\n### {subject.title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+    exact = subject.measure(subject.model)
+    print(_row(["float", "", "32", *(_number(exact[c]) for c in subject.columns), "", ""]), flush=True)
+    lost: dict[str, float] = {}
+    for run in runs:
+        path, bits, seconds = build(subject, run, work, options)
+        found = subject.measure(path)
+        loss = subject.loss(found)
+        lost.setdefault(run.scheme, loss)  # the first of a scheme is rounding to nearest
+        share = "" if run.solver == BASELINE else f"{1 - loss / lost[run.scheme]:.1%}"
+        figures = (_number(found[c]) for c in subject.columns)
+        print(_row([run.scheme, str(run), f"{bits:.2f}", *figures, share, f"{seconds:.0f}"]), flush=True)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def main() -> None:
+    """Print a table for every model."""
+    known: dict[str, Callable[[argparse.Namespace, Path], Subject]] = {
+        "minilm": lambda o, work: Encoder(o.data, work, o.minilm),
+        "stories260K": lambda o, work: stories260k(o.data, work),
+        "tinystories-llama-4m": lambda o, work: llama4m(o.data, work),
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("--scheme", nargs="+", default=["nvfp4"], choices=[s for s in SCHEMES if s != "none"])
+    parser.add_argument("--solver", nargs="+", default=["sweep", "gptq"], choices=list(SOLVERS))
+    parser.add_argument(
+        "--calibrate-on", nargs="+", default=["float"], choices=["float", "quantized", "corrected"]
+    )
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--minilm", type=Path, help="an exported MiniLM, to save the export")
+    parser.add_argument("--work", type=Path, help="where files go; default: a temporary folder")
+    options = parser.parse_args()
+    unknown = [name for name in options.models if name not in known]
+    if unknown:
+        parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(known)}")
+    runs = variants(options.scheme, options.solver, options.calibrate_on)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        for name in options.models or known:
+            table(known[name](options, work), runs, work, {"samples": options.samples})
+
+
+if __name__ == "__main__":
+    main()
