@@ -81,11 +81,12 @@ class Border:
         """
         alive = sorted(set(alive))
         serial = 1 + max((int(value.file[:_DIGITS]) for value in self._values.values()), default=-1)
-        writer = BorderWriter(self.folder, serial, [key for key in alive if key not in self._values])
+        new_keys = [key for key in alive if key not in self._values]
+        writer = BorderWriter(self.folder, serial, new_keys, durable=self._keep)
         with disk_errors(self.folder):
             try:
                 yield writer
-                new = writer.close(flush=self._keep)
+                new = writer.close()
             except BaseException:
                 writer.discard()
                 raise
@@ -135,10 +136,15 @@ class Border:
 
 
 class BorderWriter:
-    """Files in the making. `put` the batches of every key in order."""
+    """Files in the making. `put` the batches of every key in order.
 
-    def __init__(self, folder: Path, serial: int, keys: list[str]) -> None:
+    durable: they are to survive this process, so that they are hashed, and waited for until they are on the
+    disk.
+    """
+
+    def __init__(self, folder: Path, serial: int, keys: list[str], *, durable: bool) -> None:
         self.keys = tuple(keys)  # that are wanted
+        self._durable = durable
         self._files = {key: folder / f"{serial:0{_DIGITS}}-{i:04}{_SUFFIX}" for i, key in enumerate(keys)}
         self._open: dict[str, BinaryIO] = {}
         self._values: dict[str, StoredValue] = {}
@@ -154,17 +160,18 @@ class BorderWriter:
         assert value.dtype == array.dtype.name, key
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         self._open[key].write(data)
-        self._digests[key].update(data)
+        if self._durable:
+            self._digests[key].update(data)
         value.shapes.append(list(array.shape))
 
-    def close(self, *, flush: bool) -> dict[str, StoredValue]:
-        """Ends the files; with `flush`, waits until they are on the disk."""
+    def close(self) -> dict[str, StoredValue]:
+        """Ends the files."""
         for key, file in self._open.items():
             file.flush()
-            if flush:
+            if self._durable:
                 os.fsync(file.fileno())
+                self._values[key].sha256 = self._digests[key].hexdigest()
             file.close()
-            self._values[key].sha256 = self._digests[key].hexdigest()
         return self._values
 
     def discard(self) -> None:

@@ -28,7 +28,8 @@ Array = npt.NDArray[Any]
 # What ONNX Runtime 1.31 loads.
 _NEWEST_OPSET, _NEWEST_IR = 26, 13
 
-# Initializers up to this size are part of the segment: axes, shapes, scalars.
+# Initializers of up to one dimension and this size are part of the segment: axes, shapes, scalars. The weight
+# of a layer, however small, never is: it may change.
 _INLINE_BYTES = 1024
 
 
@@ -94,10 +95,13 @@ class FrozenGraph:
         self.producer: dict[str, int] = {}  # value -> index of its node
         self.inputs = frozenset(str(value.name) for value in graph.inputs if not value.is_initializer())
         self.weights: dict[str, Weight] = {}
+        self._inline: set[str] = set()
         self._info: dict[str, onnx.ValueInfoProto] = {}
         for value in graph.initializers.values():
             assert value.const_value is not None
             self.weights[str(value.name)] = value.const_value
+            if len(value.const_value.shape) < 2 and value.const_value.nbytes <= _INLINE_BYTES:
+                self._inline.add(str(value.name))
         for value in (*graph.inputs, *graph.initializers.values()):
             self._info[str(value.name)] = _info(value)
         for node in graph:
@@ -125,13 +129,18 @@ class FrozenGraph:
         result = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
         return ir.Node("", "Gather", [value, ids], outputs=[result], name=node.name)
 
-    def redirect(self, nodes: Iterable[str]) -> None:
-        """Lets these nodes read, in the place of their first input, what `rounded` calls its rounding:
-        wherever that is at hand."""
-        wanted = set(nodes)
+    def separate(self, layers: Iterable[str], *, rounds: bool) -> None:
+        """Lets these MatMuls read a weight of their own, `own(weight)`, which may be replaced while other
+        readers of the weight, such as a lookup that is tied to them, keep the old one. With `rounds` they
+        read `rounded(x)` in the place of x, wherever that is at hand."""
+        wanted = set(layers)
         for node in self.nodes:
             if node.name in wanted:
-                node.input[0] = rounded(node.input[0])
+                x, weight = node.input
+                node.input[1] = own(weight)
+                self.weights[own(weight)] = self.weights[weight]
+                if rounds:
+                    node.input[0] = rounded(x)
 
     def ranks(self, groups: Sequence[Iterable[str]]) -> dict[str, int]:
         """For every computed value, how many of the groups of weights it depends on: all that come before.
@@ -141,7 +150,7 @@ class FrozenGraph:
         of_weight = {name: i + 1 for i, names in enumerate(groups) for name in names}
         ranks: dict[str, int] = {}
         for node in self.nodes:
-            read = (_original(n) for n in node.input)
+            read = [name.removesuffix(_ROUNDED) for name in node.input]
             rank = max((max(ranks.get(n, 0), of_weight.get(n, 0)) for n in read), default=0)
             ranks.update(dict.fromkeys(filter(None, node.output), rank))
         return ranks
@@ -178,7 +187,7 @@ class FrozenGraph:
             return Segment((), (), (), (), None)
         protos = [self._resolved(self.nodes[i], have) for i in nodes]
         names = {n for proto in protos for n in proto.input if n}
-        inline = {n for n in names & self.weights.keys() if self.weights[n].nbytes <= _INLINE_BYTES}
+        inline = names & self._inline
         feeds, borders = sorted(names & self.inputs), sorted(read)
         weights = sorted((names & self.weights.keys()) - inline)
         graph = onnx.helper.make_graph(
@@ -212,7 +221,7 @@ class FrozenGraph:
         return info
 
 
-_ROUNDED = "\n(rounded)"  # ends no name of a model: these are one line
+_ROUNDED, _OWN = "\n(rounded)", "\n(own)"  # end no name of a model: these are one line
 
 
 def rounded(name: str) -> str:
@@ -220,13 +229,18 @@ def rounded(name: str) -> str:
     return name + _ROUNDED
 
 
+def own(weight: str) -> str:
+    """What the weight is called as that of layers which are quantized."""
+    return weight + _OWN
+
+
 def _original(name: str) -> str:
-    return name.removesuffix(_ROUNDED)
+    return name.removesuffix(_ROUNDED).removesuffix(_OWN)
 
 
 def _at_hand(name: str, have: frozenset[str] | set[str]) -> str:
     """`name`; where that is a rounding that there is not, what is rounded."""
-    return name if name in have else _original(name)
+    return name if name in have else name.removesuffix(_ROUNDED)
 
 
 def leading_dims_match(value: ir.Value, mask: ir.Value | None) -> bool:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from qgraph.calibration.border import Border
 from qgraph.calibration.data import Data
 from qgraph.calibration.moments import Moments, Peaks
-from qgraph.calibration.segments import FrozenGraph
+from qgraph.calibration.segments import FrozenGraph, own
 from qgraph.calibration.walk import Elementwise, Stream, Tap, Walk, make_taps, partition
 from qgraph.solvers.statistics import Statistics
 
@@ -105,10 +105,9 @@ class QuantizedSoFar:
         self._taps = make_taps(model, [group.values for group in groups])
         self._last_missing, self._rounding, self._border = missing[-1], rounding, border
         graph = FrozenGraph(model)
-        if rounding is not None:
-            graph.redirect(name for group in groups for name in group.nodes)
+        graph.separate((name for group in groups for name in group.nodes), rounds=rounding is not None)
         start = max(border.position, 0) // 2
-        weights = [group.weights for group in groups]
+        weights = [[own(name) for name in group.weights] for group in groups]
         self._stream = Stream("quantized", graph, self._taps, border, weights, start=start)
         streams = [self._stream]
         if corrected:
@@ -134,7 +133,7 @@ class QuantizedSoFar:
 
     def replace(self, weights: Weights) -> None:
         """See Source."""
-        self._stream.replace(weights)
+        self._stream.replace({own(name): array for name, array in weights.items()})
 
 
 def _done(border: Border) -> int:

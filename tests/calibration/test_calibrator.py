@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections import Counter
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -23,6 +27,7 @@ from calibration_harness import (
 
 from qgraph.calibration import StreamingCalibrator, collect
 from qgraph.errors import InputError, UnsupportedError, UsageError
+from qgraph.passes.select_layers import SelectLayers
 
 
 def walk(model: ir.Model, batches: list, **options: object) -> Coarse:
@@ -156,6 +161,99 @@ def test_layers_that_share_a_weight() -> None:
         x = rows_of(run_whole(model, batches, handler.coarse(groups[:i])), group.values)
         # Rows come batch by batch, within it value by value: the order that rows_of has too.
         check(handler.solved[group.weights], x, None if i == 0 else rows_of(floats, group.values))
+
+
+def test_readers_of_a_weight_that_stay_float() -> None:
+    """A lookup tied to a layer keeps the float table when the layer is quantized, here before another one."""
+    proto = transformer_proto(1)
+    (gather,) = (node for node in proto.graph.node if node.op_type == "Gather")
+    (last,) = (node for node in proto.graph.node if node.output[0] == "q0")
+    square = np.random.default_rng(3).standard_normal((HIDDEN, HIDDEN)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(square, "square"))
+    gather.input[0] = last.input[1] = "square"
+    model, batches = prepared(proto), feeds(3)
+    for one in batches:
+        one["input_ids"] %= HIDDEN
+    SelectLayers(include=["*"], exclude=["n_y"])(model)
+    groups, handler = groups_of(model), walk(model, batches)
+    assert "square" in {name for group in groups for name in group.weights}
+    lookup = next(node for node in model.graph if node.op_type == "Gather")
+    assert lookup.inputs[0].name == "square"
+    floats = ir.from_proto(ir.to_proto(model))
+    table = floats.graph.initializers["square"]
+    copy = ir.Value(name="table", shape=table.shape, type=table.type, const_value=table.const_value)
+    floats.graph.register_initializer(copy)
+    next(node for node in floats.graph if node.op_type == "Gather").replace_input_with(0, copy)
+    for i, group in enumerate(groups):
+        runs = run_whole(floats, batches, handler.coarse(groups[:i]))
+        check(handler.solved[group.weights], rows_of(runs, group.values))
+
+
+def test_tiny_layers() -> None:
+    """A weight that is no larger than a shape is quantized for the layers after it all the same."""
+    info = onnx.helper.make_tensor_value_info
+    rng = np.random.default_rng(0)
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["x", "A"], ["a"], name="first"),
+            onnx.helper.make_node("MatMul", ["a", "B"], ["b"], name="second"),
+        ],
+        "tiny",
+        [info("x", onnx.TensorProto.FLOAT, ["n", 4])],
+        [info("b", onnx.TensorProto.FLOAT, ["n", 3])],
+        [
+            onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+            for name, shape in (("A", (4, 2)), ("B", (2, 3)))
+        ],
+    )
+    opsets = [onnx.helper.make_opsetid("", 23)]
+    model = prepared(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11))
+    SelectLayers(include=["*"])(model)
+    x = rng.standard_normal((9, 4)).astype(np.float32)
+    handler = walk(model, [{"x": x}])
+    coarse = handler.coarse(groups_of(model)[:1])["A"]
+    check(handler.solved[("B",)], (x @ coarse).astype(np.float64))
+
+
+def test_memory_is_that_of_a_layer() -> None:
+    """However many layers there are: at any time the weights of few, float or quantized, are in memory."""
+    most = []
+    for layers in (3, 9):
+        model, alive, peak = transformer(layers), Counter(), Counter()
+
+        def track(array: np.ndarray, alive: Counter = alive, peak: Counter = peak) -> np.ndarray:
+            array = array.copy()
+            alive["bytes"] += array.nbytes
+            peak["bytes"] = max(peak["bytes"], alive["bytes"])
+            weakref.finalize(array, alive.subtract, {"bytes": array.nbytes})
+            return array
+
+        class Lazy:
+            def __init__(self, tensor: ir.TensorProtocol) -> None:
+                self.tensor, self.nbytes, self.shape = tensor, tensor.nbytes, tensor.shape
+                self.dtype, self.size, self.name = tensor.dtype, tensor.size, tensor.name
+
+            def numpy(self, track=track) -> np.ndarray:
+                return track(self.tensor.numpy())
+
+        floats = {name: v.const_value.numpy() for name, v in model.graph.initializers.items()}
+        for value in model.graph.initializers.values():
+            if value.name != "table":
+                value.const_value = Lazy(value.const_value)
+
+        class Handler:
+            def solve(self, group, statistics) -> dict:
+                return {}
+
+            def apply(self, group, record, track=track, floats=floats) -> dict:
+                return {name: track(floats[name]) for name in group.weights}
+
+        groups = groups_of(model)
+        data = data_of(model, feeds(2))
+        StreamingCalibrator(data, sequential=True, corrected=True).walk(model, groups, Handler())
+        gc.collect()
+        most.append(peak["bytes"])
+    assert most[0] == most[1] and alive["bytes"] == 0
 
 
 def test_one_sample() -> None:
@@ -303,7 +401,6 @@ def test_collect_refuses() -> None:
 def test_quantized_embeddings() -> None:
     """A lookup that is low-bit already counts with its dequantized table."""
     from qgraph.passes.quantize_weights import QuantizeWeights
-    from qgraph.passes.select_layers import SelectLayers
 
     proto = transformer_proto()
     for tensor in proto.graph.initializer:
