@@ -33,7 +33,7 @@ class CompileConfig:
         exclude: patterns of the layers to leave in float; stronger than `include`.
         calibration: file with data to calibrate on: `.npz`, `.txt` or `.jsonl`; empty is none.
         tokenizer: `tokenizer.json` for text.
-        samples: how many samples of the data are used.
+        samples: at most so many of the data are used; 0 is 128 windows of a text, else 512.
         length: tokens a sample: text is cut into windows of so many; 0 takes its lines as they are.
         calibrate_on: what a layer's inputs are measured in: the `float` model; the model whose earlier layers
             are `quantized` already; or that with the layers' weights `corrected` for what earlier layers did.
@@ -58,7 +58,7 @@ class CompileConfig:
     exclude: tuple[str, ...] = ()
     calibration: str = ""
     tokenizer: str = ""
-    samples: int = 128
+    samples: int = 0
     length: int = 0
     calibrate_on: str = "float"
     smooth: float = 0.0
@@ -101,7 +101,7 @@ class CompileConfig:
             )
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("target", self.target, TARGETS)
-        for name in ("threads", "seed", "length"):
+        for name in ("threads", "seed", "samples", "length"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: must not be negative, got {getattr(self, name)}")
         if self.threads > MAX_THREADS:
@@ -115,8 +115,6 @@ class CompileConfig:
             raise UsageError(f"rotate: choose from {', '.join(map(str, ROTATE))}, got {self.rotate}")
         if not 0 <= self.smooth <= 1:
             raise UsageError(f"smooth: must be from 0 to 1, got {self.smooth:g}")
-        if self.samples < 1:
-            raise UsageError(f"samples: must be at least 1, got {self.samples}")
         if self.calibration:
             if scheme.weight_format is None:
                 raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no calibration data")
@@ -128,7 +126,7 @@ class CompileConfig:
             raise UsageError(f"solver '{self.solver}' needs {data}")
         if self.smooth:
             raise UsageError(f"smooth needs {data}")
-        for name in ("tokenizer", "length"):
+        for name in ("tokenizer", "samples", "length"):
             if getattr(self, name):
                 raise UsageError(f"{name} is for {data}")
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, np.ndarray]] | None"
 
+SAMPLES, WINDOWS = 512, 128  # of calibration data, where nothing is said; windows are long
+
 EXTERNAL_DATA_BYTES = 1 << 30  # a larger file keeps its weights beside it: protobuf ends at 2 GiB
 
 
@@ -216,7 +218,7 @@ def _calibration_data(run: _Run, calibration: Calibration, model: ir.Model) -> D
             calibration if config.calibration == FROM_PYTHON and calibration else config.calibration,
             model_inputs(model),
             tokenizer=config.tokenizer or None,
-            samples=config.samples,
+            samples=config.samples or (WINDOWS if config.length else SAMPLES),
             length=config.length or None,
         )
 

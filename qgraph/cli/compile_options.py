@@ -38,7 +38,10 @@ _QUANTIZE = (
     ),
     click.option("--tokenizer", metavar="FILE", help="tokenizer.json for a calibration text."),
     click.option(
-        "--samples", type=int, metavar="N", help="Samples of the data that are used.  [default: 128]"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="At most so many samples of the data.  [default: 0, 128 windows of a text, else 512]",
     ),
     click.option(
         "--length",
