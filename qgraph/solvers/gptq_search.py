@@ -5,7 +5,8 @@ With that matrix as R R^T, R upper triangular, the squared distance of values V 
     sum_k R_kk^2 (t_k - v_k)^2,   t_k = T_k + sum_{j < k} F_jk (T_j - v_j),   F_jk = R_jk / R_kk.
 
 Row by row, v_k = the number nearest to t_k: GPTQ's error feedback (arXiv 2210.17323), in QuIP's form of it,
-LDLQ (arXiv 2307.13304, theorem 6), or Babai's nearest plane; no inverse is needed. What comes on top:
+LDLQ (arXiv 2307.13304, theorem 6), or Babai's nearest plane; no inverse of the matrix is needed. What comes
+on top:
 
 * **Scales that know of the feedback.** A block's scale is chosen when its first row comes up. Every candidate
   is tried on all rows of the block, feedback included, and judged by its true share of the sum.
@@ -54,8 +55,23 @@ def weighted_scale(target: Array, weight: Array) -> Codes:
 
 def window(target: Array, weight: Array) -> Codes:
     """All scales from about amax / 7 to amax / 3.5, for the search to choose among."""
-    codes = amax_scale(target, weight).astype(np.int16) + np.arange(_BELOW, _ABOVE + 1, dtype=np.int16)[:, None]
+    codes = amax_scale(target, weight) + np.arange(_BELOW, _ABOVE + 1, dtype=np.int16)[:, None]
     return np.clip(codes, 1, e4m3.MAX_CODE).astype(np.uint8)
+
+
+def block_factor(R: npt.NDArray[np.float64]) -> tuple[Array, Array]:
+    """(factor, weight): what `nearest` needs of R [K, K], in float32.
+
+    weight_k is R_kk^2. The blocks on factor's diagonal are those of F. The others, F_ij F_jj^-1, give the
+    feedback on a whole block at once: the values that would be best for it if nothing had to be rounded, which
+    are GPTQ's current weights and what a scale is chosen for. (t_k above has the feedback on row k alone.)
+    """
+    diagonal = R.diagonal()
+    factor = R / diagonal
+    for start in range(BLOCK, len(R), BLOCK):
+        block = slice(start, start + BLOCK)
+        factor[:start, block] = np.linalg.solve(factor[block, block].T, factor[:start, block].T).T
+    return factor.astype(np.float32), np.square(diagonal).astype(np.float32)
 
 
 def nearest(
@@ -65,73 +81,78 @@ def nearest(
 
     Args:
         target: float32 [rows, n], n independent columns. Blocks start at multiples of 16.
-        base: float32 [rows, n]: feedback is of base - v. The target itself; or, where rows before these have
-            been quantized and `target` holds their feedback already, what it was without.
-        factor: float32 [rows, rows], F above.
-        weight: float32 [rows], R_kk^2.
+        base: float32 [rows, n]: between blocks, feedback is of base - v. The target itself; or, where rows
+            before these have been quantized and `target` holds their feedback already, what it was without.
+        factor, weight: from `block_factor`, [rows, rows] and [rows].
     """
     rows, n = target.shape
     column = np.arange(n)
     paths = 1
     # One column for each path of each column of the target: [.., paths * n].
-    error = np.empty((rows, beams * n), np.float32)
+    error = np.empty((rows, beams * n), np.float32)  # base - v
     codes = np.empty((-(-rows // BLOCK), beams * n), np.uint8)
     total = np.zeros(n, np.float32)
     for start in range(0, rows, BLOCK):
-        block = slice(start, min(start + BLOCK, rows))
+        block, b = slice(start, min(start + BLOCK, rows)), start // BLOCK
         t = np.tile(target[block], paths)
         if start:
             t += factor[:start, block].T @ error[:start, : paths * n]
         tried = candidates(t, weight[block])
-        found, loss = _round_block(t, base[block], factor[block, block], weight[block], SCALE[tried])
+        found, loss = _round_block(t, factor[block, block], weight[block], SCALE[tried])
         loss += total
 
         keep = 1 if block.stop == rows else min(beams, len(tried) * paths)
-        best = _lowest(loss.reshape(-1, n), keep)
-        picked = (best * n + column).reshape(-1)  # of [C, paths * n], flat
+        picked = (_lowest(loss.reshape(-1, n), keep) * n + column).reshape(-1)  # of [C, paths * n], flat
         parent = picked % (paths * n)
-        if paths > 1:
+        if start:
             error[:start, : keep * n] = error[:start, : paths * n].take(parent, axis=1)
-            codes[: start // BLOCK, : keep * n] = codes[: start // BLOCK].take(parent, axis=1)
-        elif start:
-            error[:start, : keep * n] = np.tile(error[:start, :n], keep)
-            codes[: start // BLOCK, : keep * n] = np.tile(codes[: start // BLOCK, :n], keep)
-        error[block, : keep * n] = found.take(picked, axis=1)
-        codes[start // BLOCK, : keep * n] = tried.reshape(-1)[picked]
+            codes[:b, : keep * n] = codes[:b, : paths * n].take(parent, axis=1)
+        error[block, : keep * n] = (
+            found.take(picked, axis=1) - t.take(parent, axis=1) + np.tile(base[block], keep)
+        )
+        codes[b, : keep * n] = tried.reshape(-1)[picked]
         total, paths = loss.reshape(-1)[picked], keep
-    return base - error[:, :n], codes[:, :n].copy()
+    return _snap(base - error[:, :n], codes[:, :n]), codes[:, :n].copy()
 
 
-def _round_block(t: Array, base: Array, factor: Array, weight: Array, scale: Array) -> tuple[Array, Array]:
-    """One block at several scales: (base - v [rows, C * M], the sum of weight (t_k - v_k)^2 [C, M]).
+def _round_block(t: Array, factor: Array, weight: Array, scale: Array) -> tuple[Array, Array]:
+    """One block at several scales: (t - v [rows, C * M], the sum of weight (t_k - v_k)^2 [C, M]).
 
-    t: [rows, M], feedback of earlier blocks included. base: [rows, n], n divides M. scale: [C, M].
+    t: [rows, M], feedback of earlier blocks included. scale: [C, M].
     """
-    rows, n = base.shape
-    flat = scale.size
-    error = np.empty((rows, flat), np.float32)
+    rows = len(t)
+    error = np.empty((rows, *scale.shape), np.float32)
+    flat = error.reshape(rows, -1)
     loss, magic = np.zeros(scale.shape, np.float32), np.empty(scale.shape, np.float32)
-    inverse = 1 / scale
     aim, v = np.empty(scale.shape, np.float32), np.empty(scale.shape, np.float32)
+    inverse = 1 / scale
     for k in range(rows):
         if k:
-            np.dot(factor[:k, k], error[:k], out=aim.reshape(-1))
+            np.dot(factor[:k, k], flat[:k], out=aim.reshape(-1))
             aim += t[k]
         else:
             aim[:] = t[0]
         np.multiply(aim, inverse, out=v)
         e2m1.round_values(v, magic)
         v *= scale
-        np.subtract(base[k], v.reshape(-1, n), out=error[k].reshape(-1, n))
+        np.subtract(t[k], v, out=error[k])
         aim -= v
         np.square(aim, out=aim)
         aim *= weight[k]
         loss += aim
-    return error, loss
+    return flat, loss
+
+
+def _snap(values: Array, codes: Codes) -> Array:
+    """Values that rounding took off the numbers that they stand for, put back."""
+    scale = np.repeat(SCALE[codes], BLOCK, axis=0)[: len(values)]
+    q = values / scale
+    e2m1.round_values(q, np.empty_like(q))
+    return q * scale
 
 
 def _lowest(loss: Array, keep: int) -> npt.NDArray[np.intp]:
-    """Rows of the `keep` smallest of each column of [M, n]: [keep, n], in no order that means anything."""
+    """Rows of the `keep` smallest of each column of [M, n]: [keep, n], in no particular order."""
     if keep == 1:
         return loss.argmin(axis=0)[None]
     if keep >= len(loss):

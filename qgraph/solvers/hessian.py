@@ -124,7 +124,9 @@ def rotate(A: npt.NDArray, size: int) -> npt.NDArray:
     """
     K = len(A)
     if size not in HADAMARD_SIZES or K % size:
-        raise InputError(f"blocks of {size} cannot rotate {K} inputs: a divisor of them out of {HADAMARD_SIZES}")
+        raise InputError(
+            f"blocks of {size} cannot rotate {K} inputs: a divisor of them out of {HADAMARD_SIZES}"
+        )
     H = np.ones((1, 1))
     while len(H) < size:  # Sylvester's construction
         H = np.block([[H, H], [H, -H]])
