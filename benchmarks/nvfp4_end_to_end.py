@@ -1,7 +1,8 @@
 """What NVFP4 costs a whole model, by scheme and solver, through compiled artifacts.
 
     python benchmarks/nvfp4_end_to_end.py [minilm stories260K tinystories-llama-4m]
-        [--scheme nvfp4 ...] [--solver rtn sweep gptq ...] [--calibrate-on float ...] [--samples 128]
+        [--scheme nvfp4 ...] [--solver rtn sweep gptq ...] [--calibrate-on float ...]
+        [--samples 128] [--smooth A] [--rotate N]
 
 A solver is measured against rounding to nearest in the same scheme: `recovered` is the share of what `rtn`
 loses against the float model that the solver wins back. Nothing is measured on what it was calibrated on:
@@ -189,18 +190,18 @@ def variants(schemes: Sequence[str], solvers: Sequence[str], measured_on: Sequen
 
 
 def build(
-    subject: Subject, variant: Variant, work: Path, options: Mapping[str, Any]
+    subject: Subject, variant: Variant, work: Path, calibrated: Mapping[str, Any]
 ) -> tuple[Path, float, float]:
-    """(artifact, its bits per quantized weight, seconds to compile)."""
-    config: dict[str, Any] = dict(options)
+    """(artifact, its bits per quantized weight, seconds to compile). `calibrated`: options of runs with
+    data."""
+    config: dict[str, Any] = {}
     if variant.calibrate_on:
-        config.update(
-            calibration=str(subject.calibration),
-            tokenizer=str(subject.tokenizer),
-            calibrate_on=variant.calibrate_on,
-        )
-    else:
-        config.pop("samples", None)
+        config = {
+            **calibrated,
+            "calibration": str(subject.calibration),
+            "tokenizer": str(subject.tokenizer),
+            "calibrate_on": variant.calibrate_on,
+        }
     name = "-".join(filter(None, (subject.model.stem, variant.scheme, variant.solver, variant.calibrate_on)))
     start = time.perf_counter()
     result = qgraph.compile(
@@ -216,7 +217,7 @@ def build(
     return work / f"{name}.qg", float("nan") if bits is None else bits, time.perf_counter() - start
 
 
-def table(subject: Subject, runs: Sequence[Variant], work: Path, options: Mapping[str, Any]) -> None:
+def table(subject: Subject, runs: Sequence[Variant], work: Path, calibrated: Mapping[str, Any]) -> None:
     """Prints the markdown table of a subject, a row as soon as it is measured."""
     header = ("scheme", "solver", "bits", *subject.columns, "recovered", "s")
     print(f"\n### {subject.title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
@@ -224,7 +225,7 @@ def table(subject: Subject, runs: Sequence[Variant], work: Path, options: Mappin
     print(_row(["float", "", "32", *(_number(exact[c]) for c in subject.columns), "", ""]), flush=True)
     lost: dict[str, float] = {}
     for run in runs:
-        path, bits, seconds = build(subject, run, work, options)
+        path, bits, seconds = build(subject, run, work, calibrated)
         found = subject.measure(path)
         loss = subject.loss(found)
         lost.setdefault(run.scheme, loss)  # the first of a scheme is rounding to nearest
@@ -258,6 +259,8 @@ def main() -> None:
         "--calibrate-on", nargs="+", default=["float"], choices=["float", "quantized", "corrected"]
     )
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--smooth", type=float, default=0.0, help="of all calibrated runs")
+    parser.add_argument("--rotate", type=int, default=0, help="of all calibrated runs")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--minilm", type=Path, help="an exported MiniLM, to save the export")
     parser.add_argument("--work", type=Path, help="where files go; default: a temporary folder")
@@ -265,12 +268,13 @@ def main() -> None:
     unknown = [name for name in options.models if name not in known]
     if unknown:
         parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(known)}")
+    calibrated = {name: getattr(options, name) for name in ("samples", "smooth", "rotate")}
     runs = variants(options.scheme, options.solver, options.calibrate_on)
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         for name in options.models or known:
-            table(known[name](options, work), runs, work, {"samples": options.samples})
+            table(known[name](options, work), runs, work, calibrated)
 
 
 if __name__ == "__main__":
