@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -10,11 +11,14 @@ import pytest
 from prepare_harness import feeds_for, parse, refusals, run_ort
 from toy_transformer import ATTENTION, amaxes, block, chosen, inputs
 
+import qgraph.runtime
+from qgraph.codegen import build_artifact
 from qgraph.errors import InputError, UsageError
 from qgraph.passes.base import constant
 from qgraph.passes.check_prepared import violations
 from qgraph.passes.infer_shapes import InferShapes
 from qgraph.passes.migrate_scales import LIMIT, MIGRATIONS, MigrateScales, smoothing, weight_error
+from qgraph.solvers import get_solver
 
 SIZES = {"batch": 2, "sequence": 5}
 
@@ -298,7 +302,6 @@ def test_weight_error_is_the_error_of_the_outputs():
 
     MigrateScales(amaxes(model, feeds), (0.25, 0.75), score=score)(model)
     assert len(seen) == 4 * 3
-    from qgraph.solvers import get_solver
 
     for site, s, found in seen.values():
         (name,), (weight,) = site.inputs, site.weights
@@ -307,3 +310,16 @@ def test_weight_error_is_the_error_of_the_outputs():
         x = rows[name].astype(np.float64)
         error = np.square(x / divisor @ back - x @ weight).sum() / np.square(x @ weight).sum()
         assert found == pytest.approx(error, rel=1e-3)
+
+
+def test_an_artifact_of_the_migrated_model(tmp_path: Path):
+    """Kernels, not only ONNX Runtime, agree with the model as it was, a Mul in it or not."""
+    model = chain("h = Gelu(x) g = Mul(h, v) p = MatMul(g, a) q = MatMul(h, b) r = Add(p, h) y = Add(q, r)")
+    feeds = feeds_for(model)
+    (expected,) = run_ort(model, feeds)
+    done, _ = migrate(model, insert=True)
+    assert set(done) == {"h", "g"}
+    build_artifact(model).write(tmp_path / "m.qg")
+    with qgraph.runtime.load(tmp_path / "m.qg") as loaded:
+        found = loaded.run(feeds)["y"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
