@@ -82,7 +82,7 @@ SOLVERS: dict[str, Solver] = {
         Solver(
             "gptq",
             "gptq",
-            "error feedback along the correlations of the inputs, scales and codes together: least output error",
+            "error feedback along correlated inputs, scales and codes together: least output error",
             calibrated=True,
         ),
         Solver(

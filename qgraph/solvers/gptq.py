@@ -37,7 +37,14 @@ from qgraph.formats.nvfp4 import BLOCK
 from qgraph.solvers import gptq_search, sweep
 from qgraph.solvers._tiles import check_weight, map_ordered
 from qgraph.solvers.gptq_search import SCALE, Array, Candidates, Codes, block_factor, nearest
-from qgraph.solvers.hessian import Matrix, check_second_moment, energy_order, factorize, one_blas_thread
+from qgraph.solvers.hessian import (
+    Matrix,
+    check_second_moment,
+    energy_order,
+    factorize,
+    one_blas_thread,
+    reversed_cholesky,
+)
 
 SCALES: dict[str, Candidates] = {
     "amax": gptq_search.amax_scale,
@@ -118,7 +125,7 @@ class _Problem:
         self.blocks = []
         for start in range(0, len(H), BLOCK):
             h = damped[start : start + BLOCK, start : start + BLOCK]
-            factor, weight = block_factor(np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1])
+            factor, weight = block_factor(reversed_cholesky(h))
             self.blocks.append((factor, weight, np.linalg.inv(h).astype(np.float32)))
 
 

@@ -63,8 +63,8 @@ def block_factor(R: npt.NDArray[np.float64]) -> tuple[Array, Array]:
     """(factor, weight): what `nearest` needs of R [K, K], in float32.
 
     weight_k is R_kk^2. The blocks on factor's diagonal are those of F. The others, F_ij F_jj^-1, give the
-    feedback on a whole block at once: the values that would be best for it if nothing had to be rounded, which
-    are GPTQ's current weights and what a scale is chosen for. (t_k above has the feedback on row k alone.)
+    feedback on a whole block at once: the values that would be best for it if nothing had to be rounded,
+    which are GPTQ's current weights and what a scale is chosen for. (t_k above has that on row k alone.)
     """
     diagonal = R.diagonal()
     factor = R / diagonal

@@ -42,8 +42,8 @@ def check_second_moment(H: Matrix, K: int, name: str) -> None:
     if not np.isfinite(H).all():
         i, j = (int(n) for n in np.argwhere(~np.isfinite(H))[0])
         raise InputError(
-            f"{what} holds {H[i, j]} at [{i}, {j}]: the calibration data drives the model out of float32's range; "
-            "use other data or exclude the layer"
+            f"{what} holds {H[i, j]} at [{i}, {j}]: the calibration data drives the model out of the range of "
+            "float32; use other data or exclude the layer"
         )
     largest = max(float(H.max()), -float(H.min()))
     if any(np.abs(H[k] - H[:, k]).max() > _ASYMMETRY * largest for k in range(K)):
@@ -71,12 +71,18 @@ def factorize(H: Matrix, damping: float, name: str = "") -> tuple[Matrix, Matrix
     while True:
         damped = damp(H, damping)
         try:
-            return damped, np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+            return damped, reversed_cholesky(damped)
         except np.linalg.LinAlgError:
             if damping >= _MOST_DAMPING:
                 what = f"the second moment of the inputs of weight '{name}'" if name else "the second moment"
                 raise InputError(f"{what} is not positive semidefinite: it is no mean of x^T x") from None
             damping = min(max(10 * damping, _LEAST_DAMPING), _MOST_DAMPING)
+
+
+def reversed_cholesky(H: Matrix) -> Matrix:
+    """R with H = R R^T, upper triangular, its diagonal positive. LinAlgError unless H is positive definite."""
+    R: Matrix = np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
+    return R
 
 
 def output_error(D: npt.NDArray, H: Matrix) -> float:

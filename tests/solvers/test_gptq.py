@@ -40,7 +40,7 @@ def error(W: np.ndarray, q: QTensor, H: np.ndarray, damping: float = 0.03) -> fl
 
 
 def reference(W: np.ndarray, H: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """GPTQ as its paper has it, one row at a time, with the inverse of H; amax scales. (codes, scale bits)."""
+    """GPTQ as its paper has it, row by row, by the inverse of H; amax scales. (codes, scale bits)."""
     K, N = W.shape
     a = float(np.float32(np.abs(W).max() / (6 * 256)))
     H = H + damping * H.diagonal().mean() * np.eye(K)

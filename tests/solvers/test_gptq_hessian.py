@@ -64,7 +64,7 @@ def test_compensated_target_is_least_squares():
         return float(np.square(x_float @ W - x @ T).sum())
 
     losses = [loss(hessian.compensated_target(W, H, cross, d)) for d in (0.0, 0.01, 0.1, 1.0, 1e9)]
-    assert losses == sorted(losses) and losses[1] < 0.9 * loss(W)
+    assert losses == sorted(losses) and losses[1] < 0.95 * loss(W)
     assert losses[-1] == pytest.approx(loss(W), rel=1e-4)  # damping leads back to W
 
 
