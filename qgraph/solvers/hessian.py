@@ -42,8 +42,8 @@ def check_second_moment(H: Matrix, K: int, name: str) -> None:
     if not np.isfinite(H).all():
         i, j = (int(n) for n in np.argwhere(~np.isfinite(H))[0])
         raise InputError(
-            f"{what} holds {H[i, j]} at [{i}, {j}]: the calibration data drives the model out of the range of "
-            "float32; use other data or exclude the layer"
+            f"{what} holds {H[i, j]} at [{i}, {j}]: the calibration data drives the model out of the range "
+            "of float32; use other data or exclude the layer"
         )
     largest = max(float(H.max()), -float(H.min()))
     if any(np.abs(H[k] - H[:, k]).max() > _ASYMMETRY * largest for k in range(K)):
@@ -80,9 +80,8 @@ def factorize(H: Matrix, damping: float, name: str = "") -> tuple[Matrix, Matrix
 
 
 def reversed_cholesky(H: Matrix) -> Matrix:
-    """R with H = R R^T, upper triangular, its diagonal positive. LinAlgError unless H is positive definite."""
-    R: Matrix = np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]
-    return R
+    """R with H = R R^T, upper triangular, its diagonal positive. LinAlgError where H is not definite."""
+    return np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1].astype(np.float64, copy=False)
 
 
 def output_error(D: npt.NDArray, H: Matrix) -> float:
