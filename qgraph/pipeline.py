@@ -235,7 +235,7 @@ def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass
 
         found = collect(model, data, threads=config.threads or None)
         amax = {name: statistics.amax for name, statistics in found.items()}
-        passes.append(MigrateScales(amax, config.smooth))
+        passes.append(MigrateScales(amax, config.smooth, insert=True))
     if config.rotate:
         passes.append(RotateInputs(config.rotate))
     return passes
