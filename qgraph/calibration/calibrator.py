@@ -10,10 +10,10 @@ from qgraph.calibration.border import Border
 from qgraph.calibration.collector import MEMORY
 from qgraph.calibration.data import Data
 from qgraph.calibration.journal import Journal
-from qgraph.calibration.sources import FloatModel, QuantizedSoFar, Rounding, Source
+from qgraph.calibration.sources import FloatModel, Nothing, QuantizedSoFar, Rounding, Source
 from qgraph.calibration.workspace import scratch_folder, thread_count
-from qgraph.errors import UsageError
-from qgraph.passes.linear_groups import GroupHandler, LinearGroup
+from qgraph.errors import ResourceError, UsageError
+from qgraph.passes.linear_groups import Arrays, GroupHandler, LinearGroup
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -73,30 +73,36 @@ class StreamingCalibrator:
         with contextlib.ExitStack() as stack:
             if journal is not None:
                 stack.enter_context(journal.open())
-            kept = {
-                i
-                for i, group in enumerate(groups)
-                if journal is not None and journal.read(i, group) is not None
-            }
-            missing = [i for i in range(len(groups)) if i not in kept]
-            source = self._source(model, groups, missing, stack) if missing else None
+            missing = [
+                i for i, group in enumerate(groups) if journal is None or journal.read(i, group) is None
+            ]
+            source = self._source(model, groups, missing, stack) if missing else Nothing()
             for i, group in enumerate(groups):
                 self.on_group(i, len(groups), group.weights[0])
-                record = journal.read(i, group) if journal is not None and i in kept else None
-                if record is not None:
-                    if source is not None:
-                        source.skip(i)
+                # No local name holds on to the arrays of a group while the next one is solved.
+                if i in missing:
+                    source.replace(handler.apply(group, self._solved(i, group, handler, source)))
                 else:
-                    assert source is not None
-                    record = handler.solve(group, source.statistics(i))
-                    if journal is not None:
-                        record = journal.write(i, group, record)
-                weights = handler.apply(group, record)
-                if source is not None:
-                    source.replace(weights)
+                    source.skip(i)
+                    source.replace(handler.apply(group, self._recorded(i, group)))
             if journal is not None:
                 journal.finish()
         self.on_group(len(groups), len(groups), "")
+
+    def _recorded(self, index: int, group: LinearGroup) -> Arrays:
+        """The record of an earlier run."""
+        assert self.journal is not None
+        record = self.journal.read(index, group)
+        if record is None:
+            raise ResourceError(
+                f"{self.journal.folder}: a record was there a moment ago and is gone: run again"
+            )
+        return record
+
+    def _solved(self, index: int, group: LinearGroup, handler: GroupHandler, source: Source) -> Arrays:
+        """A fresh record."""
+        record = handler.solve(group, source.statistics(index))
+        return record if self.journal is None else self.journal.write(index, group, record)
 
     def _source(
         self,

@@ -28,8 +28,8 @@ Array = npt.NDArray[Any]
 # What ONNX Runtime 1.31 loads.
 _NEWEST_OPSET, _NEWEST_IR = 26, 13
 
-# Initializers of up to one dimension and this size are part of the segment: axes, shapes, scalars. The weight
-# of a layer, however small, never is: it may change.
+# Initializers up to this size are part of the segment: axes, shapes, scalars. The `own` weight of a layer is
+# not, as it may change.
 _INLINE_BYTES = 1024
 
 
@@ -100,7 +100,7 @@ class FrozenGraph:
         for value in graph.initializers.values():
             assert value.const_value is not None
             self.weights[str(value.name)] = value.const_value
-            if len(value.const_value.shape) < 2 and value.const_value.nbytes <= _INLINE_BYTES:
+            if value.const_value.nbytes <= _INLINE_BYTES:
                 self._inline.add(str(value.name))
         for value in (*graph.inputs, *graph.initializers.values()):
             self._info[str(value.name)] = _info(value)

@@ -41,6 +41,20 @@ class Source(Protocol):
         """The weights of the group that was asked for or skipped last are these from now on."""
 
 
+class Nothing:
+    """For a walk whose records are all there: nothing is to be measured."""
+
+    def statistics(self, index: int) -> Statistics:
+        """See Source."""
+        raise AssertionError("all records are there")
+
+    def skip(self, index: int) -> None:
+        """See Source."""
+
+    def replace(self, weights: Weights) -> None:
+        """See Source."""
+
+
 class FloatModel:
     """Statistics of the float model, of as many groups at a time as fit in `memory`.
 

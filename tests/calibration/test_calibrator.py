@@ -242,7 +242,8 @@ def test_memory_is_that_of_a_layer() -> None:
                 value.const_value = Lazy(value.const_value)
 
         class Handler:
-            def solve(self, group, statistics) -> dict:
+            def solve(self, group, statistics, alive=alive) -> dict:
+                assert alive["bytes"] == 0, "a solver has the memory to itself"
                 return {}
 
             def apply(self, group, record, track=track, floats=floats) -> dict:

@@ -183,6 +183,20 @@ def test_damage_is_found(
     assert files(root) == finished[kind]
 
 
+def test_a_manifest_that_is_json_but_not_ours(tmp_path: Path, finished: dict[str, dict[str, bytes]]) -> None:
+    """One digit of a position or a shape: every file that it names is whole, and yet nothing is trusted."""
+    for i, (old, new) in enumerate(((r"position\": 7", r"position\": 5"), ("[2, 6,", "[2, 5,"))):
+        root = tmp_path / str(i) / "journals"
+        with pytest.raises(InterruptedRunError):
+            run(root, "sequential", ("solve", 3))
+        manifest = next(root.iterdir()) / "border" / "border.json"
+        text = manifest.read_text()
+        assert old in text
+        manifest.write_text(text.replace(old, new))
+        run(root, "sequential")
+        assert files(root) == finished["sequential"]
+
+
 def test_recalculation_from_the_start_may_be_interrupted(
     tmp_path: Path, finished: dict[str, dict[str, bytes]]
 ) -> None:
