@@ -2,7 +2,7 @@
 
     python benchmarks/nvfp4_end_to_end.py [minilm stories260K tinystories-llama-4m]
         [--scheme nvfp4 ...] [--solver rtn sweep gptq ...] [--calibrate-on float ...]
-        [--samples 128] [--smooth A] [--rotate N]
+        [--samples N] [--smooth A] [--rotate N]
 
 A solver is measured against rounding to nearest in the same scheme: `recovered` is the share of what `rtn`
 loses against the float model that the solver wins back. Nothing is measured on what it was calibrated on:
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import qgraph
+from qgraph.config import CompileConfig
 from qgraph.evaluate.perplexity import PerplexityResult, Window, compare, perplexity, split_windows
 from qgraph.evaluate.runners import open_runner
 from qgraph.evaluate.similarity import cosine
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--calibrate-on", nargs="+", default=["float"], choices=["float", "quantized", "corrected"]
     )
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=CompileConfig.samples)
     parser.add_argument("--smooth", type=float, default=0.0, help="of all calibrated runs")
     parser.add_argument("--rotate", type=int, default=0, help="of all calibrated runs")
     parser.add_argument("--data", type=Path, default=DATA)
