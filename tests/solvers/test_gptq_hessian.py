@@ -58,12 +58,12 @@ def test_compensated_target_is_least_squares():
     W = rng.standard_normal((24, 7)).astype(np.float32)
     H, cross = x.T @ x / 500, x.T @ (x_float - x) / 500
     best = np.linalg.lstsq(x, x_float @ W, rcond=None)[0]
-    assert np.allclose(hessian.compensated_target(W, H, cross, 0.0), best, atol=1e-3)
+    assert np.allclose(hessian.compensated_target(W, H, cross, damping=0.0), best, atol=1e-3)
 
     def loss(T: np.ndarray) -> float:
         return float(np.square(x_float @ W - x @ T).sum())
 
-    losses = [loss(hessian.compensated_target(W, H, cross, d)) for d in (0.0, 0.01, 0.1, 1.0, 1e9)]
+    losses = [loss(hessian.compensated_target(W, H, cross, damping=d)) for d in (0.0, 0.01, 0.1, 1.0, 1e9)]
     assert losses == sorted(losses) and losses[1] < 0.95 * loss(W)
     assert losses[-1] == pytest.approx(loss(W), rel=1e-4)  # damping leads back to W
 
@@ -75,7 +75,7 @@ def test_compensated_target_without_change_is_the_weight():
     assert np.array_equal(hessian.compensated_target(W, zero, zero), W)
     dead = moment(16)
     dead[3] = dead[:, 3] = 0
-    assert np.isfinite(hessian.compensated_target(W, dead, 0.1 * dead, 0.0)).all()
+    assert np.isfinite(hessian.compensated_target(W, dead, 0.1 * dead, damping=0.0)).all()
 
 
 @pytest.mark.parametrize("size", hessian.HADAMARD_SIZES)
