@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qgraph.passes.base import is_op
 from qgraph.solvers.statistics import Statistics
 
 Arrays = dict[str, npt.NDArray]
@@ -29,6 +30,9 @@ class LinearGroup:
     nodes: tuple[str, ...]  # the MatMuls, in graph order
     weights: tuple[str, ...]  # their initializers [K, N], each once, in graph order
     K: int
+    # For each weight the value that its product is added to (a residual connection), empty where there is
+    # none that is known before the layer runs.
+    residuals: tuple[str, ...] = ()
 
 
 class GroupHandler(Protocol):
@@ -74,16 +78,45 @@ def linear_groups(nodes: Sequence[ir.Node]) -> list[LinearGroup]:
     for weight, positions in readers.items():
         read = dict.fromkeys(_input_name(nodes[i]) for i in positions)
         members.setdefault(tuple(read), []).append(weight)
+    graph = nodes[0].graph if nodes else None
+    order = {node: i for i, node in enumerate(graph)} if graph is not None else {}
     found = []
     for values, weights in members.items():
         positions = sorted(i for weight in weights for i in readers[weight])
         K = weights[0].shape[0] if weights[0].shape is not None else None
         assert isinstance(K, int)
         names = tuple(str(weight.name) for weight in weights)
+        residuals = tuple(
+            _residual(nodes[readers[weight][0]], order) if len(readers[weight]) == 1 else ""
+            for weight in weights
+        )
         found.append(
-            (positions[-1], LinearGroup(values, tuple(str(nodes[i].name) for i in positions), names, K))
+            (
+                positions[-1],
+                LinearGroup(values, tuple(str(nodes[i].name) for i in positions), names, K, residuals),
+            )
         )
     return [group for _, group in sorted(found, key=lambda item: item[0])]
+
+
+def _residual(node: ir.Node, order: Mapping[ir.Node, int]) -> str:
+    """What the product of this MatMul, with or without a bias, is added to; empty if to nothing."""
+    value = node.outputs[0]
+    for _ in range(2):
+        uses = list(value.uses())
+        if len(uses) != 1 or value.is_graph_output() or not is_op(uses[0][0], "Add"):
+            return ""
+        add, index = uses[0]
+        other = add.inputs[1 - index]
+        if other is None or other is value:
+            return ""
+        if not other.is_initializer():
+            producer = other.producer()
+            known = producer is None or order.get(producer, len(order)) < order.get(node, -1)
+            same = other.shape is not None and other.shape == value.shape
+            return str(other.name) if known and same and other.dtype == ir.DataType.FLOAT else ""
+        value = add.outputs[0]
+    return ""
 
 
 def _input_name(node: ir.Node) -> str:

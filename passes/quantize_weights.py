@@ -161,7 +161,8 @@ class _Work:
             if solver.calibrated and statistics is not None and statistics.cross is not None:
                 from qgraph.solvers.hessian import compensated_target
 
-                target = compensated_target(W, statistics.second_moment, statistics.cross)
+                residual = statistics.residuals.get(group.residuals[i]) if group.residuals else None
+                target = compensated_target(W, statistics.second_moment, statistics.cross, residual)
             q = solver(target, H=H, name=name, threads=self.options.threads)
             back = q.dequantize()
             errors = [_relative_error(W, back)]

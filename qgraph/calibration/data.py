@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Feeds = Mapping[str, npt.NDArray]
 
-SAMPLES = 128  # that are enough for the second moment of a layer of a thousand inputs, at 20 tokens or more
+# Samples used where nothing is said; windows of a text are long.
+SAMPLES, WINDOWS = 512, 128
 MASK = "attention_mask"  # the input that says which tokens are padding
 _SUFFIXES = (".npz", ".txt", ".jsonl")
 
@@ -91,7 +92,7 @@ def open_data(
     model_inputs: Sequence[InputSpec],
     *,
     tokenizer: str | os.PathLike[str] | None = None,
-    samples: int = SAMPLES,
+    samples: int | None = None,
     batch: int | None = None,
     length: int | None = None,
 ) -> Data:
@@ -103,7 +104,8 @@ def open_data(
             read once, or `Data`.
         model_inputs: from `model_inputs`.
         tokenizer: the `tokenizer.json` that goes with a text.
-        samples: at most so many, evenly spread over a file; of an iterable the first.
+        samples: at most so many, evenly spread over a file; of an iterable the first. None: 128 windows of a
+            text, else 512. `Data` are used whole.
         batch: samples a run; None: as many as make about 2048 tokens, at most 8; a fixed first dimension of
             the inputs decides instead.
         length: of a text: cut it, as a whole, into windows of so many tokens, which is what decoders want;
@@ -119,8 +121,14 @@ def open_data(
         if value is not None and value < 1:
             raise UsageError(f"calibration: {name} must be at least 1, got {value}")
     if isinstance(source, Data):
+        for name, value in (("samples", samples), ("batch", batch), ("length", length)):
+            if value is not None:
+                raise UsageError(f"{source.name} is open: {name} is for data that are to be opened")
         return source
+    samples = samples or (SAMPLES if length is None else WINDOWS)
     if not isinstance(source, str | os.PathLike):
+        if tokenizer is not None or length is not None:
+            raise UsageError("calibration data: a tokenizer or a length go with a text, not with feeds")
         return _from_iterable(source, model_inputs, samples)
     path = Path(source)
     if path.suffix not in _SUFFIXES:
@@ -184,7 +192,7 @@ def require_feeds(
     sizes: dict[str, tuple[int, str]] = {}
     checked = {}
     for spec in model_inputs:
-        array = np.asarray(feeds[spec.name])
+        array = _array(feeds[spec.name], spec.name, where)
         wanted = np.dtype(spec.dtype)
         if array.dtype.kind != wanted.kind or not np.can_cast(array.dtype, wanted, "safe"):
             raise InputError(f"{where}: input '{spec.name}' is {array.dtype}; the model takes {wanted}")
@@ -209,6 +217,29 @@ def require_feeds(
                     )
         checked[spec.name] = np.ascontiguousarray(array, wanted).reshape(array.shape)
     return checked
+
+
+def require_indices(data: Data, tables: Mapping[str, int]) -> None:
+    """InputError for an index that is outside of its table: input name -> rows of the table, as
+    `evaluate.samples.table_sizes` finds them. ONNX counts negative ones from the end."""
+    for batch in data:
+        for name, rows in tables.items():
+            array = batch.feeds.get(name)
+            wrong = None if array is None else np.argwhere((array < -rows) | (array >= rows))
+            if array is not None and wrong is not None and len(wrong):
+                index = tuple(wrong[0])
+                label = batch.labels[index[0]] if len(array) == len(batch.labels) else batch.labels[0]
+                raise InputError(
+                    f"{data.name}: {label} holds {array[index]} in '{name}', but the model's table for it has "
+                    f"{rows} rows: use the tokenizer that belongs to the model"
+                )
+
+
+def _array(value: Any, name: str, where: str) -> npt.NDArray:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors on other devices
+        raise InputError(f"{where}: input '{name}' is no array: {error}") from None
 
 
 def _shown(shape: Sequence[int | str]) -> str:

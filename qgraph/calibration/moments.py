@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cache
 from typing import Any
@@ -29,13 +29,19 @@ class Moments:
 
     name: of the values, for messages.
     cross: also gather E[x^T (x_float - x)].
+    beside: with `cross`, the number of columns N of other values r, by name: also gather
+        E[x^T (r_float - r)].
     """
 
-    def __init__(self, name: str, K: int, *, cross: bool = False) -> None:
+    def __init__(
+        self, name: str, K: int, *, cross: bool = False, beside: Mapping[str, int] | None = None
+    ) -> None:
         self.name, self.K, self.cross = name, K, cross
+        self.beside = dict(beside or {}) if cross else {}
+        width = K + sum(self.beside.values())
         self.tokens = 0
         self._second = np.zeros((K, K), np.float64)
-        self._cross = np.zeros((K, K), np.float64) if cross else None
+        self._cross = np.zeros((K, width), np.float64) if cross else None  # of x, then of each r
         self._sum = np.zeros(K, np.float64)
         self._amax = np.zeros(K, np.float32)
         self._ready: list[tuple[Rows, Rows | None]] = []  # whole blocks of x, and of x_float - x
@@ -47,11 +53,13 @@ class Moments:
         """Bytes that the sums over rows of K elements take."""
         return (K * K * 8 + ROWS * K * 4) * (2 if cross else 1)
 
-    def add(self, x: Rows, x_float: Rows | None = None) -> None:
-        """Takes in float32 rows [n, K]; with `cross` also what the float model has in their place.
+    def add(self, x: Rows, x_float: Rows | None = None, beside: Sequence[tuple[Rows, Rows]] = ()) -> None:
+        """Takes in float32 rows [n, K]; with `cross` also what the float model has in their place, and beside
+        it rows (r, r_float) [n, N] of every other value.
 
         The sums wait for `accumulate`.
         """
+        assert [r.shape[1] for r, _ in beside] == list(self.beside.values()), self.name
         assert x.dtype == np.float32 and x.ndim == 2 and x.shape[1] == self.K, (self.name, x.dtype, x.shape)
         assert (x_float is None) == (self._cross is None), self.name
         self.tokens += len(x)
@@ -61,7 +69,11 @@ class Moments:
             take, put = slice(done, done + count), slice(self._filled, self._filled + count)
             self._block[0][put] = x[take]
             if x_float is not None and self._block[1] is not None:
-                np.subtract(x_float[take], x[take], out=self._block[1][put])
+                start = 0
+                for now, then in ((x, x_float), *beside):
+                    end = start + now.shape[1]
+                    np.subtract(then[take], now[take], out=self._block[1][put, start:end])
+                    start = end
             done, self._filled = done + count, self._filled + count
             if self._filled == ROWS:
                 self._ready.append(self._block)
@@ -94,13 +106,17 @@ class Moments:
             upper = np.triu(H[panel, panel])
             H[panel, panel] = upper + np.triu(upper, 1).T
             H[start + PANEL :, panel] = H[panel, start + PANEL :].T
-        if self._cross is not None:
-            self._cross /= self.tokens
-        return Statistics(self.tokens, H, self._sum / self.tokens, self._amax, self._cross)
+        if self._cross is None:
+            return Statistics(self.tokens, H, self._sum / self.tokens, self._amax)
+        self._cross /= self.tokens
+        ends = np.cumsum([self.K, *self.beside.values()])
+        cross, *others = np.split(self._cross, ends[:-1], axis=1)
+        residuals = dict(zip(self.beside, others, strict=True))
+        return Statistics(self.tokens, H, self._sum / self.tokens, self._amax, cross, residuals)
 
     def _new_block(self) -> tuple[Rows, Rows | None]:
         block = np.empty((ROWS, self.K), np.float32)
-        return block, None if self._cross is None else np.empty_like(block)
+        return block, None if self._cross is None else np.empty((ROWS, self._cross.shape[1]), np.float32)
 
     def _add_panel(self, panel: slice) -> None:
         """Adds the waiting blocks, in order, to rows `panel` of every sum."""
@@ -119,11 +135,12 @@ class Peaks:
     """The largest |x| of every channel, alone."""
 
     cross = False
+    beside: Mapping[str, int] = {}
 
     def __init__(self, K: int) -> None:
         self.amax = np.zeros(K, np.float32)
 
-    def add(self, x: Rows, x_float: Rows | None = None) -> None:
+    def add(self, x: Rows, x_float: Rows | None = None, beside: Sequence[tuple[Rows, Rows]] = ()) -> None:
         """Takes in float32 rows [n, K]."""
         if len(x):
             np.maximum(self.amax, np.abs(x).max(axis=0), out=self.amax)

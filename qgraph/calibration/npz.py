@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from qgraph.evaluate.files import existing_file
 from qgraph.evaluate.samples import InputSpec
 
 _BATCH = 8
+_NPY = b"\x93NUMPY"  # how a file of a single array begins
 
 
 def read_npz(path: Path, model_inputs: Sequence[InputSpec], samples: int, batch: int | None) -> Data:
@@ -41,16 +43,19 @@ def _load(path: Path, names: set[str], samples: int) -> tuple[list[int], dict[st
     chosen: list[int] = []
     arrays, lengths = {}, {}
     try:
-        file = np.load(existing_file(path), allow_pickle=False)
-        if isinstance(file, np.ndarray):
+        with existing_file(path).open("rb") as start:
+            magic = start.read(len(_NPY))
+        if magic == _NPY:
             raise InputError(f"{path}: not an .npz file, but a single array: save it with np.savez")
-        with file:
+        if not zipfile.is_zipfile(path):
+            raise InputError(f"{path}: not an .npz file, or truncated: make it with np.savez")
+        with np.load(path, allow_pickle=False) as file:
             if odd := sorted(names.symmetric_difference(file.files)):
                 what = "lacks an array for" if odd[0] in names else "has an array that is not"
                 known = ", ".join(sorted(names))
                 raise InputError(f"{path} {what} an input of the model: '{odd[0]}'; the inputs are {known}")
             for name in file.files:
-                array = file[name]
+                array = _read(file, name, path)
                 if array.ndim == 0 or len(array) == 0:
                     raise InputError(f"{path}: array '{name}' holds no samples: its first axis counts them")
                 lengths[name] = len(array)
@@ -64,3 +69,13 @@ def _load(path: Path, names: set[str], samples: int) -> tuple[list[int], dict[st
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not an .npz file of plain arrays: {error}") from error
     return chosen, arrays
+
+
+def _read(file: Any, name: str, path: Path) -> npt.NDArray:
+    try:
+        array = file[name]
+    except ValueError as error:  # of Python objects, which would have to be unpickled
+        raise InputError(f"{path}: '{name}' is no array of numbers, or damaged: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: '{name}' is no array: make the file with np.savez")
+    return array

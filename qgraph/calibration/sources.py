@@ -116,7 +116,8 @@ class QuantizedSoFar:
     ) -> None:
         if border.position > 2 * missing[0] + 1:
             border.clear()
-        self._taps = make_taps(model, [group.values for group in groups])
+        beside = [group.residuals if len(group.values) == 1 else () for group in groups]
+        self._taps = make_taps(model, [group.values for group in groups], beside if corrected else ())
         self._last_missing, self._rounding, self._border = missing[-1], rounding, border
         graph = FrozenGraph(model)
         graph.separate((name for group in groups for name in group.nodes), rounds=rounding is not None)
@@ -171,7 +172,10 @@ def _measure(
     if rounding is not None:
         peaks, roundings = _peaks(walk, taps, first, last, rounding)
     here = taps[first : last + 1]
-    moments = [Moments(tap.values[0], tap.K, cross=cross or rounding is not None) for tap in here]
+    moments = [
+        Moments(tap.values[0], tap.K, cross=cross or rounding is not None, beside=tap.beside if cross else {})
+        for tap in here
+    ]
     walk.stage(first, last, moments, keep_taps=keep_taps, roundings=roundings)
     found = []
     while moments:  # each goes as soon as it is over: with its statistics it is twice in memory

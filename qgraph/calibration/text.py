@@ -177,7 +177,7 @@ def _texts(path: Path, *, keep_empty: bool = False) -> Iterator[tuple[str, str]]
 
 def _content(path: Path) -> str:
     try:
-        return existing_file(path).read_text(encoding="utf-8")
+        return existing_file(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text in UTF-8: {error}") from error
     except OSError as error:

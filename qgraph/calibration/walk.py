@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,14 @@ class Tap:
     values: tuple[str, ...]
     K: int
     masked: frozenset[str]  # those whose rows are the tokens of the input `attention_mask`
+    # Values [.., N] whose difference to the float model counts beside these, by name. Rows as of `values`.
+    beside: Mapping[str, int] = field(default_factory=dict)
 
 
-def make_taps(model: ir.Model, groups: Iterable[Sequence[str]]) -> list[Tap]:
-    """A tap for each group of values of the prepared model.
+def make_taps(
+    model: ir.Model, groups: Iterable[Sequence[str]], beside: Iterable[Iterable[str]] = ()
+) -> list[Tap]:
+    """A tap for each group of values of the prepared model; `beside`: further values of each.
 
     Raises UsageError for a value that the model does not have, or that is no float32 [.., K].
     """
@@ -66,6 +70,9 @@ def make_taps(model: ir.Model, groups: Iterable[Sequence[str]]) -> list[Tap]:
             raise UsageError(f"values of different sizes cannot be measured together: {', '.join(names)}")
         masked = frozenset(name for name in names if leading_dims_match(known[name], mask))
         taps.append(Tap(tuple(names), sizes.pop(), masked))
+    for i, others in enumerate(beside):
+        widths = {name: shape[-1] for name in others if name and (shape := known[name].shape)}
+        taps[i] = replace(taps[i], beside={name: N for name, N in widths.items() if isinstance(N, int)})
     return taps
 
 
@@ -141,7 +148,8 @@ class Stream:
         computed = {name for i in nodes for name in graph.nodes[i].output if name}
         final = have | {name for name in computed if self._ranks[name] <= last}
         if rounds:
-            final |= {rounded(name) for name in self._taps_now if self._ranks.get(name, 0) <= last}
+            tapped = {name for tap in self._taps[first : last + 1] for name in tap.values}
+            final |= {rounded(name) for name in tapped if self._ranks.get(name, 0) <= last}
         later = self._values(last + 1, len(self._taps)) | (self._taps_now if keep_taps else set())
         pending, alive = graph.needed(later, final)
         where = f"the graph up to '{self._taps[last].values[-1]}'"
@@ -166,7 +174,7 @@ class Stream:
         self._segment, self._arrays = None, {}
 
     def _values(self, first: int, end: int) -> set[str]:
-        return {value for tap in self._taps[first:end] for value in tap.values}
+        return {value for tap in self._taps[first:end] for value in (*tap.values, *tap.beside)}
 
     def _have(self) -> set[str]:
         prefix = self.key("")
@@ -261,7 +269,16 @@ class Walk:
             x, reference = rows[0], rows[-1]
             if rounded(name) in values[0]:
                 x = masked_rows(values[0][rounded(name)], mask)
-            measure.add(x, reference if measure.cross else None)
+            beside = []
+            for other in measure.beside:
+                now, then = masked_rows(values[0][other], mask), masked_rows(values[-1][other], mask)
+                if not (np.isfinite(now).all() and np.isfinite(then).all()):
+                    raise InputError(
+                        f"value '{other}' is not finite for {self._bad_sample(other, mask, batch, values)}: "
+                        "remove the sample, or repair the model"
+                    )
+                beside.append((now, then))
+            measure.add(x, reference if measure.cross else None, beside)
 
     def _bad_sample(
         self, name: str, mask: npt.NDArray[np.bool_] | None, batch: Batch, values: list[dict[str, Array]]

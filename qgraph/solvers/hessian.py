@@ -104,20 +104,27 @@ def energy_order(H: Matrix, block: int) -> npt.NDArray[np.intp]:
     return np.concatenate([order, whole + np.argsort(-power[whole:], kind="stable")])
 
 
-def compensated_target(W: Array, H: Matrix, cross: Matrix, damping: float = 0.01) -> Array:
-    """The W~ that makes up for inputs that have already changed: float32 [K, N].
+def compensated_target(
+    W: Array, H: Matrix, cross: Matrix, residual: Matrix | None = None, damping: float = 0.01
+) -> Array:
+    """The W~ that makes up for what layers before have already changed: float32 [K, N].
 
-    Minimises E|x_float W - x W~|^2 + lambda |W~ - W|^2: W~ = W + (H + lambda I)^-1 C W, with C = `cross`, the
-    mean of x^T (x_float - x), and lambda = damping times the mean of diag(H). It is the asymmetric
-    calibration of GPTAQ (arXiv 2504.02692), whose target is the float layer's output, in closed form, before
-    any rounding. W itself where H or C is zero.
+    Minimises E|(r_float + x_float W) - (r + x W~)|^2 + lambda |W~ - W|^2, where the layer's output is added
+    to r: W~ = W + (H + lambda I)^-1 (C W + P), with C = `cross`, the mean of x^T (x_float - x), P =
+    `residual`, that of x^T (r_float - r), and lambda = damping times the mean of diag(H). Without r it is the
+    asymmetric calibration of GPTAQ (arXiv 2504.02692), whose target is the float layer's output, in closed
+    form, before any rounding. With r (ours) the layer also takes back, as far as its inputs tell, what went
+    wrong on the residual stream. W itself where H, or C and P, are zero.
     """
     check_second_moment(H, len(W), "")
     mean = H.diagonal().mean()
     if mean == 0:
         return W.copy()
     with one_blas_thread():
-        shift = np.linalg.solve(damp(H, max(damping, _LEAST_DAMPING)), (cross / mean) @ W.astype(np.float64))
+        wanted = cross @ W.astype(np.float64)
+        if residual is not None:
+            wanted += residual
+        shift = np.linalg.solve(damp(H, max(damping, _LEAST_DAMPING)), wanted / mean)
     return (W + shift).astype(np.float32)
 
 

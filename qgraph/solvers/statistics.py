@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ class Statistics:
     # [K, K], mean of x^T (x_float - x), where x_float is what the float model has in the place of x. None
     # where the two are the same.
     cross: npt.NDArray[np.float64] | None = None
+    # By the name of a value r [tokens, N] that a layer's output is added to: [K, N], mean of x^T (r_float -
+    # r).
+    residuals: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     @property
     def largest(self) -> float:
