@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qgraph.errors import InputError, UsageError
@@ -111,6 +112,9 @@ class CompileConfig:
         from qgraph.solvers import get_solver
 
         _one_of("calibrate_on", self.calibrate_on, CALIBRATE_ON)
+        for name in ("calibration", "tokenizer"):
+            if "\0" in getattr(self, name):
+                raise UsageError(f"{name}: a path cannot hold the character NUL: {getattr(self, name)!r}")
         if self.rotate not in ROTATE:
             raise UsageError(f"rotate: choose from {', '.join(map(str, ROTATE))}, got {self.rotate}")
         if not 0 <= self.smooth <= 1:
@@ -118,6 +122,11 @@ class CompileConfig:
         if self.calibration:
             if scheme.weight_format is None:
                 raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no calibration data")
+            if self.calibrate_on == "corrected" and self.solver and not get_solver(self.solver).calibrated:
+                raise UsageError(
+                    f"calibrate_on 'corrected' needs a solver that goes by the inputs of a layer, not "
+                    f"'{self.solver}'"
+                )
             return
         data = "calibration data: give --calibration FILE"
         if scheme.needs_calibration:
@@ -129,6 +138,8 @@ class CompileConfig:
         for name in ("tokenizer", "samples", "length"):
             if getattr(self, name):
                 raise UsageError(f"{name} is for {data}")
+        if self.calibrate_on != "float":
+            raise UsageError(f"calibrate_on is for {data}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> CompileConfig:
@@ -151,6 +162,11 @@ class CompileConfig:
 
         default = default_solver(get_scheme(self.scheme).solvers, calibrated=bool(self.calibration))
         return {**asdict(self), "solver": self.solver or default}
+
+    def files(self) -> list[Path]:
+        """The files that it names, for reading."""
+        named = (self.calibration if self.calibration != FROM_PYTHON else "", self.tokenizer)
+        return [Path(name) for name in named if name]
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, np.ndarray]] | None"
 
-SAMPLES, WINDOWS = 512, 128  # of calibration data, where nothing is said; windows are long
-
 EXTERNAL_DATA_BYTES = 1 << 30  # a larger file keeps its weights beside it: protobuf ends at 2 GiB
 
 
@@ -140,7 +138,7 @@ def build(
     """
     config, source = _config(config, options), _path("lowbit", lowbit)
     with _Run(source, config, output, dry_run, progress, suffixes=(".qg",)) as run:
-        _build(run, source)
+        run.report.recall(_build(run, source))
         _verify(run, source)
         return run.finish()
 
@@ -174,7 +172,9 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     options = PrepareOptions(refusals=refusals)
     with run.phase("select"):
         run_passes(model, [SelectLayers(config.include, config.exclude, config.embeddings)], options)
-        run_passes(model, _transforms(run, model, data), options)
+    if config.smooth or config.rotate:
+        with run.phase("transform"):
+            run_passes(model, _transforms(run, model, data), options)
     with run.phase("quantize"):
         quantize = QuantizeWeights(
             config.scheme,
@@ -212,15 +212,22 @@ def _calibration_data(run: _Run, calibration: Calibration, model: ir.Model) -> D
     if not config.calibration:
         return None
     from qgraph.calibration import model_inputs, open_data
+    from qgraph.calibration.data import require_indices
+    from qgraph.evaluate.samples import table_sizes
 
+    source = calibration if config.calibration == FROM_PYTHON else config.calibration
+    if source is None:
+        raise UsageError(f"calibration '{FROM_PYTHON}': pass the data to `qgraph.compile` or `quantize`")
     with run.phase("data"):
-        return open_data(
-            calibration if config.calibration == FROM_PYTHON and calibration else config.calibration,
+        data = open_data(
+            source,
             model_inputs(model),
             tokenizer=config.tokenizer or None,
-            samples=config.samples or (WINDOWS if config.length else SAMPLES),
+            samples=config.samples or None,
             length=config.length or None,
         )
+        require_indices(data, table_sizes(model))
+    return data
 
 
 def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass]:
@@ -284,8 +291,8 @@ def _restyle(run: _Run, model: ir.Model) -> None:
         run.report.sizes["lowbit_onnx"] = _save(model, run.staged(".onnx"))
 
 
-def _build(run: _Run, lowbit: Path) -> None:
-    """Build the artifact of the low-bit file and write it to the staging folder."""
+def _build(run: _Run, lowbit: Path) -> Mapping[str, str]:
+    """Build the artifact of the low-bit file and write it to the staging folder. Returns its metadata."""
     from qgraph.codegen import build_artifact
     from qgraph.evaluate.samples import METADATA_KEY, input_ranges
     from qgraph.passes import load_model, prepare_model
@@ -311,7 +318,7 @@ def _build(run: _Run, lowbit: Path) -> None:
         if run.dry_run:
             report.sizes["artifact_weights"] = _plan_only(model)
             report.set_layers(layers_of(model))
-            return
+            return metadata
         artifact = build_artifact(model, target=config.target, metadata=metadata, on_kernel=run.stepped)
         realised = {layer.node_name: (layer.kernel, layer.compute) for layer in artifact.layers}
         report.set_layers(layers_of(model, realised))
@@ -320,6 +327,7 @@ def _build(run: _Run, lowbit: Path) -> None:
     with run.phase("package"):
         artifact.write(run.staged(".qg"))
         report.sizes["artifact"] = run.staged(".qg").stat().st_size
+    return metadata
 
 
 def _verify(run: _Run, lowbit: Path) -> None:
@@ -339,21 +347,24 @@ def _verify(run: _Run, lowbit: Path) -> None:
         with run.phase("runtime"):
             library()  # built by the first use on a machine
         with run.phase("verify"), tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
-            exposed, roundings = _expose(run, lowbit, Path(folder))
-            run.report.verification = verify(
-                run.staged(".qg"),
-                lowbit,
-                exposed=exposed,
-                roundings=roundings,
-                threads=config.threads,
-                seed=config.seed,
-                on_case=run.stepped,
-            )
+            exposed, roundings = build_exposed(lowbit, config.target, Path(folder))
+            try:
+                run.report.verification = verify(
+                    run.staged(".qg"),
+                    lowbit,
+                    exposed=exposed,
+                    roundings=roundings,
+                    threads=config.threads,
+                    seed=config.seed,
+                    on_case=run.stepped,
+                )
+            except BudgetError as error:
+                raise BudgetError(f"{error}; nothing was written") from error
 
 
-def _expose(run: _Run, lowbit: Path, folder: Path) -> tuple[Path | None, list[Rounding]]:
-    """An artifact of the low-bit file that shows its roundings of activations, and these; None without
-    any."""
+def build_exposed(lowbit: Path, target: str, folder: Path) -> tuple[Path | None, list[Rounding]]:
+    """An artifact of the low-bit file that shows its roundings of activations, in `folder`, and these; None
+    without any. For `evaluate.verify`."""
     from qgraph.codegen import build_artifact
     from qgraph.evaluate.verify import Rounding
     from qgraph.passes import load_model, prepare_model
@@ -364,7 +375,7 @@ def _expose(run: _Run, lowbit: Path, folder: Path) -> tuple[Path | None, list[Ro
     if not roundings:
         return None, []
     path = folder / "exposed.qg"
-    build_artifact(model, target=run.config.target, metadata={}).write(path)
+    build_artifact(model, target=target, metadata={}).write(path)
     return path, roundings
 
 
@@ -393,9 +404,10 @@ class _Run:
             raise InputError(f"{source}: no such file")
         self.source, self.config, self.dry_run, self.suffixes = source, config, dry_run, suffixes
         self.prefix = _prefix(source, config.scheme if ".onnx" in suffixes else "", output)
+        inputs = {file.resolve() for file in (source, *config.files())}
         for suffix in (*suffixes, ".report.json"):
-            if self.final(suffix).resolve() == source.resolve():
-                raise UsageError(f"the output {self.final(suffix)} is the input: give another -o")
+            if self.final(suffix).resolve() in inputs:
+                raise UsageError(f"the output {self.final(suffix)} is an input: give another -o")
         self.progress = progress or Progress()
         self.report = CompileReport(__version__, {"name": source.name}, config.resolved())
         self._stack = contextlib.ExitStack()

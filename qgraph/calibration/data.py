@@ -230,8 +230,8 @@ def require_indices(data: Data, tables: Mapping[str, int]) -> None:
                 index = tuple(wrong[0])
                 label = batch.labels[index[0]] if len(array) == len(batch.labels) else batch.labels[0]
                 raise InputError(
-                    f"{data.name}: {label} holds {array[index]} in '{name}', but the model's table for it has "
-                    f"{rows} rows: use the tokenizer that belongs to the model"
+                    f"{data.name}: {label} holds {array[index]} in '{name}', but the model's table for it "
+                    f"has {rows} rows: use the tokenizer that belongs to the model"
                 )
 
 

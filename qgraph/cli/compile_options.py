@@ -166,7 +166,7 @@ def saved_config(config: CompileConfig, model: Path, options: dict[str, Any]) ->
     if options["dry_run"]:
         raise UsageError("--save-config writes a file and --dry-run writes none: give one of them")
     outputs = [file for name in (config.scheme, "") for file in output_files(model, name, options["output"])]
-    refuse_overwrite("--save-config", target, [model, *outputs])
+    refuse_overwrite("--save-config", target, [model, *config.files(), *outputs])
     with atomic_write(target) as temporary:
         temporary.write_text(dump_toml(config), "utf-8")
         yield

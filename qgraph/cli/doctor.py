@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import click
 from qgraph.cli.console import print_json, table
 from qgraph.cli.options import json_option, standard_options
 from qgraph.errors import QGraphError, ResourceError, UnsupportedError
+from qgraph.report.text import size
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,19 @@ def _cache() -> str:
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder):
-        return str(folder)
+        parts = (part for part in sorted(folder.iterdir()) if part.is_dir())
+        held = ", ".join(f"{part.name} {size(_nbytes(part))}" for part in parts)
+        return f"{folder}: {held}" if held else str(folder)
+
+
+def _nbytes(folder: Path) -> int:
+    """Of all files below; what another process removes meanwhile counts as nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(parent) / name).lstat().st_size
+    return total
 
 
 def _runtime() -> str:

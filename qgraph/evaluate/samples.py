@@ -59,13 +59,18 @@ def input_ranges(model: ir.Model) -> dict[str, tuple[int, int]]:
     An index gets all of its smallest table, anything else exactly 1: true for a mask, one for a length or
     flag.
     """
-    ranges = {}
-    for value in model.graph.inputs:
-        if value.dtype is None or value.dtype.is_floating_point():
-            continue
-        tables = list(_table_sizes(value))
-        ranges[str(value.name)] = (0, min(tables) - 1) if tables else (1, 1)
-    return ranges
+    tables = table_sizes(model)
+    return {
+        str(value.name): (0, tables[str(value.name)] - 1) if value.name in tables else (1, 1)
+        for value in model.graph.inputs
+        if value.dtype is not None and not value.dtype.is_floating_point()
+    }
+
+
+def table_sizes(model: ir.Model) -> dict[str, int]:
+    """Input name -> rows of the smallest constant table that it indexes, for the inputs that do."""
+    sizes = {str(value.name): list(_table_sizes(value)) for value in model.graph.inputs}
+    return {name: min(found) for name, found in sizes.items() if found}
 
 
 def _table_sizes(value: ir.Value) -> Iterator[int]:

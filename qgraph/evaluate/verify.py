@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qgraph.errors import BudgetError
-from qgraph.evaluate.compare import compare
+from qgraph.evaluate.compare import Difference, compare
 from qgraph.evaluate.runners import ReferenceRunner
 from qgraph.evaluate.samples import InputSpec, artifact_ranges, choose_dims, input_specs, make_inputs
 
@@ -68,6 +68,66 @@ class Rounding:
     global_scale: float | None
 
 
+class Reference:
+    """ONNX's reference evaluator on a low-bit file, for comparisons with its artifact.
+
+    exposed: where there are `roundings`: the artifact of the same file with their inputs and outputs as
+        further outputs.
+    """
+
+    def __init__(
+        self,
+        lowbit: Path,
+        *,
+        exposed: Path | None = None,
+        roundings: Sequence[Rounding] = (),
+        threads: int = 0,
+    ) -> None:
+        from qgraph.runtime import load
+
+        self._lowbit, self._roundings = lowbit, roundings
+        self._evaluator = ReferenceRunner(
+            lowbit, given=[r.output for r in roundings], shown=[r.input for r in roundings]
+        )
+        self._exposed = None if exposed is None else load(exposed, threads=threads)
+
+    def compare(self, feeds: Arrays, got: Arrays, where: str) -> dict[str, Difference]:
+        """How far the artifact's outputs `got` for `feeds` are off, and what goes into every rounding.
+
+        Raises BudgetError where the exposed artifact does not give the same outputs, or does not round
+        exactly; `where` tells which feeds.
+        """
+        if self._exposed is None:
+            return compare(got, self._evaluator.run(feeds))
+        # An output or input may itself be rounded, and then it is not shown once more.
+        shown = {**feeds, **self._exposed.run(feeds)}
+        self._require_same(got, shown, where)
+        self._require_exact(shown, where)
+        given = {r.output: shown[r.output] for r in self._roundings}
+        inside = {r.input: shown[r.input] for r in self._roundings}
+        return compare({**got, **inside}, self._evaluator.run({**feeds, **given}))
+
+    def _require_same(self, got: Arrays, shown: Arrays, where: str) -> None:
+        for name, value in got.items():
+            if name not in shown or value.tobytes() != shown[name].tobytes():
+                raise BudgetError(
+                    f"output '{name}' at {where} is not, bit for bit, that of an artifact built anew from "
+                    f"{self._lowbit}: it was built from another file, or by another version of qgraph"
+                )
+
+    def _require_exact(self, shown: Arrays, where: str) -> None:
+        from qgraph.formats.activations import dynamic_int8, dynamic_nvfp4
+
+        for rounding in self._roundings:
+            x, y = shown[rounding.input], shown[rounding.output]
+            int8 = rounding.format == "int8"
+            exact = dynamic_int8(x) if int8 else dynamic_nvfp4(x, rounding.global_scale or 1)
+            if y.tobytes() != exact.tobytes():
+                raise BudgetError(
+                    f"the artifact rounds '{rounding.input}' to {rounding.format} wrongly at {where}"
+                )
+
+
 def verify(
     artifact: Path,
     lowbit: Path,
@@ -81,70 +141,31 @@ def verify(
 ) -> Verification:
     """Run both files on inputs of several sizes and compare all outputs.
 
-    Args:
-        exposed: where there are `roundings`: the artifact of the same model with their inputs and outputs as
-            further outputs.
-
-    Raises BudgetError, naming output and dims, when one differs by more than `limit` (relative, Frobenius
-    norm), or a rounding in any bit.
+    `exposed` and `roundings` are as in `Reference`. Raises BudgetError, naming output and dims, when one
+    differs by more than `limit` (relative, Frobenius norm), or a rounding in any bit.
     """
     from qgraph.runtime import load
 
     model = load(artifact, threads=threads)
     inputs = input_specs(model)
     ranges = artifact_ranges(model)
-    reference = ReferenceRunner(
-        lowbit, given=[r.output for r in roundings], shown=[r.input for r in roundings]
-    )
-    inside = None if exposed is None else load(exposed, threads=threads)
+    reference = Reference(lowbit, exposed=exposed, roundings=roundings, threads=threads)
     cases = _cases(inputs, {dim.name: (dim.min, dim.max) for dim in model.dims})
     comparisons = []
     for i, dims in enumerate(cases):
         where = " ".join(f"{name}={size}" for name, size in dims.items()) or "fixed sizes"
         on_case(i, len(cases), where)
         feeds = make_inputs(inputs, ranges, dims, seed + i)
-        got = model.run(feeds)
-        if inside is not None:
-            shown = _check_inside(got, inside.run(feeds), feeds, roundings, where)
-            given = {r.output: shown[r.output] for r in roundings}
-            wanted = reference.run({**feeds, **given})
-            got = {**got, **{r.input: shown[r.input] for r in roundings}}
-        else:
-            wanted = reference.run(feeds)
-        errors = {name: d.rel_error for name, d in compare(got, wanted).items()}
+        found = reference.compare(feeds, model.run(feeds), where)
+        errors = {name: difference.rel_error for name, difference in found.items()}
         comparisons.append(Comparison(dims, errors))
         for name, error in errors.items():
             if not error <= limit:
                 raise BudgetError(
                     f"the artifact disagrees with the low-bit ONNX model: output '{name}' at {where} has "
-                    f"a relative error of {error:.2g}, allowed is {limit:g}; nothing was written"
+                    f"a relative error of {error:.2g}, allowed is {limit:g}"
                 )
     return Verification("passed", limit=limit, comparisons=comparisons)
-
-
-def _check_inside(
-    got: Arrays, shown: Arrays, feeds: Arrays, roundings: Sequence[Rounding], where: str
-) -> dict[str, np.ndarray]:
-    """What the exposed artifact shows, inputs included, if its outputs are those of the other and its
-    roundings exact."""
-    from qgraph.formats.activations import dynamic_int8, dynamic_nvfp4
-
-    shown = {**feeds, **shown}
-    for name, value in got.items():
-        if value.tobytes() != shown[name].tobytes():
-            raise BudgetError(
-                f"the artifact changes with what is shown of it: output '{name}' at {where}; nothing was "
-                "written"
-            )
-    for rounding in roundings:
-        x, y = shown[rounding.input], shown[rounding.output]
-        exact = dynamic_int8(x) if rounding.format == "int8" else dynamic_nvfp4(x, rounding.global_scale or 1)
-        if y.tobytes() != exact.tobytes():
-            raise BudgetError(
-                f"the artifact rounds '{rounding.input}' to {rounding.format} wrongly at {where}; nothing "
-                "was written"
-            )
-    return shown
 
 
 def _cases(inputs: list[InputSpec], bounds: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:

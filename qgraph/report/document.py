@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -67,6 +68,18 @@ class CompileReport:
         for name, of_linear, of_both in zip(("float", "stored"), linear, both, strict=True):
             self.sizes[f"linear_{name}"] = of_linear
             self.sizes[f"embedding_{name}"] = of_both - of_linear
+
+    def recall(self, metadata: Mapping[str, str]) -> None:
+        """How the low-bit model was made, where that is not of this run: from the `metadata` of its file, as
+        far as this tells. What of `config` decides a low-bit model is then what was in effect."""
+        try:
+            recipe = dict(json.loads(metadata.get("qgraph.config", "{}")))
+        except (ValueError, TypeError, RecursionError):
+            recipe = {}
+        sha256 = recipe.pop("calibration_sha256", None)
+        if sha256 is not None:
+            self.calibration = {"source": None, "sha256": sha256, "samples": None, "tokens": None}
+        self.config |= {"solver": ""} | {k: v for k, v in recipe.items() if k in self.config}
 
     def to_json(self) -> dict[str, Any]:
         """The document, keys in a fixed order."""

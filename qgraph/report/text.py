@@ -18,16 +18,18 @@ def summary(report: CompileReport) -> list[Row]:
 
 def _rows(report: CompileReport) -> Iterator[Row]:
     quantized = report.quantized
-    for label, kind, things in (
-        ("layers", "linear", "linear layers"),
-        ("embeddings", "embedding", "embeddings"),
+    for label, kind, thing in (
+        ("layers", "linear", "linear layer"),
+        ("embeddings", "embedding", "embedding"),
     ):
         layers = report.of_kind(kind)
         if layers or kind == "linear":
-            count = sum(bool(layer.scheme) for layer in layers)
-            yield label, _quantized(count, len(layers), things, report.config["scheme"])
+            formats = [layer.scheme for layer in layers if layer.scheme]
+            scheme = formats[0] if kind == "embedding" and formats else report.config["scheme"]
+            yield label, _quantized(len(formats), len(layers), thing, scheme)
     if quantized and report.config.get("solver"):
-        yield "solver", f"{report.config['solver']}, {_calibration(report)}"
+        yield "solver", report.config["solver"]
+        yield "calibration", _calibration(report)
     reasons: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in report.layers:
         if not layer.scheme:
@@ -48,7 +50,7 @@ def _rows(report: CompileReport) -> Iterator[Row]:
         (x for x in quantized if x.output_error is not None), key=lambda x: (-(x.output_error or 0), x.name)
     )[:3]
     if loud:
-        yield "worst output", ", ".join(f"{layer.name} {layer.output_error:.2%}" for layer in loud)
+        yield "worst output", ", ".join(f"{layer.name} {_percent(layer.output_error)}" for layer in loud)
     for kernel, count in Counter((x.kernel, x.compute) for x in report.layers if x.kernel).items():
         yield "kernels", f"{count} x {kernel[0]}: {kernel[1]}"
     if report.isas:
@@ -75,16 +77,26 @@ def _rows(report: CompileReport) -> Iterator[Row]:
 def _calibration(report: CompileReport) -> str:
     data = report.calibration
     if data is None:
-        return "from the weights alone: no calibration data"
-    return f"calibrated on {data['samples']} samples ({data['tokens']} tokens) of {data['source']}"
+        return "none: by the weights alone"
+    if data["source"] is None:
+        return f"when it was quantized, on data with the SHA-256 {data['sha256']}"
+    text = f"{_count(data['samples'], 'sample')} ({_count(data['tokens'], 'token')}) of {data['source']}"
+    widest = max((x.shape[0] for x in report.of_kind("linear") if x.scheme), default=0)
+    few = f": FEW for a layer of {widest} inputs, give as many tokens or more"
+    return text + (few if data["tokens"] < widest else "")
 
 
-def _quantized(count: int, total: int, things: str, scheme: str) -> str:
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _quantized(count: int, total: int, thing: str, scheme: str) -> str:
+    all_of_them = _count(total, thing)
     if scheme == "none" or not total:
-        return f"{total} {things}, none quantized"
-    return (
-        f"{total} {things} stay float" if not count else f"{count} of {total} {things} quantized to {scheme}"
-    )
+        return f"{all_of_them}, none quantized"
+    if not count:
+        return f"{all_of_them} stay{'s' if total == 1 else ''} float"
+    return f"{count} of {all_of_them} quantized to {scheme}"
 
 
 def _before_after(before: int, after: int) -> str:
@@ -101,6 +113,10 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} GB"
+
+
+def _percent(part: float | None) -> str:
+    return f"{100 * (part or 0):.2g} %"
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -234,7 +234,7 @@ BAD = {
     "cut npz": (lambda p: file(p, "d.npz", whole(p)[:100]), {}, InputError, r"not an .npz file"),
     "damaged npz": (lambda p: file(p, "d.npz", damaged(whole(p))), {}, InputError, r"not an .npz file"),
     "an npy": (lambda p: file(p, "d.npz", npy(ids)), {}, InputError, "but a single array"),
-    "pickles": (lambda p: npz(p, input_ids=np.array([{}])), {}, InputError, r"not an .npz file of plain"),
+    "pickles": (lambda p: npz(p, input_ids=np.array([{}])), {}, InputError, r"is no array of numbers"),
     "missing array": (lambda p: npz(p), {}, InputError, "lacks an array for an input of the model"),
     "odd array": (lambda p: npz(p, input_ids=ids, x=ids), {}, InputError, "not an input of the model: 'x'"),
     "dtype": (lambda p: npz(p, input_ids=ids / 2), {}, InputError, "is float64; the model takes int64"),

@@ -215,7 +215,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "pattern that matches nothing": (("--exclude", "no/such/layer"), USAGE, ("no/such/layer",)),
     "config missing": (("--config", "none.toml"), INPUT, ("none.toml",)),
     "output folder missing": (("-o", "none/out"), RESOURCE, ("none/out", "does not exist")),
-    "output is the input": (("-o", "tiny"), USAGE, ("tiny.onnx", "is the input")),
+    "output is the input": (("-o", "tiny"), USAGE, ("tiny.onnx", "is an input")),
 }
 
 

@@ -60,6 +60,7 @@ def test_compile_shows_plain_progress_without_a_terminal(compiled: Compiled) -> 
     assert phases == [
         "load",
         "prepare",
+        "select",
         "quantize",
         "write",
         "import",
