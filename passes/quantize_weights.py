@@ -19,6 +19,8 @@ from qgraph.passes.quantize_activations import quantize_input
 from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT
 from qgraph.schemes import get_scheme
 from qgraph.solvers import default_solver, get_solver
+from qgraph.solvers._tiles import check_weight
+from qgraph.solvers.hessian import compensated_target, relative_output_error
 from qgraph.solvers.statistics import Statistics
 
 QUANTIZED = "qgraph.quantized"  # key of model.meta: list[QuantizedWeight], one a weight, in graph order
@@ -159,15 +161,13 @@ class _Work:
             W = target = self._float_weight(name)
             H = None if statistics is None else statistics.second_moment
             if solver.calibrated and statistics is not None and statistics.cross is not None:
-                from qgraph.solvers.hessian import compensated_target
-
                 residual = statistics.residuals.get(group.residuals[i]) if group.residuals else None
                 target = compensated_target(W, statistics.second_moment, statistics.cross, residual)
             q = solver(target, H=H, name=name, threads=self.options.threads)
             back = q.dequantize()
             errors = [_relative_error(W, back)]
             if H is not None:
-                errors.append(_output_error(W, back, H))
+                errors.append(relative_output_error(W, back, H, self.options.threads))
             record |= {f"{i}.{part}": array for part, array in _to_arrays(q).items()}
             record[f"{i}.errors"] = np.array(errors)
         record["tokens"] = np.array([0 if statistics is None else statistics.tokens])
@@ -260,6 +260,15 @@ class _Work:
         )
 
 
+def check_weights(model: ir.Model) -> None:
+    """InputError, naming the weight, for one that was chosen and that no solver takes. For before calibration,
+    which would only tell of the activations that come of it, and late."""
+    for node in _chosen(model):
+        weight = node.inputs[0 if is_op(node, "Gather") else 1]
+        assert weight is not None and weight.const_value is not None
+        check_weight(weight.const_value.numpy(), str(weight.name))
+
+
 def _chosen(model: ir.Model) -> list[ir.Node]:
     """The nodes that `SelectLayers` chose and that are still there."""
     return [n for n in model.graph.all_nodes() if DECISION in n.meta and n.meta[DECISION].quantize]
@@ -323,20 +332,3 @@ def _relative_error(W: npt.NDArray[np.float32], back: npt.NDArray[np.float32]) -
     noise = sum(float(np.square(row, dtype=np.float64).sum()) for row in map(np.subtract, W, back))
     signal = sum(float(np.square(row, dtype=np.float64).sum()) for row in W)
     return noise / signal if signal else 0.0
-
-
-def _output_error(
-    W: npt.NDArray[np.float32], back: npt.NDArray[np.float32], H: npt.NDArray[np.float64]
-) -> float:
-    """E|x W - x W'|^2 / E|x W|^2 over the calibration data; 0 where x W is zero."""
-
-    def energy(weight: npt.NDArray[np.float32]) -> float:
-        # Some columns at a time: float64 copies of a whole weight would double the memory of a layer.
-        total = 0.0
-        for n in range(0, weight.shape[1], 256):
-            part = weight[:, n : n + 256].astype(np.float64)
-            total += float(np.sum(part * (H @ part)))
-        return total
-
-    signal = energy(W)
-    return energy(W - back) / signal if signal > 0 else 0.0

@@ -152,7 +152,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     from qgraph.passes import load_model, prepare_model, run_passes
     from qgraph.passes.lowbit_functions import AddLowbitFunctions
     from qgraph.passes.pipeline import PrepareOptions
-    from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights
+    from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights, check_weights
     from qgraph.passes.select_layers import SelectLayers
 
     config, report = run.config, run.report
@@ -172,6 +172,8 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     options = PrepareOptions(refusals=refusals)
     with run.phase("select"):
         run_passes(model, [SelectLayers(config.include, config.exclude, config.embeddings)], options)
+        if data is not None:
+            check_weights(model)
     if config.smooth or config.rotate:
         with run.phase("transform"):
             run_passes(model, _transforms(run, model, data), options)

@@ -86,7 +86,7 @@ class Moments:
         """
         if not self.tokens:
             raise InputError(
-                f"value '{self.name}': the calibration data holds no token for it: all is padding"
+                f"value '{self.name}': the calibration data holds no token for it: all is padding, or empty"
             )
         if self._filled:
             x, difference = self._block

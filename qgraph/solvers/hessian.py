@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qgraph.errors import InputError
+from qgraph.solvers._tiles import map_ordered
 
 Array = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.float64]
 
 HADAMARD_SIZES = (16, 32, 64, 128)
+_COLUMNS = 256  # at a time
 _ASYMMETRY = 1e-6  # of the largest element; what sums in another order may leave
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1.0
 
@@ -88,6 +90,23 @@ def output_error(D: npt.NDArray, H: Matrix) -> float:
     """tr(D^T H D) for D [K, N], in float64."""
     D = D.astype(np.float64)
     return float((D * (H @ D)).sum())
+
+
+def relative_output_error(W: Array, back: Array, H: Matrix, threads: int | None = None) -> float:
+    """E|x W - x W'|^2 / E|x W|^2 with `back` = W', both [K, N]; 0 where x W is zero.
+
+    By slices of columns, so that float64 copies of a whole weight are never made; these are of one size and
+    added in order, whatever `threads` is.
+    """
+
+    def energies(n: int) -> tuple[float, float]:
+        part = W[:, n : n + _COLUMNS].astype(np.float64)
+        return output_error(part - back[:, n : n + _COLUMNS], H), output_error(part, H)
+
+    with one_blas_thread():
+        parts = map_ordered(energies, range(0, W.shape[1], _COLUMNS), threads)
+    noise, signal = (sum(column) for column in zip(*parts, strict=True))
+    return max(noise, 0.0) / signal if signal > 0 else 0.0
 
 
 def energy_order(H: Matrix, block: int) -> npt.NDArray[np.intp]:
