@@ -261,8 +261,8 @@ class _Work:
 
 
 def check_weights(model: ir.Model) -> None:
-    """InputError, naming the weight, for one that was chosen and that no solver takes. For before calibration,
-    which would only tell of the activations that come of it, and late."""
+    """InputError, naming the weight, for one that was chosen and that no solver takes. For before
+    calibration, which would only tell of the activations that come of it, and late."""
     for node in _chosen(model):
         weight = node.inputs[0 if is_op(node, "Gather") else 1]
         assert weight is not None and weight.const_value is not None
