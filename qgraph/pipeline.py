@@ -263,6 +263,9 @@ def _calibrator(run: _Run, data: Data) -> Calibrator:
         rounding=_rounding(config.scheme),
         journal=journal,
         threads=config.threads or None,
+        on_records=lambda done, n: run.progress.note(
+            f"{done} of {n} groups of layers were quantized by an earlier run ({journal.folder})"
+        ),
     )
 
 

@@ -14,6 +14,9 @@ class Progress:
     def step(self, done: int, total: int, what: str) -> None:
         """`done` of the phase's `total` pieces (0: not known) are finished; `what` is the current one."""
 
+    def note(self, text: str) -> None:
+        """Something that the user is told once, on a line of its own."""
+
     def __enter__(self) -> Progress:
         return self
 

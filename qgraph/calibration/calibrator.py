@@ -37,6 +37,7 @@ class StreamingCalibrator:
         threads: None is one for every CPU. The result does not depend on it.
         memory: bytes of sums at a time (8 K^2 a group) when not sequential.
         on_group(i, n, weight): before the i-th of n groups (from 0); i = n at the end.
+        on_records(done, n): once, before the first group, where the journal has records of `done` of n.
 
     Raises UsageError for options that do not fit together. What `walk` raises is told there.
     """
@@ -52,6 +53,7 @@ class StreamingCalibrator:
         threads: int | None = None,
         memory: int = MEMORY,
         on_group: Callable[[int, int, str], None] = lambda i, n, name: None,
+        on_records: Callable[[int, int], None] = lambda done, n: None,
     ) -> None:
         if corrected and not sequential:
             raise UsageError(
@@ -59,7 +61,7 @@ class StreamingCalibrator:
             )
         self.data, self.sequential, self.corrected, self.rounding = data, sequential, corrected, rounding
         self.journal, self.threads, self.memory = journal, thread_count(threads), memory
-        self.on_group = on_group
+        self.on_group, self.on_records = on_group, on_records
 
     def walk(self, model: ir.Model, groups: Sequence[LinearGroup], handler: GroupHandler) -> None:
         """See `Calibrator`.
@@ -76,6 +78,8 @@ class StreamingCalibrator:
             missing = [
                 i for i, group in enumerate(groups) if journal is None or journal.read(i, group) is None
             ]
+            if len(missing) < len(groups):
+                self.on_records(len(groups) - len(missing), len(groups))
             source = self._source(model, groups, missing, stack) if missing else Nothing()
             for i, group in enumerate(groups):
                 self.on_group(i, len(groups), group.weights[0])

@@ -57,6 +57,9 @@ class PlainProgress(Progress):
         self._finish()
         self._name, self._start = name, time.monotonic()
 
+    def note(self, text: str) -> None:
+        print(f"  {escape(text)}", file=sys.stderr, flush=True)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -92,6 +95,9 @@ class LiveProgress(Progress):
 
     def step(self, done: int, total: int, what: str) -> None:
         self._bars.update(self._task, total=total or None, completed=done, what=escape(what))
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(f"  {escape(text)}", markup=False, highlight=False)
 
     def __enter__(self) -> Progress:
         self._bars.start()
