@@ -20,7 +20,7 @@ from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT
 from qgraph.schemes import get_scheme
 from qgraph.solvers import default_solver, get_solver
 from qgraph.solvers._tiles import check_weight
-from qgraph.solvers.hessian import compensated_target, relative_output_error
+from qgraph.solvers.hessian import compensated_target, compensation_damping, relative_output_error
 from qgraph.solvers.statistics import Statistics
 
 QUANTIZED = "qgraph.quantized"  # key of model.meta: list[QuantizedWeight], one a weight, in graph order
@@ -162,12 +162,18 @@ class _Work:
             H = None if statistics is None else statistics.second_moment
             if solver.calibrated and statistics is not None and statistics.cross is not None:
                 residual = statistics.residuals.get(group.residuals[i]) if group.residuals else None
-                target = compensated_target(W, statistics.second_moment, statistics.cross, residual)
+                target = compensated_target(
+                    W,
+                    statistics.second_moment,
+                    statistics.cross,
+                    residual,
+                    damping=compensation_damping(group.K, statistics.tokens),
+                )
             q = solver(target, H=H, name=name, threads=self.options.threads)
             back = q.dequantize()
             errors = [_relative_error(W, back)]
             if H is not None:
-                errors.append(relative_output_error(W, back, H, self.options.threads))
+                errors.append(relative_output_error(target, back, H, self.options.threads))
             record |= {f"{i}.{part}": array for part, array in _to_arrays(q).items()}
             record[f"{i}.errors"] = np.array(errors)
         record["tokens"] = np.array([0 if statistics is None else statistics.tokens])

@@ -37,7 +37,8 @@ class CompileConfig:
         samples: at most so many of the data are used; 0 is 128 windows of a text, else 512.
         length: tokens a sample: text is cut into windows of so many; 0 takes its lines as they are.
         calibrate_on: what a layer's inputs are measured in: the `float` model; the model whose earlier layers
-            are `quantized` already; or that with the layers' weights `corrected` for what earlier layers did.
+            are `quantized` already; or that, with weights `corrected` for what the earlier layers did. Empty
+            is `corrected` with a solver that goes by a layer's inputs, else `float`.
         smooth: strength, 0 to 1, of the migration of scales from activations to weights; 0 is none.
         rotate: size of the blocks in which inputs and weights are rotated by Hadamard matrices; 0 is none.
         onnx_style: `function` writes a quantized layer as one node with a standard body, `qdq` writes the
@@ -61,7 +62,7 @@ class CompileConfig:
     tokenizer: str = ""
     samples: int = 0
     length: int = 0
-    calibrate_on: str = "float"
+    calibrate_on: str = ""
     smooth: float = 0.0
     rotate: int = 0
     onnx_style: str = "function"
@@ -111,7 +112,8 @@ class CompileConfig:
     def _check_calibration(self, scheme: Scheme) -> None:
         from qgraph.solvers import get_solver
 
-        _one_of("calibrate_on", self.calibrate_on, CALIBRATE_ON)
+        if self.calibrate_on:
+            _one_of("calibrate_on", self.calibrate_on, CALIBRATE_ON)
         for name in ("calibration", "tokenizer"):
             if "\0" in getattr(self, name):
                 raise UsageError(f"{name}: a path cannot hold the character NUL: {getattr(self, name)!r}")
@@ -135,11 +137,9 @@ class CompileConfig:
             raise UsageError(f"solver '{self.solver}' needs {data}")
         if self.smooth:
             raise UsageError(f"smooth needs {data}")
-        for name in ("tokenizer", "samples", "length"):
+        for name in ("tokenizer", "samples", "length", "calibrate_on"):
             if getattr(self, name):
                 raise UsageError(f"{name} is for {data}")
-        if self.calibrate_on != "float":
-            raise UsageError(f"calibrate_on is for {data}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> CompileConfig:
@@ -155,18 +155,16 @@ class CompileConfig:
         return self.from_options({**asdict(self), **options})
 
     def resolved(self) -> dict[str, Any]:
-        """All fields, with the solver that an empty one stands for: the scheme's first that has what it
-        needs."""
+        """All fields, with what empty ones stand for: the scheme's first solver that has what it needs, and
+        how that is calibrated best."""
         from qgraph.schemes import get_scheme
-        from qgraph.solvers import default_solver
+        from qgraph.solvers import default_solver, get_solver
 
-        default = default_solver(get_scheme(self.scheme).solvers, calibrated=bool(self.calibration))
-        return {**asdict(self), "solver": self.solver or default}
-
-    def files(self) -> list[Path]:
-        """The files that it names, for reading."""
-        named = (self.calibration if self.calibration != FROM_PYTHON else "", self.tokenizer)
-        return [Path(name) for name in named if name]
+        solver = self.solver or default_solver(get_scheme(self.scheme).solvers, bool(self.calibration))
+        found = {**asdict(self), "solver": solver}
+        if self.calibration and not self.calibrate_on:
+            found["calibrate_on"] = "corrected" if get_solver(solver).calibrated else "float"
+        return found
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""

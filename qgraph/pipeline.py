@@ -256,10 +256,11 @@ def _calibrator(run: _Run, data: Data) -> Calibrator:
 
     config = run.config
     journal = Journal({"model": run.report.model["sha256"], "recipe": _recipe(config, data)})
+    calibrate_on = config.resolved()["calibrate_on"]
     return StreamingCalibrator(
         data,
-        sequential=config.calibrate_on != "float",
-        corrected=config.calibrate_on == "corrected",
+        sequential=calibrate_on != "float",
+        corrected=calibrate_on == "corrected",
         rounding=_rounding(config.scheme),
         journal=journal,
         threads=config.threads or None,

@@ -53,7 +53,7 @@ _QUANTIZE = (
         "--calibrate-on",
         metavar="MODEL",
         help="In what a layer's inputs are measured: float, quantized (earlier layers are), or corrected "
-        "(for what these did).  [default: float]",
+        "(for what these did).  [default: corrected]",
     ),
     click.option(
         "--smooth",

@@ -29,7 +29,8 @@ class LayerReport:
         kept: why it was left in float, empty when it was not.
         bits_per_weight: all scales counted; 32 for float32.
         sqnr_db: signal to quantization noise of the weight in dB; None for float.
-        output_error: E|x W - x W'|^2 / E|x W|^2 over the calibration data; None without.
+        output_error: what rounding the weight costs at the output, E|x W - x W'|^2 / E|x W|^2 over the
+            calibration data (W as the solver got it); None without.
         activations: what its input is rounded to: `float32` (not at all), `nvfp4`, `int8`.
         kernel: the kernel that runs it, and `compute` its precision; empty until an artifact is built.
         kind: `linear` or `embedding`.

@@ -25,6 +25,7 @@ HADAMARD_SIZES = (16, 32, 64, 128)
 _COLUMNS = 256  # at a time
 _ASYMMETRY = 1e-6  # of the largest element; what sums in another order may leave
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1.0
+_LEAST_COMPENSATION = 0.003
 
 
 @contextmanager
@@ -124,7 +125,7 @@ def energy_order(H: Matrix, block: int) -> npt.NDArray[np.intp]:
 
 
 def compensated_target(
-    W: Array, H: Matrix, cross: Matrix, residual: Matrix | None = None, damping: float = 0.01
+    W: Array, H: Matrix, cross: Matrix, residual: Matrix | None = None, *, damping: float
 ) -> Array:
     """The W~ that makes up for what layers before have already changed: float32 [K, N].
 
@@ -145,6 +146,16 @@ def compensated_target(
             wanted += residual
         shift = np.linalg.solve(damp(H, max(damping, _LEAST_DAMPING)), wanted / mean)
     return (W + shift).astype(np.float32)
+
+
+def compensation_damping(K: int, tokens: int) -> float:
+    """The damping for `compensated_target` of a layer of K inputs, known from so many tokens: K / tokens.
+
+    C and P are means over tokens of what is mostly noise, and the smaller the share of tokens an input gets,
+    the more of it is learnt by heart. Measured on MiniLM at 1200, 5000 and 20,000 tokens: factors of 0.3 to 3
+    make no difference, 0.01 throughout is worse than no compensation at 1200.
+    """
+    return max(_LEAST_COMPENSATION, K / tokens)
 
 
 def rotate(A: npt.NDArray, size: int) -> npt.NDArray:

@@ -92,6 +92,27 @@ def coarse_inputs(x: np.ndarray, largest: float) -> np.ndarray:
     return np.round(x / step) * step
 
 
+@pytest.mark.parametrize("rounding", [None, coarse_inputs])
+def test_corrected_compares_residuals_with_the_float_model(rounding) -> None:
+    model, batches = transformer(), feeds(4)
+    groups = groups_of(model)
+    handler, floats = walk(model, batches, corrected=True, rounding=rounding), run_whole(model, batches)
+    found = {name for group in groups for name in group.residuals if name}
+    assert found == {"embedded", "norm0", "norm20", "norm1"}  # of the attention's and the MLP's outputs
+    for i, group in enumerate(groups):
+        statistics = handler.solved[group.weights]
+        assert set(statistics.residuals) == ({name for name in group.residuals if name} if i else set())
+        if rounding is not None:
+            continue  # what goes in is rounded there: not for this reference
+        now = run_whole(model, batches, handler.coarse(groups[:i]))
+        x = rows_of(now, group.values)
+        for name, moment in statistics.residuals.items():
+            wanted = x.T @ (rows_of(floats, [name]) - rows_of(now, [name])) / len(x)
+            np.testing.assert_allclose(moment, wanted, atol=1e-5)
+    moments = [m for s in handler.solved.values() for name, m in s.residuals.items() if name != "embedded"]
+    assert moments and all(np.abs(moment).max() > 0.001 for moment in moments)
+
+
 def test_rounded_inputs_of_the_float_model() -> None:
     model, batches = transformer(), feeds(4)
     handler, runs = walk(model, batches, sequential=False, rounding=coarse_inputs), run_whole(model, batches)

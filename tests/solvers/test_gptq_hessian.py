@@ -71,8 +71,8 @@ def test_compensated_target_is_least_squares():
 def test_compensated_target_without_change_is_the_weight():
     W = np.ones((16, 2), np.float32)
     zero = np.zeros((16, 16))
-    assert np.array_equal(hessian.compensated_target(W, moment(16), zero), W)
-    assert np.array_equal(hessian.compensated_target(W, zero, zero), W)
+    assert np.array_equal(hessian.compensated_target(W, moment(16), zero, damping=0.01), W)
+    assert np.array_equal(hessian.compensated_target(W, zero, zero, damping=0.01), W)
     dead = moment(16)
     dead[3] = dead[:, 3] = 0
     assert np.isfinite(hessian.compensated_target(W, dead, 0.1 * dead, damping=0.0)).all()
@@ -96,3 +96,21 @@ def test_rotation_is_orthogonal_and_keeps_the_output(size: int):
 def test_rotations_that_do_not_fit_are_refused(K: int, size: int):
     with pytest.raises(InputError, match=f"blocks of {size} cannot rotate {K} inputs"):
         hessian.rotate(np.eye(K), size)
+
+
+def test_compensated_target_takes_back_what_its_inputs_tell_of_a_residual():
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((500, 24))
+    x_float = x + 0.1 * rng.standard_normal(x.shape)
+    W = rng.standard_normal((24, 7)).astype(np.float32)
+    r_float = rng.standard_normal((500, 7))
+    r = r_float + 0.3 * x[:, :7] + 0.1 * rng.standard_normal(r_float.shape)
+    H, cross, residual = x.T @ x / 500, x.T @ (x_float - x) / 500, x.T @ (r_float - r) / 500
+    best = np.linalg.lstsq(x, r_float + x_float @ W - r, rcond=None)[0]
+    found = hessian.compensated_target(W, H, cross, residual, damping=0.0)
+    assert np.allclose(found, best, atol=1e-3)
+
+
+def test_compensation_is_damped_where_data_are_few():
+    assert hessian.compensation_damping(384, 1237) == pytest.approx(384 / 1237)
+    assert hessian.compensation_damping(64, 10**6) == 0.003
