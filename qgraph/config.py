@@ -166,6 +166,11 @@ class CompileConfig:
             found["calibrate_on"] = "corrected" if get_solver(solver).calibrated else "float"
         return found
 
+    def files(self) -> list[Path]:
+        """The files that it names, for reading."""
+        named = (self.calibration if self.calibration != FROM_PYTHON else "", self.tokenizer)
+        return [Path(name) for name in named if name]
+
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""
         decisive = ["scheme", "solver", "embeddings", "include", "exclude", "rotate"]
