@@ -76,6 +76,8 @@ def _read(file: Any, name: str, path: Path) -> npt.NDArray:
         array = file[name]
     except ValueError as error:  # of Python objects, which would have to be unpickled
         raise InputError(f"{path}: '{name}' is no array of numbers, or damaged: {error}") from error
+    except MemoryError:
+        raise InputError(f"{path}: '{name}' is larger than the memory of this machine, or damaged") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: '{name}' is no array: make the file with np.savez")
     return array
