@@ -125,7 +125,13 @@ def energy_order(H: Matrix, block: int) -> npt.NDArray[np.intp]:
 
 
 def compensated_target(
-    W: Array, H: Matrix, cross: Matrix, residual: Matrix | None = None, *, damping: float
+    W: Array,
+    H: Matrix,
+    cross: Matrix,
+    residual: Matrix | None = None,
+    *,
+    damping: float,
+    strength: float = 1.0,
 ) -> Array:
     """The W~ that makes up for what layers before have already changed: float32 [K, N].
 
@@ -135,6 +141,9 @@ def compensated_target(
     asymmetric calibration of GPTAQ (arXiv 2504.02692), whose target is the float layer's output, in closed
     form, before any rounding. With r (ours) the layer also takes back, as far as its inputs tell, what went
     wrong on the residual stream. W itself where H, or C and P, are zero.
+
+    strength: share of the way from W to W~ that is gone. Where x is noisy, W~ is what regression on a noisy
+    variable is: too small.
     """
     check_second_moment(H, len(W), "")
     mean = H.diagonal().mean()
@@ -145,7 +154,7 @@ def compensated_target(
         if residual is not None:
             wanted += residual
         shift = np.linalg.solve(damp(H, max(damping, _LEAST_DAMPING)), wanted / mean)
-    return (W + shift).astype(np.float32)
+    return (W + strength * shift).astype(np.float32)
 
 
 def compensation_damping(K: int, tokens: int) -> float:
