@@ -181,8 +181,8 @@ def show(report: CompileReport, options: dict[str, Any]) -> None:
         print(
             table(
                 _layer_rows(report),
-                ("layer", "rows", "columns", "scheme", "bits", "SQNR dB", "kernel", "kept"),
-                (1, 2, 4, 5),
+                ("layer", "rows", "columns", "scheme", "bits", "SQNR dB", "output %", "kernel", "kept"),
+                (1, 2, 4, 5, 6),
             )
         )
         print()
@@ -200,7 +200,8 @@ def _layer_rows(report: CompileReport) -> list[tuple[object, ...]]:
     return [
         (
             layer.name, *layer.shape, layer.scheme or "float32", f"{layer.bits_per_weight:.3f}",
-            "" if layer.sqnr_db is None else f"{layer.sqnr_db:.2f}", layer.kernel, layer.kept,
+            "" if layer.sqnr_db is None else f"{layer.sqnr_db:.2f}",
+            "" if layer.output_error is None else f"{100 * layer.output_error:.2g}", layer.kernel, layer.kept,
         )
         for layer in report.layers
     ]  # fmt: skip
