@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from qgraph.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     import onnx
+
+
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_NODE = re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'(.*?)' Status Message: ")
+
+_SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*? was false\. ")
 
 
 def open_session(model: onnx.ModelProto, name: str) -> Any:
@@ -47,5 +54,6 @@ def onnxruntime() -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What of a message of several lines says it."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What of a message of several lines says it, without ONNX Runtime's codes and phrases."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return _SOURCE.sub("", _NODE.sub(r"\1 '\2': ", _CODE.sub("", line)))
