@@ -71,25 +71,21 @@ def kernels() -> Path:
     return cache_dir()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh_journal(
-    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], None]]:
+    kernels: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], None]:
     """Call it, and no earlier calibration is known any more."""
-    count = 0
 
     def forget() -> None:
-        nonlocal count
-        count += 1
-        folder = tmp_path / f"cache{count}"
-        folder.mkdir()
+        folder = tmp_path_factory.mktemp("cache")
         for entry in kernels.iterdir():
             if entry.name != "calibration":
                 (folder / entry.name).symlink_to(entry)
         monkeypatch.setenv("QGRAPH_CACHE_DIR", str(folder))
 
     forget()
-    yield forget
+    return forget
 
 
 def output_error(result: CompileResult, original: Path) -> float:
