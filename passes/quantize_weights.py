@@ -174,7 +174,8 @@ class _Work:
                     damping=compensation_damping(group.K, statistics.tokens),
                     strength=_STRENGTH.get(self.options.scheme.activation_format or "", 1.0),
                 )
-            q = solver(target, H=H, name=name, threads=self.options.threads)
+            tokens = 0 if statistics is None else statistics.tokens
+            q = solver(target, H=H, tokens=tokens, name=name, threads=self.options.threads)
             back = q.dequantize()
             errors = [_relative_error(W, back)]
             if H is not None:

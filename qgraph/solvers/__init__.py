@@ -1,9 +1,9 @@
 """Solvers: float weights -> `QTensor`. Pure functions of arrays, one file each, none knows of graphs.
 
-A solver is `solve(W, *, H=None, name="", threads=None) -> QTensor` with W float32 [K, N] and H float64
-[K, K], the second moment of the layer's inputs (`Statistics.second_moment`), which only calibrated solvers
-read. `name` is for messages only; the result does not depend on `threads` (None: every CPU this process may
-use). InputError for weights, or an H, that are not finite.
+A solver is `solve(W, *, H=None, tokens=0, name="", threads=None) -> QTensor` with W float32 [K, N] and H
+float64 [K, K], the second moment of the layer's inputs (`Statistics.second_moment`) over so many tokens (0:
+unknown), which only calibrated solvers read. `name` is for messages only; the result does not depend on
+`threads` (None: every CPU this process may use). InputError for weights, or an H, that are not finite.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Solver:
         W: npt.NDArray[np.float32],
         *,
         H: npt.NDArray[np.float64] | None = None,
+        tokens: int = 0,
         name: str = "",
         threads: int | None = None,
     ) -> QTensor:
@@ -55,7 +56,7 @@ class Solver:
             return solve(W, name=name, threads=threads)
         if H is None:
             raise UsageError(f"solver '{self.name}' needs calibration data")
-        return solve(W, H=H, name=name, threads=threads)
+        return solve(W, H=H, tokens=tokens, name=name, threads=threads)
 
 
 SOLVERS: dict[str, Solver] = {

@@ -25,10 +25,11 @@ def solve(
     W: npt.NDArray[np.float32],
     *,
     H: npt.NDArray[np.float64],
+    tokens: int = 0,
     name: str = "",
     threads: int | None = None,
 ) -> QTensor:
-    """W float32 [K, N], H float64 [K, K] -> NVFP4, as above; only the diagonal of H is read.
+    """W float32 [K, N], H float64 [K, K] -> NVFP4, as above; only the diagonal of H is read, `tokens` not.
 
     Raises InputError for weights or an H that are not finite, and for an H of another shape or with a
     negative diagonal.

@@ -297,3 +297,11 @@ def test_scales_stay_in_e4m3():
     q = gptq.solve(W, H=H, damping=1e-6)
     assert (q.block_scale.astype(np.float32) <= e4m3.MAX).all()
     assert error(W, q, H, 1e-6) < error(W, SOLVERS["sweep"](W), H, 1e-6)
+
+
+def test_damping_follows_the_number_of_tokens():
+    W, H = weight(64, 8), moment(inputs(64))
+    for tokens, damping in ((0, 0.03), (100, 0.3), (320, 0.1), (10**6, 0.01)):
+        found, wanted = gptq.solve(W, H=H, tokens=tokens), gptq.solve(W, H=H, damping=damping)
+        assert found.codes.tobytes() == wanted.codes.tobytes()
+    assert gptq.solve(W, H=H, tokens=100).codes.tobytes() != gptq.solve(W, H=H).codes.tobytes()
