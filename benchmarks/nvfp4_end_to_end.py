@@ -257,7 +257,10 @@ def main() -> None:
     parser.add_argument("--scheme", nargs="+", default=["nvfp4"], choices=[s for s in SCHEMES if s != "none"])
     parser.add_argument("--solver", nargs="+", default=["sweep", "gptq"], choices=list(SOLVERS))
     parser.add_argument(
-        "--calibrate-on", nargs="+", default=["float"], choices=["float", "quantized", "corrected"]
+        "--calibrate-on",
+        nargs="+",
+        default=["float", "corrected"],
+        choices=["float", "quantized", "corrected"],
     )
     parser.add_argument("--samples", type=int, default=CompileConfig.samples)
     parser.add_argument("--smooth", type=float, default=0.0, help="of all calibrated runs")

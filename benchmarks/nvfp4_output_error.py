@@ -64,6 +64,7 @@ class Layer:
     W: Array
     H: Matrix
     held_out: Matrix
+    tokens: int  # of calibration
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,14 @@ class Subject:
     length: int | None
 
 
-def variants() -> dict[str, Quantize]:
-    """Row of the table -> how to quantize."""
+def variants(tokens: int) -> dict[str, Quantize]:
+    """Row of the table -> how to quantize, after so many tokens of calibration."""
 
     def solver(name: str, W: Array, H: Matrix) -> Array:
-        return SOLVERS[name](W, H=H).dequantize()
+        return SOLVERS[name](W, H=H, tokens=tokens).dequantize()
 
     def gptq_with(W: Array, H: Matrix, **options) -> Array:
-        return gptq.solve(W, H=H, **options).dequantize()
+        return gptq.solve(W, H=H, tokens=tokens, **options).dequantize()
 
     def rotated(W: Array, H: Matrix) -> Array:
         if len(W) % 16:
@@ -124,7 +125,7 @@ def layers(subject: Subject, samples: int) -> list[Layer]:
     for d in chosen:
         value = nodes[d.node_name].inputs[0].name
         W = model.graph.initializers[d.weight].const_value.numpy()
-        found.append(Layer(d.module, W, *(m[value].second_moment for m in moments)))
+        found.append(Layer(d.module, W, *(m[value].second_moment for m in moments), tokens[0]))
     return found
 
 
@@ -132,7 +133,7 @@ def table(found: list[Layer]) -> None:
     """Print the rows of a model as they are measured."""
     columns = {layer.name: SHOWN[layer.name] for layer in found if layer.name in SHOWN}
     print(f"\n| % | {' | '.join([*columns.values(), 'mean of all', 's'])} |\n|{'---|' * (len(columns) + 3)}")
-    for row, quantize in variants().items():
+    for row, quantize in variants(found[0].tokens).items():
         start = time.perf_counter()
         results = [quantize(layer.W, layer.H) for layer in found]
         seconds = time.perf_counter() - start
