@@ -240,10 +240,9 @@ def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass
     config = run.config
     passes: list[GraphPass] = []
     if config.smooth and data is not None:
-        from qgraph.calibration import collect
+        from qgraph.calibration import channel_amax
 
-        found = collect(model, data, threads=config.threads or None)
-        amax = {name: statistics.amax for name, statistics in found.items()}
+        amax = channel_amax(model, data, threads=config.threads or None)
         passes.append(MigrateScales(amax, config.smooth, insert=True))
     if config.rotate:
         passes.append(RotateInputs(config.rotate))

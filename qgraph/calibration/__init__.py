@@ -12,17 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qgraph.calibration.calibrator import StreamingCalibrator
-    from qgraph.calibration.collector import collect
+    from qgraph.calibration.collector import channel_amax, collect
     from qgraph.calibration.data import Batch, Data, model_inputs, open_data
     from qgraph.calibration.journal import Journal
 
-__all__ = ["Batch", "Data", "Journal", "StreamingCalibrator", "collect", "model_inputs", "open_data"]
+__all__ = [
+    "Batch",
+    "Data",
+    "Journal",
+    "StreamingCalibrator",
+    "channel_amax",
+    "collect",
+    "model_inputs",
+    "open_data",
+]
 
 _LAZY = {
     "Batch": "data",
     "Data": "data",
     "Journal": "journal",
     "StreamingCalibrator": "calibrator",
+    "channel_amax": "collector",
     "collect": "collector",
     "model_inputs": "data",
     "open_data": "data",

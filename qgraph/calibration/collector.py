@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from qgraph.calibration.border import Border
 from qgraph.calibration.data import Data, Feeds, model_inputs, open_data
-from qgraph.calibration.moments import Moments
+from qgraph.calibration.moments import Moments, Peaks
 from qgraph.calibration.segments import FrozenGraph
-from qgraph.calibration.walk import Stream, Walk, make_taps, partition
+from qgraph.calibration.walk import Stream, Tap, Walk, make_taps, partition
 from qgraph.calibration.workspace import scratch_folder, thread_count
 from qgraph.solvers.statistics import Statistics
 
@@ -49,18 +52,50 @@ def collect(
         model = prepare_model(load_model(model))
     data = open_data(data, model_inputs(model))
     names = list(dict.fromkeys(linear_inputs(model) if values is None else values))
+    found: dict[str, Statistics] = {}
+
+    def stage(walk: Walk, first: int, last: int, taps: Sequence[Tap]) -> None:
+        moments = [Moments(tap.values[0], tap.K) for tap in taps]
+        walk.stage(first, last, moments)
+        found.update((moment.name, moment.finish()) for moment in moments)
+
+    _walk(model, data, names, threads, memory, stage)
+    return {name: found[name] for name in names}
+
+
+def channel_amax(
+    model: ir.Model, data: Data, *, threads: int | None = None, memory: int = MEMORY
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The largest |x| of every channel, float32 [K], of the inputs of all linear layers that `SelectLayers`
+    chose: `Statistics.amax` without the K^2 sums. Arguments and errors as of `collect`."""
+    found: dict[str, npt.NDArray[np.float32]] = {}
+
+    def stage(walk: Walk, first: int, last: int, taps: Sequence[Tap]) -> None:
+        peaks = [Peaks(tap.K) for tap in taps]
+        walk.stage(first, last, peaks)
+        found.update((tap.values[0], peak.amax) for tap, peak in zip(taps, peaks, strict=True))
+
+    _walk(model, data, linear_inputs(model), threads, memory, stage)
+    return found
+
+
+def _walk(
+    model: ir.Model,
+    data: Data,
+    names: Iterable[str],
+    threads: int | None,
+    memory: int,
+    stage: Callable[[Walk, int, int, Sequence[Tap]], None],
+) -> None:
+    """Leads `stage(walk, first, last, their taps)` through the float model, to each of `names` once."""
     graph = FrozenGraph(model)
     order = sorted(names, key=lambda name: graph.producer.get(name, -1))
     taps = make_taps(model, [(name,) for name in order])
     with scratch_folder() as folder:
         border = Border(folder)
         walk = Walk(data, taps, [Stream("float", graph, taps, border)], border, thread_count(threads))
-        found: dict[str, Statistics] = {}
         for first, last in partition(taps, memory):
-            moments = [Moments(tap.values[0], tap.K) for tap in taps[first : last + 1]]
-            walk.stage(first, last, moments)
-            found.update((moment.name, moment.finish()) for moment in moments)
-    return {name: found[name] for name in names}
+            stage(walk, first, last, taps[first : last + 1])
 
 
 def linear_inputs(model: ir.Model) -> list[str]:
