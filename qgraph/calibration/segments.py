@@ -121,13 +121,14 @@ class FrozenGraph:
     def _plain_lookup(self, node: ir.Node) -> ir.Node:
         """`Gather` from the dequantized table, which goes by the name of its codes."""
         ids, codes, *_ = node.inputs
-        assert codes is not None and codes.name is not None
+        assert ids is not None and codes is not None and codes.name is not None
         table = _Table(node)
         self.weights[codes.name] = table
         value = ir.Value(name=codes.name, shape=codes.shape, type=ir.TensorType(ir.DataType.FLOAT))
         self._info[codes.name] = _info(value)
         result = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
-        return ir.Node("", "Gather", [value, ids], outputs=[result], name=node.name)
+        # Values of its own: the model's must not count this node among their readers.
+        return ir.Node("", "Gather", [value, ir.Value(name=ids.name)], outputs=[result], name=node.name)
 
     def separate(self, layers: Iterable[str], *, rounds: bool) -> None:
         """Lets these MatMuls read a weight of their own, `own(weight)`, which may be replaced while other

@@ -25,7 +25,7 @@ from calibration_harness import (
     transformer_proto,
 )
 
-from qgraph.calibration import StreamingCalibrator, collect
+from qgraph.calibration import StreamingCalibrator, channel_amax, collect
 from qgraph.errors import InputError, UnsupportedError, UsageError
 from qgraph.passes.select_layers import SelectLayers
 
@@ -405,6 +405,10 @@ def test_collect() -> None:
     some = collect(model, batches, ["norm21", "attended0"], memory=1)
     assert list(some) == ["norm21", "attended0"]
     assert all(same_statistics(some[name], found[name]) for name in some)
+    for memory in (1, 1 << 30):
+        largest = channel_amax(model, data_of(model, batches), memory=memory)
+        assert largest.keys() == found.keys()
+        assert all(np.array_equal(largest[name], found[name].amax) for name in found)
 
 
 def test_collect_from_a_file(tmp_path) -> None:
@@ -433,6 +437,7 @@ def test_quantized_embeddings() -> None:
     SelectLayers(embeddings="nvfp4", exclude=["MatMul"])(model)
     QuantizeWeights("nvfp4", "rtn")(model)
     assert any(node.op_type == "QGatherNVFP4" for node in model.graph)
+    readers = {value: len(value.uses()) for node in model.graph for value in node.inputs if value is not None}
     from qgraph.solvers import get_solver
 
     back = get_solver("rtn")(big.T).dequantize().T
@@ -440,6 +445,7 @@ def test_quantized_embeddings() -> None:
     found = collect(model, feeds(2), ["embedded", "norm21"])
     for name, statistics in found.items():
         check(statistics, rows_of(runs, [name]))
+    assert all(len(value.uses()) == count for value, count in readers.items())  # the model is untouched
 
 
 def test_quantized_layers_are_refused() -> None:
