@@ -228,7 +228,8 @@ def require_indices(data: Data, tables: Mapping[str, int]) -> None:
             wrong = None if array is None else np.argwhere((array < -rows) | (array >= rows))
             if array is not None and wrong is not None and len(wrong):
                 index = tuple(wrong[0])
-                label = batch.labels[index[0]] if len(array) == len(batch.labels) else batch.labels[0]
+                by_sample = array.ndim > 0 and len(array) == len(batch.labels)
+                label = batch.labels[index[0] if by_sample else 0]
                 raise InputError(
                     f"{data.name}: {label} holds {array[index]} in '{name}', but the model's table for it "
                     f"has {rows} rows: use the tokenizer that belongs to the model"

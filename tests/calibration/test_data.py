@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qgraph.calibration import Data, open_data
-from qgraph.calibration.data import spread
+from qgraph.calibration.data import require_indices, spread
 from qgraph.errors import InputError, QGraphError, UsageError
 from qgraph.evaluate.samples import InputSpec
 
@@ -302,3 +302,12 @@ def test_not_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text("{}")
     with pytest.raises(InputError, match=r"not a tokenizer.json"):
         open_data(tmp_path / "t.txt", [IDS], tokenizer=tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1)])
+def test_index_outside_of_its_table(shape: tuple[int, ...]) -> None:
+    """Of any rank; a negative index counts from the end."""
+    spec = InputSpec("index", "int64", shape)
+    require_indices(open_data([{"index": np.full(shape, -4)}], [spec]), {"index": 4})
+    with pytest.raises(InputError, match="sample 0 holds 4 in 'index', but the model's table for it has 4"):
+        require_indices(open_data([{"index": np.full(shape, 4)}], [spec]), {"index": 4})
