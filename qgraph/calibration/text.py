@@ -16,6 +16,7 @@ from qgraph.calibration.data import MASK, Batch, Data, fixed_batch, spread
 from qgraph.errors import InputError, ResourceError, UsageError
 from qgraph.evaluate.files import existing_file
 from qgraph.evaluate.samples import InputSpec
+from qgraph.evaluate.tokenizer import load_tokenizer
 
 _BATCH, _BATCH_TOKENS = 8, 2048  # samples of a run, and how many tokens these may be together
 _LONGEST = 256  # tokens of a line: the rest is cut off
@@ -107,15 +108,7 @@ def _fixed_length(model_inputs: Sequence[InputSpec]) -> int | None:
 
 def _open_tokenizer(path: str | os.PathLike[str]) -> tuple[Any, int]:
     """The tokenizer, which neither cuts nor pads, and the id that it pads with."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ResourceError("the package 'tokenizers' is missing: pip install tokenizers") from None
-    file = existing_file(path)
-    try:
-        tokenizer = Tokenizer.from_file(os.fspath(file))
-    except Exception as error:  # the package raises Exception itself
-        raise InputError(f"{os.fspath(path)}: not a tokenizer.json: {error}") from error
+    tokenizer = load_tokenizer(path)
     pad = int((tokenizer.padding or {}).get("pad_id", 0))
     tokenizer.no_padding()
     tokenizer.no_truncation()

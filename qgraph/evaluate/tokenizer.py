@@ -21,7 +21,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise ResourceError("the package 'tokenizers' is missing: pip install 'qgraph[demo]'") from None
+        raise ResourceError("the package 'tokenizers' is missing: pip install tokenizers") from None
     file = existing_file(path)
     try:
         return Tokenizer.from_file(os.fspath(file))
@@ -31,6 +31,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 def leading_tokens(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts before a text, usually one BOS; none where it adds none."""
+    tokenizer.no_padding()  # padding at the left would count, too
     encoded = tokenizer.encode("a", add_special_tokens=True)
     count = 0
     while count < len(encoded.ids) and encoded.special_tokens_mask[count]:
