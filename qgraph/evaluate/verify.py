@@ -120,8 +120,11 @@ class Reference:
 
         for rounding in self._roundings:
             x, y = shown[rounding.input], shown[rounding.output]
-            int8 = rounding.format == "int8"
-            exact = dynamic_int8(x) if int8 else dynamic_nvfp4(x, rounding.global_scale or 1)
+            if rounding.format == "int8":
+                exact = dynamic_int8(x)
+            else:
+                assert rounding.global_scale is not None  # CheckPrepared sees to it
+                exact = dynamic_nvfp4(x, rounding.global_scale)
             if y.tobytes() != exact.tobytes():
                 raise BudgetError(
                     f"the artifact rounds '{rounding.input}' to {rounding.format} wrongly at {where}"
