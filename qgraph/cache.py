@@ -1,4 +1,5 @@
-"""Where qgraph keeps what it can make again: compiled kernels and the runtime library."""
+"""Where qgraph keeps what it can make again: compiled kernels, journals of calibrations, the runtime
+library."""
 
 from __future__ import annotations
 

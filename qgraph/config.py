@@ -47,7 +47,8 @@ class CompileConfig:
         target: the machine the artifact is for, a name of `qgraph.codegen.isa.TARGETS`.
         verify: whether the artifact is run and compared with ONNX's reference evaluator on the low-bit model.
         strict: whether a layer that was chosen but did not get a low-bit kernel is an error.
-        threads: threads of the verification, at most 1024; 0 is one a core.
+        threads: of calibration, solvers and verification, at most 1024; 0 is one a core. Results do not
+            depend on it.
         seed: of the verification's inputs.
 
     Raises UsageError, naming the field, when a value is not one of those.

@@ -53,7 +53,7 @@ _QUANTIZE = (
         "--calibrate-on",
         metavar="MODEL",
         help="In what a layer's inputs are measured: float, quantized (earlier layers are), or corrected "
-        "(for what these did).  [default: corrected]",
+        "(for what these did).  [default: corrected; float with a solver that knows weights alone]",
     ),
     click.option(
         "--smooth",
