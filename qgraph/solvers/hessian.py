@@ -51,8 +51,8 @@ def check_second_moment(H: Matrix, K: int, name: str) -> None:
     largest = max(float(H.max()), -float(H.min()))
     if any(np.abs(H[k] - H[:, k]).max() > _ASYMMETRY * largest for k in range(K)):
         raise InputError(f"{what} is not symmetric")
-    if H.diagonal().min() < 0:
-        raise InputError(f"{what} has a negative diagonal: it is no mean of x^T x")
+    if H.diagonal().min() < 0 or H.diagonal().max() == 0 < largest:
+        raise InputError(f"{what} has a negative diagonal, or nothing on it: it is no mean of x^T x")
 
 
 def damp(H: Matrix, damping: float) -> Matrix:

@@ -222,6 +222,8 @@ def broken(change: str) -> np.ndarray:
         H[3, 5] *= 1.5
     elif change == "negative":
         H[3, 3] = -1
+    elif change == "hollow":
+        np.fill_diagonal(H, 0)
     elif change == "indefinite":
         H[3, 5] = H[5, 3] = 1000
     elif change == "float32":
@@ -240,6 +242,7 @@ def broken(change: str) -> np.ndarray:
         ("inf", r"layer7.*holds inf at \[3, 5\]"),
         ("asymmetric", "layer7.*not symmetric"),
         ("negative", "layer7.*negative diagonal"),
+        ("hollow", "layer7.*nothing on it"),
         ("indefinite", "layer7.*not positive semidefinite"),
         ("float32", r"layer7.*float32 \[32, 32\], not float64 \[32, 32\]"),
         ("shape", r"layer7.*float64 \[31, 31\], not float64 \[32, 32\]"),
