@@ -25,22 +25,26 @@ def scratch_folder() -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
+            # One process at a time: none takes a folder that is being made for one that was left.
+            gate = stack.enter_context((root / _GATE).open("a"))
+            fcntl.flock(gate, fcntl.LOCK_EX)
             for left in root.glob(f"{_PREFIX}*"):
                 if _is_free(left):
                     shutil.rmtree(left, ignore_errors=True)
             name = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=root, ignore_cleanup_errors=True)
             folder = Path(stack.enter_context(name))
             fcntl.flock(stack.enter_context((folder / _LOCK).open("w")), fcntl.LOCK_EX)
+            gate.close()
         yield folder
 
 
-_PREFIX, _LOCK = "scratch-", "lock"
+_PREFIX, _LOCK, _GATE = "scratch-", "lock", ".gate"
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether the process that made the folder is gone. One that has no lock yet is not free."""
+    """Whether the process that made the folder is gone."""
     try:
-        with (folder / _LOCK).open() as lock:
+        with (folder / _LOCK).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
     except OSError:

@@ -348,8 +348,10 @@ def test_leftovers_of_dead_processes_go(own_cache: Path) -> None:
     dead = own_cache / "calibration" / "scratch-dead"
     dead.mkdir(parents=True)
     (dead / "lock").write_text("")
+    early = own_cache / "calibration" / "scratch-killed-before-it-had-a-lock"
+    early.mkdir()
     with scratch_folder() as one:
-        assert not dead.exists()
+        assert not dead.exists() and not early.exists()
         with scratch_folder() as two:
             assert one.exists() and two.exists() and one != two
     assert not one.exists() and not two.exists()
