@@ -9,8 +9,11 @@ and so, now and then, a code. What it computes still depends on the kernels that
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +28,49 @@ HADAMARD_SIZES = (16, 32, 64, 128)
 _COLUMNS = 256  # at a time
 _ASYMMETRY = 1e-6  # of the largest element; what sums in another order may leave
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1.0
-_LEAST_COMPENSATION = 0.003
+_LEAST_COMPENSATION = 0.03
+
+
+class _BlasLimit:
+    """numpy's BLAS on one thread while anybody wants it so.
+
+    threadpoolctl obeys the thread that was the first to set a limit and leaves others without one, so the
+    same thread sets and restores for all.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._setter: ThreadPoolExecutor | None = None
+        self._limit: Any = None
+
+    def enter(self) -> None:
+        from threadpoolctl import threadpool_limits
+
+        with self._lock:
+            if not self._users:
+                self._setter = self._setter or ThreadPoolExecutor(1, "qgraph-blas")
+                self._limit = self._setter.submit(threadpool_limits, 1, user_api="blas").result()
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                assert self._setter is not None
+                self._setter.submit(self._limit.restore_original_limits).result()
+
+
+_blas = _BlasLimit()
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Holds numpy's BLAS to one thread, in the whole process, until the block ends."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1, user_api="blas"):
+    """Holds numpy's BLAS to one thread, in the whole process, until the last such block ends."""
+    _blas.enter()
+    try:
         yield
+    finally:
+        _blas.leave()
 
 
 def check_second_moment(H: Matrix, K: int, name: str) -> None:

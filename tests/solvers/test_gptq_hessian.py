@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from qgraph.errors import InputError
 from qgraph.solvers import hessian
@@ -113,4 +116,31 @@ def test_compensated_target_takes_back_what_its_inputs_tell_of_a_residual():
 
 def test_compensation_is_damped_where_data_are_few():
     assert hessian.compensation_damping(384, 1237) == pytest.approx(384 / 1237)
-    assert hessian.compensation_damping(64, 10**6) == 0.003
+    assert hessian.compensation_damping(64, 10**6) == 0.03
+
+
+def blas_threads() -> set[int]:
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_blas_is_held_to_one_thread_from_any_thread():
+    """Whichever thread was there first; until the last block ends, and then no longer."""
+    before = blas_threads()
+    with hessian.one_blas_thread():
+        assert blas_threads() == {1}
+    seen, inside, done = [], threading.Event(), threading.Event()
+
+    def other() -> None:
+        with hessian.one_blas_thread():
+            inside.set()
+            done.wait(10)
+            seen.append(blas_threads())
+
+    thread = threading.Thread(target=other)
+    with hessian.one_blas_thread():
+        thread.start()
+        assert inside.wait(10)
+    assert blas_threads() == {1}  # the other still needs it
+    done.set()
+    thread.join()
+    assert seen == [{1}] and blas_threads() == before
