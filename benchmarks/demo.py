@@ -1,5 +1,7 @@
 """`make demo`: MiniLM to NVFP4, beside the float model in ONNX Runtime. Every figure is measured in this run.
 
+Calibrated on the sentences in benchmarks/sentences.txt, compared on others.
+
 python benchmarks/demo.py out/minilm.onnx
 """
 
@@ -14,9 +16,11 @@ from pathlib import Path
 import qgraph
 from qgraph.cli.console import make_progress, table
 from qgraph.cli.failure import guard
+from qgraph.models import get_model
 from qgraph.report import CompileReport
 from qgraph.report.text import size, summary
 
+CALIBRATION = Path(__file__).parent / "sentences.txt"
 SENTENCES = (
     "A man is playing a guitar on the stage.",
     "Someone plays an instrument in front of an audience.",
@@ -37,15 +41,16 @@ SHAPES = ((1, 16), (1, 128), (8, 128))  # batch, sequence
 def main(model: Path) -> None:
     """Compile `model` twice, with float and with 4-bit embeddings; compare both with the float model on
     sentences, time all three, print and write the results."""
+    example = get_model("minilm")
+    data = {"calibration": CALIBRATION, "tokenizer": str(example.tokenizer_path())}
     from qgraph.evaluate.latency import Latency, measure
     from qgraph.evaluate.runners import OnnxRuntimeRunner
     from qgraph.evaluate.samples import artifact_ranges, input_specs, make_inputs
     from qgraph.evaluate.similarity import cosine
     from qgraph.evaluate.sts import SentenceTokenizer
-    from qgraph.models import get_model
 
     with make_progress(quiet=False) as progress:
-        result = qgraph.compile(model, scheme="nvfp4", progress=progress)
+        result = qgraph.compile(model, scheme="nvfp4", progress=progress, **data)
         print()
         print(table(summary(result.report)))
         print("\nonce more, with --embeddings nvfp4", flush=True)
@@ -55,9 +60,9 @@ def main(model: Path) -> None:
             embeddings="nvfp4",
             output=model.with_name("minilm.nvfp4e"),
             progress=progress,
+            **data,
         )
 
-    example = get_model("minilm")
     loaded = result.load()
     session, session_small = loaded.session(), small.load().session()
     original = OnnxRuntimeRunner(model, threads=session.threads)
