@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph.passes.base import add_initializer, attribute, constant, describe, is_op
+from qgraph.passes.base import GraphPass, add_initializer, attribute, constant, describe, is_op
 from qgraph.passes.channel_flow import Flow, Tracer
-from qgraph.passes.select_layers import DECISION
+from qgraph.passes.select_layers import DECISION, DECISIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,30 @@ def sources(graph: ir.Graph) -> Iterator[Source]:
 def chosen_matmuls(model: ir.Model) -> list[ir.Node]:
     """The MatMuls that `SelectLayers` chose, in graph order."""
     return [n for n in model.graph if is_op(n, "MatMul") and DECISION in n.meta and n.meta[DECISION].quantize]
+
+
+def require_selected_once(step: GraphPass, model: ir.Model, mark: str) -> None:
+    """For `GraphPass.requires`: `SelectLayers` has run, and `step`, which leaves `mark` in model.meta, has
+    not."""
+    name = type(step).__name__
+    if DECISIONS not in model.meta:
+        raise ir.passes.PreconditionError(f"{name} runs after SelectLayers")
+    if mark in model.meta:
+        raise ir.passes.PreconditionError(f"{name} runs once")
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """An input that is there."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def floats(node: ir.Node, index: int) -> npt.NDArray[np.float32]:
+    """The array of an input that is a constant."""
+    array = constant(node.inputs[index])
+    assert array is not None
+    return array
 
 
 def change_constant(node: ir.Node, index: int, array: npt.NDArray[np.float32]) -> None:

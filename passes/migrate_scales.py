@@ -13,15 +13,21 @@ from qgraph.errors import InputError, UsageError
 from qgraph.passes.base import (
     GraphPass,
     add_initializer,
-    constant,
     copy_metadata,
     describe,
     make_node,
     printable,
 )
 from qgraph.passes.channel_flow import Sink
-from qgraph.passes.channel_sources import Source, change_constant, chosen_matmuls, sources
-from qgraph.passes.select_layers import DECISIONS
+from qgraph.passes.channel_sources import (
+    Source,
+    change_constant,
+    chosen_matmuls,
+    floats,
+    operand,
+    require_selected_once,
+    sources,
+)
 from qgraph.passes.tie_initializers import TieInitializers
 from qgraph.solvers import get_solver
 
@@ -100,10 +106,7 @@ class MigrateScales(GraphPass):
 
     def requires(self, model: ir.Model) -> None:
         """`SelectLayers` has run, and this pass has not: its statistics would be out of date."""
-        if DECISIONS not in model.meta:
-            raise ir.passes.PreconditionError("MigrateScales runs after SelectLayers")
-        if MIGRATIONS in model.meta:
-            raise ir.passes.PreconditionError("MigrateScales runs once")
+        require_selected_once(self, model, MIGRATIONS)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         done: dict[str, Vector] = {}
@@ -116,7 +119,7 @@ class MigrateScales(GraphPass):
             if not targets:
                 continue
             reason = _obstacle(source, targets)
-            if not reason and any(_input(sink.node).name in done for sink in sinks):
+            if not reason and any(operand(sink.node, 0).name in done for sink in sinks):
                 reason = "some of the layers that it reaches are migrated already"
             if reason:
                 why.update({sink.node: reason for sink in targets})
@@ -125,7 +128,7 @@ class MigrateScales(GraphPass):
                 del waiting[sink.node]
             s = self._strength(describe(source.node), targets, source.flow.channels, source.flow.free())
             if s is not None and self._fold(source, s):
-                done.update({str(_input(sink.node).name): s[sink.channels] for sink in sinks})
+                done.update({str(operand(sink.node, 0).name): s[sink.channels] for sink in sinks})
         self._left(model.graph, waiting, why, done)
         if done:
             TieInitializers()(model)
@@ -141,16 +144,16 @@ class MigrateScales(GraphPass):
         """Inserts a Mul for the layers that are `waiting`, or says why they are left."""
         by_value: dict[ir.Value, list[ir.Node]] = {}
         for node in waiting:
-            by_value.setdefault(_input(node), []).append(node)
+            by_value.setdefault(operand(node, 0), []).append(node)
         for value, nodes in by_value.items():
             reason = why.get(
                 nodes[0], "no norm, product with a vector or linear layer before it can take a scale exactly"
             )
-            shared = [n for n in nodes if any(user not in nodes for user in _weight(n).consumers())]
+            shared = [n for n in nodes if any(user not in nodes for user in operand(n, 1).consumers())]
             if not self.insert or shared:
-                self.refuse(value, reason if not shared else f"{describe(_weight(shared[0]))} is shared")
+                self.refuse(value, reason if not shared else f"{describe(operand(shared[0], 1))} is shared")
                 continue
-            K = _array(nodes[0]).shape[0]
+            K = floats(nodes[0], 1).shape[0]
             sinks = [Sink(node, np.arange(K, dtype=np.int32)) for node in nodes]
             s = self._strength(describe(value), sinks, K, np.ones(K, bool))
             if s is not None:
@@ -162,10 +165,8 @@ class MigrateScales(GraphPass):
 
         False, and nothing done, where a constant would overflow.
         """
-        divided = [(source.node, index, _constant(source.node, index) / s) for index in source.indices]
-        divided += [
-            (a.node, a.index, _constant(a.node, a.index) / s[a.channels]) for a in source.flow.addends
-        ]
+        divided = [(source.node, index, floats(source.node, index) / s) for index in source.indices]
+        divided += [(a.node, a.index, floats(a.node, a.index) / s[a.channels]) for a in source.flow.addends]
         weights = _rows_scaled(source.flow.sinks, s)
         if not all(np.isfinite(a).all() for a in (*(a for _, _, a in divided), *weights.values())):
             self.refuse(source.node, "left after all: a constant would overflow")
@@ -268,10 +269,10 @@ def _obstacle(source: Source, targets: Sequence[Sink]) -> str:
 def _site(where: str, targets: Sequence[Sink], channels: int) -> Site:
     by_input: dict[str, list[Sink]] = {}
     for sink in targets:
-        by_input.setdefault(str(_input(sink.node).name), []).append(sink)
+        by_input.setdefault(str(operand(sink.node, 0).name), []).append(sink)
     weights = []
     for sinks in by_input.values():
-        arrays = [_array(node) for node in {_weight(s.node): s.node for s in sinks}.values()]
+        arrays = [floats(node, 1) for node in {operand(s.node, 1): s.node for s in sinks}.values()]
         weights.append(np.concatenate(arrays, axis=1) if len(arrays) > 1 else arrays[0])
     rows = tuple(sinks[0].channels for sinks in by_input.values())
     return Site(where, tuple(by_input), rows, tuple(weights), channels)
@@ -280,8 +281,8 @@ def _site(where: str, targets: Sequence[Sink], channels: int) -> Site:
 def _rows_scaled(sinks: Sequence[Sink], s: Vector) -> dict[ir.Value, Vector]:
     """Every weight with its rows multiplied, each once: no other node reads them."""
     return {
-        weight: _array(sink.node) * s[sink.channels][:, None]
-        for weight, sink in {_weight(sink.node): sink for sink in sinks}.items()
+        weight: floats(sink.node, 1) * s[sink.channels][:, None]
+        for weight, sink in {operand(sink.node, 1): sink for sink in sinks}.items()
     }
 
 
@@ -309,23 +310,3 @@ def _checked(name: str, amax: Vector, K: int) -> Vector:
             f"the largest inputs of '{printable(name)}' must be {K} finite numbers, none negative"
         )
     return amax
-
-
-def _input(node: ir.Node) -> ir.Value:
-    assert node.inputs[0] is not None
-    return node.inputs[0]
-
-
-def _weight(node: ir.Node) -> ir.Value:
-    assert node.inputs[1] is not None
-    return node.inputs[1]
-
-
-def _array(node: ir.Node) -> Vector:
-    return _constant(node, 1)
-
-
-def _constant(node: ir.Node, index: int) -> npt.NDArray[np.float32]:
-    array = constant(node.inputs[index])
-    assert array is not None
-    return array

@@ -19,15 +19,23 @@ from qgraph.passes.base import (
     printable,
 )
 from qgraph.passes.channel_flow import block_of
-from qgraph.passes.channel_sources import Source, change_constant, chosen_matmuls, sources
+from qgraph.passes.channel_sources import (
+    Source,
+    change_constant,
+    chosen_matmuls,
+    floats,
+    operand,
+    require_selected_once,
+    sources,
+)
 from qgraph.passes.linear_groups import LinearGroup, linear_groups
-from qgraph.passes.select_layers import DECISIONS
 from qgraph.passes.tie_initializers import TieInitializers
+from qgraph.solvers.hessian import HADAMARD_SIZES, hadamard
 
 ROTATION = "qgraph.rotation"  # key of metadata_props: the block size, of the nodes that rotate a value
 ROTATIONS = "qgraph.rotations"  # key of model.meta: dict[str, int], see RotateInputs
 
-SIZES = (128, 64, 32, 16)
+SIZES = HADAMARD_SIZES[::-1]
 
 
 class RotateInputs(GraphPass):
@@ -63,10 +71,7 @@ class RotateInputs(GraphPass):
 
     def requires(self, model: ir.Model) -> None:
         """`SelectLayers` has run, and this pass has not."""
-        if DECISIONS not in model.meta:
-            raise ir.passes.PreconditionError("RotateInputs runs after SelectLayers")
-        if ROTATIONS in model.meta:
-            raise ir.passes.PreconditionError("RotateInputs runs once")
+        require_selected_once(self, model, ROTATIONS)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         done: dict[str, int] = {}
@@ -107,14 +112,6 @@ class RotateInputs(GraphPass):
             raise UsageError(f"no layer to quantize reads '{printable(unknown[0])}'")
 
 
-def hadamard(block: int) -> npt.NDArray[np.float32]:
-    """The Sylvester matrix of +-1, [block, block]: symmetric, H H = block I."""
-    H = np.ones((1, 1), np.float32)
-    while len(H) < block:
-        H = np.block([[H, H], [H, -H]])
-    return H
-
-
 def scales(block: int) -> tuple[float, float]:
     """Powers of two (r, w) with r w = 1 / block, as near to each other as can be: R = r H, R^-1 = w H."""
     log = block.bit_length() - 1
@@ -141,7 +138,7 @@ def rotate_rows(W: npt.NDArray[np.float32], block: int, scale: float) -> npt.NDA
 
 def _other_reader(members: Sequence[ir.Node]) -> str:
     """What besides `members` reads one of their weights; empty when nothing does."""
-    for weight in (_input(node, 1) for node in members):
+    for weight in (operand(node, 1) for node in members):
         if weight.is_graph_output():
             return "an output of the graph"
         if others := [node for node in weight.consumers() if node not in members]:
@@ -158,7 +155,7 @@ def _fold(source: Source | None, members: Sequence[ir.Node], block: int) -> int:
     if {sink.node for sink in flow.sinks} != set(members) or not flow.free().all():
         return 0
     block = min(block, flow.block, *(block_of(sink.channels) for sink in flow.sinks))
-    biases = [(a, constant(_input(a.node, a.index))) for a in flow.addends]
+    biases = [(a, constant(operand(a.node, a.index))) for a in flow.addends]
     whole = all(
         bias is not None and np.array_equal(a.channels.reshape(-1), np.arange(flow.channels))
         for a, bias in biases
@@ -166,26 +163,26 @@ def _fold(source: Source | None, members: Sequence[ir.Node], block: int) -> int:
     if block < SIZES[-1] or flow.channels % block or not whole:
         return 0
     forward, back = scales(block)
-    changes = [(source.node, 1, _floats(source.node, 1).T)]
+    changes = [(source.node, 1, floats(source.node, 1).T)]
     changes += [(a.node, a.index, bias.reshape(-1, 1)) for a, bias in biases if bias is not None]
     for node, index, columns in changes:
-        shape = _floats(node, index).shape
+        shape = floats(node, index).shape
         turned = rotate_rows(columns, block, forward)
         change_constant(node, index, np.ascontiguousarray(turned.T).reshape(shape))
-    for node in {_input(sink.node, 1): sink.node for sink in flow.sinks}.values():
-        change_constant(node, 1, rotate_rows(_floats(node, 1), block, back))
+    for node in {operand(sink.node, 1): sink.node for sink in flow.sinks}.values():
+        change_constant(node, 1, rotate_rows(floats(node, 1), block, back))
     return block
 
 
 def _insert(graph: ir.Graph, members: Sequence[ir.Node], block: int) -> None:
     """Rotates every value that `members` read, for them only, and back the rows of their weights."""
     forward, back = scales(block)
-    for value in dict.fromkeys(_input(node, 0) for node in members):
+    for value in dict.fromkeys(operand(node, 0) for node in members):
         readers = [node for node in members if node.inputs[0] is value]
         rotated = _rotated(graph, value, readers[0], block, forward)
         for node in readers:
             node.replace_input_with(0, rotated)
-    for weight in dict.fromkeys(_input(node, 1) for node in members):
+    for weight in dict.fromkeys(operand(node, 1) for node in members):
         array = constant(weight)
         assert array is not None
         weight.const_value = ir.Tensor(rotate_rows(array, block, back), name=weight.name)
@@ -216,15 +213,3 @@ def _rotated(graph: ir.Graph, value: ir.Value, before: ir.Node, block: int, scal
         out.name, out.type, out.shape = f"{node.name}.out", value.type, ir.Shape(shape)
     graph.insert_before(before, nodes)
     return nodes[-1].outputs[0]
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None
-    return value
-
-
-def _floats(node: ir.Node, index: int) -> npt.NDArray[np.float32]:
-    array = constant(node.inputs[index])
-    assert array is not None
-    return array

@@ -203,6 +203,14 @@ def compensation_damping(K: int, tokens: int) -> float:
     return max(_LEAST_COMPENSATION, K / tokens)
 
 
+def hadamard(size: int) -> Array:
+    """The Sylvester matrix of +-1, [size, size]: symmetric, H H = size I."""
+    H = np.ones((1, 1), np.float32)
+    while len(H) < size:
+        H = np.block([[H, H], [H, -H]])
+    return H
+
+
 def rotate(A: npt.NDArray, size: int) -> npt.NDArray:
     """R^T A with R block diagonal, its blocks normalised Hadamard matrices [size, size]: float as A, [K, N].
 
@@ -214,11 +222,8 @@ def rotate(A: npt.NDArray, size: int) -> npt.NDArray:
         raise InputError(
             f"blocks of {size} cannot rotate {K} inputs: a divisor of them out of {HADAMARD_SIZES}"
         )
-    H = np.ones((1, 1))
-    while len(H) < size:  # Sylvester's construction
-        H = np.block([[H, H], [H, -H]])
     blocks = A.reshape(K // size, size, -1)
-    return ((H / np.sqrt(size)).astype(A.dtype) @ blocks).reshape(A.shape)
+    return ((hadamard(size) / np.sqrt(size)).astype(A.dtype) @ blocks).reshape(A.shape)
 
 
 def rotate_moment(H: Matrix, size: int) -> Matrix:
