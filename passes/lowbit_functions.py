@@ -79,6 +79,11 @@ class InlineLowbitFunctions(GraphPass):
         return ir.passes.PassResult(model, modified)
 
 
+def rounding_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes that round activations, in graph order."""
+    return [node for node in lowbit_nodes(model) if node.op_type in ROUNDINGS.values()]
+
+
 def lowbit_nodes(model: ir.Model) -> list[ir.Node]:
     """The nodes of low-bit operators, in graph order."""
     return [node for node in model.graph.all_nodes() if node.domain == DOMAIN]

@@ -114,7 +114,7 @@ class QuantizeWeights(GraphPass):
             self.calibrator.walk(model, work.groups, work)
         else:
             for group in work.groups:
-                work.apply(group, work.solve(group, None))
+                work.install(group, work.solve(group, None))
         self.on_layer(len(work.order), len(work.order), "")
         model.meta[QUANTIZED] = work.done()
         return ir.passes.PassResult(model, bool(work.order))
@@ -189,6 +189,10 @@ class _Work:
 
     def apply(self, group: LinearGroup, record: Arrays) -> dict[str, npt.NDArray[np.float32]]:
         """See GroupHandler."""
+        return {name: q.dequantize() for name, q in self.install(group, record).items()}
+
+    def install(self, group: LinearGroup, record: Arrays) -> dict[str, QTensor]:
+        """Put a record into the model. Returns the quantized weights by name."""
         weights = {}
         activations = self.options.scheme.activation_format
         if activations is not None:
@@ -208,7 +212,7 @@ class _Work:
             )
             errors = [float(error) for error in record[f"{i}.errors"]]
             self._replace(name, q, errors, int(record["tokens"][0]))
-            weights[name] = q.dequantize()
+            weights[name] = q
         return weights
 
     def _announce(self, name: str) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qgraph.calibration import Data
-    from qgraph.evaluate.verify import Rounding
+    from qgraph.formats.activations import Rounding
     from qgraph.passes import Refusal
     from qgraph.passes.base import GraphPass
     from qgraph.passes.linear_groups import Calibrator
@@ -271,14 +271,14 @@ def _calibrator(run: _Run, data: Data) -> Calibrator:
 
 def _rounding(scheme: str) -> Callable[[np.ndarray, float], np.ndarray] | None:
     """What the inputs of quantized layers go through at run time: (x, largest |x| of all) -> x rounded."""
-    from qgraph.formats.activations import dynamic_int8, dynamic_nvfp4
+    from qgraph.formats.activations import dynamic_qdq
     from qgraph.formats.nvfp4 import global_scale
     from qgraph.schemes import get_scheme
 
     activations = get_scheme(scheme).activation_format
-    if activations == "nvfp4":
-        return lambda x, amax: dynamic_nvfp4(x, global_scale(amax))
-    return (lambda x, amax: dynamic_int8(x)) if activations == "int8" else None
+    if activations is None:
+        return None
+    return lambda x, amax: dynamic_qdq(x, activations, global_scale(amax))
 
 
 def _recipe(config: CompileConfig, data: Data | None) -> dict[str, Any]:
@@ -301,6 +301,7 @@ def _build(run: _Run, lowbit: Path) -> Mapping[str, str]:
     from qgraph.codegen import build_artifact
     from qgraph.evaluate.samples import METADATA_KEY, input_ranges
     from qgraph.passes import load_model, prepare_model
+    from qgraph.passes.lowbit_functions import rounding_nodes
 
     config, report = run.config, run.report
     with run.phase("import"):
@@ -311,6 +312,7 @@ def _build(run: _Run, lowbit: Path) -> Mapping[str, str]:
         refusals: list[Refusal] = []
         prepare_model(model, on_pass=run.heard, refusals=refusals)
         _require_recognized(lowbit, refusals)
+        run.rounds_activations = bool(rounding_nodes(model))
         ranges = input_ranges(model)
         metadata = {
             "qgraph.version": __version__,
@@ -352,7 +354,10 @@ def _verify(run: _Run, lowbit: Path) -> None:
         with run.phase("runtime"):
             library()  # built by the first use on a machine
         with run.phase("verify"), tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
-            exposed, roundings = build_exposed(lowbit, config.target, Path(folder))
+            exposed: Path | None = None
+            roundings: list[Rounding] = []
+            if run.rounds_activations:
+                exposed, roundings = build_exposed(lowbit, config.target, Path(folder))
             try:
                 run.report.verification = verify(
                     run.staged(".qg"),
@@ -371,12 +376,11 @@ def build_exposed(lowbit: Path, target: str, folder: Path) -> tuple[Path | None,
     """An artifact of the low-bit file that shows its roundings of activations, in `folder`, and these; None
     without any. For `evaluate.verify`."""
     from qgraph.codegen import build_artifact
-    from qgraph.evaluate.verify import Rounding
     from qgraph.passes import load_model, prepare_model
     from qgraph.passes.expose_roundings import expose_roundings
 
     model = prepare_model(load_model(lowbit))
-    roundings = [Rounding(r.input, r.output, r.format, r.global_scale) for r in expose_roundings(model)]
+    roundings = expose_roundings(model)
     if not roundings:
         return None, []
     path = folder / "exposed.qg"
@@ -418,6 +422,7 @@ class _Run:
         self._stack = contextlib.ExitStack()
         self._folder = Path()
         self._heard = 0
+        self.rounds_activations = False  # whether the low-bit file does: known once it is imported
 
     def __enter__(self) -> _Run:
         from qgraph.atomic import atomic_directory

@@ -11,9 +11,10 @@ from qgraph.calibration.collector import MEMORY
 from qgraph.calibration.data import Data
 from qgraph.calibration.journal import Journal
 from qgraph.calibration.sources import FloatModel, Nothing, QuantizedSoFar, Rounding, Source
-from qgraph.calibration.workspace import scratch_folder, thread_count
+from qgraph.calibration.workspace import scratch_folder
 from qgraph.errors import ResourceError, UsageError
 from qgraph.passes.linear_groups import Arrays, GroupHandler, LinearGroup
+from qgraph.solvers._tiles import thread_count
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -14,7 +14,8 @@ from qgraph.calibration.data import Data, Feeds, model_inputs, open_data
 from qgraph.calibration.moments import Moments, Peaks
 from qgraph.calibration.segments import FrozenGraph
 from qgraph.calibration.walk import Stream, Tap, Walk, make_taps, partition
-from qgraph.calibration.workspace import scratch_folder, thread_count
+from qgraph.calibration.workspace import scratch_folder
+from qgraph.solvers._tiles import thread_count
 from qgraph.solvers.statistics import Statistics
 
 if TYPE_CHECKING:

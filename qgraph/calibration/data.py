@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,10 @@ class Data:
 
     def fingerprint(self) -> str:
         """SHA-256 of all that the model is fed, batch by batch: all that statistics can depend on."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for batch in self._batches:
             for name, array in sorted(batch.feeds.items()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -49,12 +48,3 @@ def _is_free(folder: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-def thread_count(threads: int | None) -> int:
-    """`threads`, or one for every CPU that this process may use."""
-    if threads:
-        return threads
-    if hasattr(os, "sched_getaffinity"):  # Linux: respects taskset and cpusets
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

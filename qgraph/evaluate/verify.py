@@ -24,6 +24,8 @@ from qgraph.evaluate.samples import InputSpec, artifact_ranges, choose_dims, inp
 if TYPE_CHECKING:
     import numpy as np
 
+    from qgraph.formats.activations import Rounding
+
     Arrays = Mapping[str, np.ndarray]
 
 REL_ERROR_LIMIT = 1e-4  # float32 sums in another order differ by far less, a wrong kernel by far more
@@ -55,17 +57,6 @@ class Verification:
     def worst(self) -> float:
         """The largest relative error of all outputs and inputs tried."""
         return max((e for c in self.comparisons for e in c.rel_error.values()), default=0.0)
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """A place where activations are rounded: names of the value before and after, `nvfp4` or `int8`, the
-    global scale of the former."""
-
-    input: str
-    output: str
-    format: str
-    global_scale: float | None
 
 
 class Reference:
@@ -116,15 +107,12 @@ class Reference:
                 )
 
     def _require_exact(self, shown: Arrays, where: str) -> None:
-        from qgraph.formats.activations import dynamic_int8, dynamic_nvfp4
+        from qgraph.formats.activations import dynamic_qdq
 
         for rounding in self._roundings:
             x, y = shown[rounding.input], shown[rounding.output]
-            if rounding.format == "int8":
-                exact = dynamic_int8(x)
-            else:
-                assert rounding.global_scale is not None  # CheckPrepared sees to it
-                exact = dynamic_nvfp4(x, rounding.global_scale)
+            # CheckPrepared sees to the global scale.
+            exact = dynamic_qdq(x, rounding.format, rounding.global_scale)
             if y.tobytes() != exact.tobytes():
                 raise BudgetError(
                     f"the artifact rounds '{rounding.input}' to {rounding.format} wrongly at {where}"

@@ -8,6 +8,8 @@ the cache; the result of a row depends on nothing but the row.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +22,27 @@ SMALLEST_NORMAL = 2.0**-126  # no scale is below it
 
 _CHUNK = 1 << 15  # elements at a time
 _ABS, _SIGN = np.int32(0x7FFFFFFF), np.int32(-(1 << 31))
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A place where a graph rounds activations: names of the value before and after, `nvfp4` or `int8`, the
+    global scale of the former."""
+
+    input: str
+    output: str
+    format: str
+    global_scale: float | None
+
+
+def dynamic_qdq(
+    x: npt.NDArray[np.float32], activation_format: str, a: float | np.float32 | None
+) -> npt.NDArray[np.float32]:
+    """x rounded to `nvfp4`, with the global scale `a`, or to `int8`, which has none; and back."""
+    if activation_format == "int8":
+        return dynamic_int8(x)
+    assert activation_format == "nvfp4" and a is not None, activation_format
+    return dynamic_nvfp4(x, a)
 
 
 def dynamic_nvfp4(x: npt.NDArray[np.float32], a: float | np.float32) -> npt.NDArray[np.float32]:

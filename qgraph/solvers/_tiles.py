@@ -71,7 +71,7 @@ def check_weight(W: npt.NDArray[np.float32], name: str) -> float:
 def map_ordered(work: Callable[[S], T], items: Iterable[S], threads: int | None) -> list[T]:
     """work(item) of every item, in order: the same for any thread count, as items share nothing."""
     items = list(items)
-    threads = min(len(items), threads or _usable_cpus())
+    threads = min(len(items), thread_count(threads))
     if threads <= 1:
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
@@ -142,7 +142,10 @@ def round_at(
     return v, q
 
 
-def _usable_cpus() -> int:
+def thread_count(threads: int | None) -> int:
+    """`threads`, or one for every CPU that this process may use."""
+    if threads:
+        return threads
     if hasattr(os, "sched_getaffinity"):  # Linux: respects taskset and cpusets
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -11,11 +11,9 @@ import pytest
 from onnx import numpy_helper
 
 import qgraph
-from qgraph.codegen import build_artifact
 from qgraph.errors import BudgetError
-from qgraph.evaluate.verify import Rounding, verify
-from qgraph.passes import load_model, prepare_model
-from qgraph.passes.expose_roundings import expose_roundings
+from qgraph.evaluate.verify import verify
+from qgraph.pipeline import build_exposed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "cli"))
 
@@ -28,6 +26,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> qgraph.pipeline.CompileRe
     return qgraph.compile(save_tiny(folder / "tiny.onnx", layers=1), output=folder / "out", verify=False)
 
 
+def one_number_off(lowbit: Path, weight: str, folder: Path) -> Path:
+    """A copy of the file in which the first number of `weight` is off by one part in a hundred."""
+    model = onnx.load(lowbit)
+    tensor = next(t for t in model.graph.initializer if t.name == weight)
+    values = numpy_helper.to_array(tensor).copy()
+    values.reshape(-1)[0] *= 1.01
+    tensor.CopyFrom(numpy_helper.from_array(values, weight))
+    onnx.save(model, folder / "changed.onnx")
+    return folder / "changed.onnx"
+
+
 def test_what_belongs_together_agrees(built: qgraph.pipeline.CompileResult) -> None:
     assert built.artifact is not None and built.onnx is not None
     found = verify(built.artifact, built.onnx)
@@ -37,16 +46,10 @@ def test_what_belongs_together_agrees(built: qgraph.pipeline.CompileResult) -> N
 
 @pytest.mark.parametrize("weight", ["layer.0.up.weight.global_scale", "layer.0.out.bias", "norm.weight"])
 def test_a_changed_weight_is_found(weight: str, built: qgraph.pipeline.CompileResult, tmp_path: Path) -> None:
-    """One number off by one part in a hundred."""
     assert built.artifact is not None and built.onnx is not None
-    model = onnx.load(built.onnx)
-    tensor = next(t for t in model.graph.initializer if t.name == weight)
-    values = numpy_helper.to_array(tensor).copy()
-    values.reshape(-1)[0] *= 1.01
-    tensor.CopyFrom(numpy_helper.from_array(values, weight))
-    onnx.save(model, tmp_path / "changed.onnx")
+    changed = one_number_off(built.onnx, weight, tmp_path)
     with pytest.raises(BudgetError, match="output 'hidden' at batch=2 sequence=7 has a relative error of"):
-        verify(built.artifact, tmp_path / "changed.onnx")
+        verify(built.artifact, changed)
 
 
 def test_a_limit_that_float32_cannot_meet(built: qgraph.pipeline.CompileResult) -> None:
@@ -64,19 +67,11 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> qgraph.pipeline.Compile
     return qgraph.compile(model, output=folder / "out", scheme="nvfp4-w4a8", verify=False)
 
 
-def exposed(lowbit: Path, folder: Path) -> tuple[Path, list[Rounding]]:
-    """The artifact of `lowbit` that shows its roundings, and these."""
-    model = prepare_model(load_model(lowbit))
-    roundings = [Rounding(r.input, r.output, r.format, r.global_scale) for r in expose_roundings(model)]
-    build_artifact(model, target="x86_64-linux", metadata={}).write(folder / "exposed.qg")
-    return folder / "exposed.qg", roundings
-
-
 def test_rounded_activations_are_checked_between_the_roundings(
     rounded: qgraph.pipeline.CompileResult, tmp_path: Path
 ) -> None:
     assert rounded.artifact is not None and rounded.onnx is not None
-    shown, roundings = exposed(rounded.onnx, tmp_path)
+    shown, roundings = build_exposed(rounded.onnx, "x86_64-linux", tmp_path)
     assert len(roundings) == 4  # query, key and value share one; output; up; down
     found = verify(rounded.artifact, rounded.onnx, exposed=shown, roundings=roundings)
     assert found.worst < 1e-5
@@ -88,22 +83,17 @@ def test_a_changed_weight_is_found_between_roundings(
     weight: str, rounded: qgraph.pipeline.CompileResult, tmp_path: Path
 ) -> None:
     assert rounded.artifact is not None and rounded.onnx is not None
-    shown, roundings = exposed(rounded.onnx, tmp_path)
-    model = onnx.load(rounded.onnx)
-    tensor = next(t for t in model.graph.initializer if t.name == weight)
-    values = numpy_helper.to_array(tensor).copy()
-    values.reshape(-1)[0] *= 1.01
-    tensor.CopyFrom(numpy_helper.from_array(values, weight))
-    onnx.save(model, tmp_path / "changed.onnx")
+    shown, roundings = build_exposed(rounded.onnx, "x86_64-linux", tmp_path)
+    changed = one_number_off(rounded.onnx, weight, tmp_path)
     with pytest.raises(BudgetError, match="has a relative error of"):
-        verify(rounded.artifact, tmp_path / "changed.onnx", exposed=shown, roundings=roundings)
+        verify(rounded.artifact, changed, exposed=shown, roundings=roundings)
 
 
 def test_a_rounding_that_is_not_exact_is_found(
     rounded: qgraph.pipeline.CompileResult, tmp_path: Path
 ) -> None:
     assert rounded.artifact is not None and rounded.onnx is not None
-    shown, roundings = exposed(rounded.onnx, tmp_path)
+    shown, roundings = build_exposed(rounded.onnx, "x86_64-linux", tmp_path)
     roundings[1] = replace(roundings[1], format="nvfp4", global_scale=1.0)
     with pytest.raises(BudgetError, match=r"rounds '.*' to nvfp4 wrongly at batch=2 sequence=7"):
         verify(rounded.artifact, rounded.onnx, exposed=shown, roundings=roundings)
