@@ -11,16 +11,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import numpy as np
 from calibration_harness import Coarse, data_of, feeds, groups_of, transformer
+from interruption import before_call
 
 from qgraph.calibration import Journal, StreamingCalibrator, border, journal, walk
 
@@ -53,26 +53,11 @@ EVENTS = {
 }
 
 
-def die_at(event: str, count: int) -> None:
-    """SIGKILL before the `count`-th call."""
-    owner, name = EVENTS[event]
-    original: Callable = getattr(owner, name)
-    calls: Counter[str] = Counter()
-
-    def counted(*args: Any, **options: Any) -> Any:
-        calls[event] += 1
-        if calls[event] == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **options)
-
-    setattr(owner, name, counted)
-
-
 def main(root: str, result: str, kind: str, event: str = "", count: str = "0") -> None:
     journal._sources = lambda: SOURCES
     model = transformer(1)
     if event:
-        die_at(event, int(count))
+        before_call(*EVENTS[event], int(count), lambda: os.kill(os.getpid(), signal.SIGKILL))
     handler = Coarse(model)
     kept = Journal({"model": "toy", "kind": kind}, root=root)
     data = data_of(model, feeds(3))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+from interruption import before_call
 
 from qgraph import pipeline
 from qgraph.calibration import border, journal, walk
@@ -34,26 +36,10 @@ EVENTS: dict[str, tuple[Any, str]] = {
 }
 
 
-def signal_at(event: str, count: int, number: int) -> None:
-    """Send it before the `count`-th call."""
-    owner, name = EVENTS[event]
-    original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def counted(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), number)
-        return original(*args, **options)
-
-    setattr(owner, name, counted)
-
-
 if __name__ == "__main__":
     # Whoever edits a solver between two runs fails no test.
     journal._sources = lambda: "as they are"  # type: ignore[assignment]
     event, count, number, *argv = sys.argv[1:]
     if event:
-        signal_at(event, int(count), signal.Signals[number])
+        before_call(*EVENTS[event], int(count), lambda: os.kill(os.getpid(), signal.Signals[number]))
     sys.exit(run(argv))

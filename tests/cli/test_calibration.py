@@ -483,6 +483,13 @@ INTERRUPTIONS = [
 ]  # fmt: skip
 
 
+def workplace(tiny: Path, folder: Path) -> tuple[Path, Path]:
+    """(folder to work in, cache folder) in `folder`, with the model beside them."""
+    (folder / "tiny.onnx").symlink_to(tiny)
+    (folder / "cache").mkdir()
+    return folder / "work", fresh_cache(folder / "cache")
+
+
 def compile_tiny(folder: Path, cache: Path, event: str = "", count: int = 0, sent: str = "SIGKILL") -> Result:
     """`qgraph compile` with calibration, in `folder`."""
     folder.mkdir(exist_ok=True)
@@ -528,13 +535,11 @@ def reused(result: Result) -> int:
 def uninterrupted(
     tiny: Path, compiled: Compiled, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[bytes, bytes, dict[str, object]]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    (folder / "tiny.onnx").symlink_to(tiny)
-    (folder / "cache").mkdir()
-    result = compile_tiny(folder / "work", fresh_cache(folder / "cache"))
+    work, cache = workplace(tiny, tmp_path_factory.mktemp("uninterrupted"))
+    result = compile_tiny(work, cache)
     assert result.code == 0, result.err
     assert reused(result) == 0
-    return made(folder / "work")
+    return made(work)
 
 
 @pytest.mark.parametrize(("event", "count"), INTERRUPTIONS)
@@ -545,9 +550,7 @@ def test_a_compile_that_was_killed_goes_on(
     uninterrupted: tuple[bytes, bytes, dict[str, object]],
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "tiny.onnx").symlink_to(tiny)
-    (tmp_path / "cache").mkdir()
-    work, cache = tmp_path / "work", fresh_cache(tmp_path / "cache")
+    work, cache = workplace(tiny, tmp_path)
     killed = compile_tiny(work, cache, event, count)
     assert killed.code == -9, killed.err
     assert not list(work.glob("out*"))  # nothing under its name
@@ -571,9 +574,7 @@ def test_killed_again_and_again(
     tiny: Path, uninterrupted: tuple[bytes, bytes, dict[str, object]], tmp_path: Path
 ) -> None:
     """Every run gets one group further."""
-    (tmp_path / "tiny.onnx").symlink_to(tiny)
-    (tmp_path / "cache").mkdir()
-    work, cache = tmp_path / "work", fresh_cache(tmp_path / "cache")
+    work, cache = workplace(tiny, tmp_path)
     for done in range(GROUPS - 1):
         killed = compile_tiny(work, cache, "solve", 2)
         assert killed.code == -9
@@ -592,9 +593,7 @@ def test_ctrl_c_keeps_what_is_done(
     uninterrupted: tuple[bytes, bytes, dict[str, object]],
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "tiny.onnx").symlink_to(tiny)
-    (tmp_path / "cache").mkdir()
-    work, cache = tmp_path / "work", fresh_cache(tmp_path / "cache")
+    work, cache = workplace(tiny, tmp_path)
     stopped = compile_tiny(work, cache, event, 4, sent)
     assert stopped.code == code
     assert stopped.err.splitlines()[-1] in ("error: interrupted", "error: terminated")
