@@ -13,7 +13,8 @@ rotation of the inputs in blocks of 16 would add to that. In percent.
 
 Padding tokens do not count. `--captions` shows how much the figures hang on the data: MiniLM calibrated and
 measured on short captions alone (alternate sentences of the first 1000 of the dev set). Such inputs are much
-alike, and what second-order methods leave is two to four times less than on mixed text.
+alike, and what second-order methods leave is two to four times less than on mixed text. `--padding` takes the
+same sentences in batches of 32 and counts the padding.
 
 `--speed` times a square layer, each solver in a process of its own; `memory` is what it needed at its peak
 beyond W and H. Downloads nothing; see nvfp4_end_to_end.py for the models.
@@ -34,7 +35,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qgraph.calibration import collect, model_inputs, open_data
+from qgraph.calibration import Batch, Data, collect, model_inputs, open_data
+from qgraph.evaluate.sts import SentenceTokenizer
 from qgraph.models import get_model, open_model
 from qgraph.passes import load_model, prepare_model
 from qgraph.passes.select_layers import DECISIONS, SelectLayers
@@ -76,6 +78,13 @@ class Subject:
     calibration: Path
     held_out: Path
     length: int | None
+    padding: bool = False  # counts
+
+
+class Padded(Batch):
+    """A batch of which every row counts."""
+
+    tokens = None
 
 
 def variants(tokens: int) -> dict[str, Quantize]:
@@ -111,12 +120,16 @@ def layers(subject: Subject, samples: int) -> list[Layer]:
     chosen = [d for d in model.meta[DECISIONS] if d.quantize]
     moments: list[Mapping] = []
     for text in (subject.calibration, subject.held_out):
-        data = open_data(
-            text,
-            model_inputs(model),
-            tokenizer=subject.tokenizer,
-            samples=samples,
-            length=subject.length,
+        data = (
+            padded(text, subject.tokenizer)
+            if subject.padding
+            else open_data(
+                text,
+                model_inputs(model),
+                tokenizer=subject.tokenizer,
+                samples=samples,
+                length=subject.length,
+            )
         )
         moments.append(collect(model, data))
     tokens = [next(iter(found.values())).tokens for found in moments]
@@ -146,7 +159,14 @@ def table(found: list[Layer]) -> None:
         print(f"| {row} | {' | '.join(f'{100 * e:.4f}' for e in figures)} | {seconds:.1f} |", flush=True)
 
 
-def minilm(data: Path, work: Path, model: Path | None, captions: bool) -> Subject:
+def padded(text: Path, tokenizer: Path, size: int = 32) -> Data:
+    """The sentences of a file in batches, padded to the longest of each."""
+    tokenize, lines = SentenceTokenizer(tokenizer), text.read_text(encoding="utf-8").splitlines()
+    parts = [lines[i : i + size] for i in range(0, len(lines), size)]
+    return Data(text.name, [Padded(tokenize(part), tuple(part)) for part in parts])
+
+
+def minilm(data: Path, work: Path, model: Path | None, captions: bool, padding: bool) -> Subject:
     """Sentences, one a line; none is in both texts."""
     example = get_model("minilm")
 
@@ -156,13 +176,13 @@ def minilm(data: Path, work: Path, model: Path | None, captions: bool) -> Subjec
 
     texts = {part: sentences(part) for part in ("train", "dev")}
     texts["train"] = {s: None for s in texts["train"] if s not in texts["dev"]}
-    if captions:
+    if captions or padding:
         alike = list(texts["dev"])[:1000]
         texts = {"train": dict.fromkeys(alike[::2]), "dev": dict.fromkeys(alike[1::2])}
     for part, lines in texts.items():
         (work / f"{part}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     path = model or example.export(work / "minilm.onnx")
-    return Subject(path, example.tokenizer_path(), work / "train.txt", work / "dev.txt", None)
+    return Subject(path, example.tokenizer_path(), work / "train.txt", work / "dev.txt", None, padding)
 
 
 def decoder(model: Path, tokenizer: Path, data: Path, work: Path) -> Subject:
@@ -221,7 +241,7 @@ def _status(field: str) -> float:
 def main() -> None:
     """Print a table for every model, or of speed."""
     known: dict[str, Callable[[argparse.Namespace, Path], Subject]] = {
-        "minilm": lambda o, work: minilm(o.data, work, o.minilm, o.captions),
+        "minilm": lambda o, work: minilm(o.data, work, o.minilm, o.captions, o.padding),
         "stories260K": lambda o, work: stories260k(o.data, work),
         "tinystories-llama-4m": lambda o, work: llama4m(o.data, work),
     }
@@ -231,6 +251,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--samples", type=int, default=512, help="sentences or windows, of each text")
     parser.add_argument("--captions", action="store_true", help="MiniLM only")
+    parser.add_argument("--padding", action="store_true", help="MiniLM only")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--minilm", type=Path, help="an exported MiniLM, to save the export")
     parser.add_argument("--speed", action="store_true")
@@ -240,8 +261,8 @@ def main() -> None:
     unknown = [name for name in options.models if name not in known]
     if unknown:
         parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(known)}")
-    if options.captions and options.models != ["minilm"]:
-        parser.error("--captions is for minilm alone")
+    if (options.captions or options.padding) and options.models != ["minilm"]:
+        parser.error("--captions and --padding are for minilm alone")
     if options.speed:
         print("| solver | s | Mweights/s | memory, MiB |\n|---|---|---|---|")
         for name, seconds, memory in speed(options.size, options.threads):
