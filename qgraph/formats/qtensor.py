@@ -8,16 +8,20 @@ import numpy as np
 import numpy.typing as npt
 
 from qgraph.errors import InputError
+from qgraph.formats import group
 from qgraph.formats.block import BlockFormat, per_block
 from qgraph.formats.mxfp4 import MXFP4
 from qgraph.formats.nvfp4 import NVFP4
 
-FORMATS: dict[str, BlockFormat] = {spec.name: spec for spec in (NVFP4, MXFP4)}
+FORMATS: dict[str, BlockFormat] = {spec.name: spec for spec in (NVFP4, MXFP4, *group.GROUP_FORMATS)}
+
+ONE = np.float32(1)
 
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    """A quantized weight as MatMul's right operand, unpacked: W'[k, n] = value of codes[k, n] * its scale.
+    """A quantized weight as MatMul's right operand, unpacked: W'[k, n] = value of codes[k, n] * its scale,
+    with an offset in some formats (`BlockFormat`).
 
     Blocks run along K; where the block size does not divide K the last block is shorter, nothing is padded.
     Raises InputError when the parts do not fit together.
@@ -27,7 +31,9 @@ class QTensor:
     shape: tuple[int, int]  # (K, N)
     codes: npt.NDArray[np.uint8]  # [K, N], one code an element
     block_scale: npt.NDArray  # [ceil(K / block), N] in the format's scale dtype: finite, not negative
-    global_scale: np.float32  # finite, positive; 1 where the format has none
+    global_scale: np.float32 = ONE  # finite, positive; 1 where the format has none
+    # [ceil(K / block), N] in the format's offset dtype, finite; None where the format has none
+    block_offset: npt.NDArray | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -49,10 +55,26 @@ class QTensor:
             raise InputError(f"global_scale is a positive finite float32, not {self.global_scale!r}")
         if self.global_scale != 1 and not spec.has_global_scale:
             raise InputError(f"{self.format} has no global scale: it is 1, not {self.global_scale!r}")
+        self._check_offset(spec)
+
+    def _check_offset(self, spec: BlockFormat) -> None:
+        if (self.block_offset is None) != (spec.offset == "none"):
+            raise InputError(f"{self.format} {'has no' if spec.offset == 'none' else 'needs'} block offsets")
+        if self.block_offset is None:
+            return
+        _expect("block_offset", self.block_offset, spec.offset_dtype, self.block_scale.shape)
+        if spec.offset == "zero_point" and self.block_offset.max() >= len(spec.values):
+            raise InputError(
+                f"zero points of {self.format} are below {len(spec.values)}, found {self.block_offset.max()}"
+            )
+        if not np.isfinite(self.block_offset).all():
+            raise InputError("block_offset holds a number that is not finite")
 
     def dequantize(self) -> npt.NDArray[np.float32]:
-        """float32 [K, N], bit for bit what ONNX's DequantizeLinear gives, that of the scales first."""
+        """float32 [K, N], bit for bit what the standard operators of the low-bit ONNX file give."""
         spec = FORMATS[self.format]
+        if spec in group.GROUP_FORMATS:
+            return group.dequantize(spec, self.codes, self.block_scale, self.block_offset)
         s = self.block_scale.astype(np.float32) * self.global_scale
         W = spec.values[self.codes]
         start = 0
@@ -63,11 +85,11 @@ class QTensor:
         return W
 
     def nbytes(self) -> int:
-        """Bytes as stored: packed codes and all scales."""
+        """Bytes as stored: packed codes, all scales and offsets."""
         return FORMATS[self.format].nbytes(*self.shape)
 
     def bits_per_weight(self) -> float:
-        """All stored bits, scales included, over the number of weights."""
+        """All stored bits, scales and offsets included, over the number of weights."""
         return 8 * self.nbytes() / (self.shape[0] * self.shape[1])
 
 

@@ -13,7 +13,9 @@ from qgraph.errors import InputError, UsageError
 from qgraph.formats import FORMATS, QTensor
 from qgraph.solvers import SOLVERS, get_solver
 
-NAMES = [s.name for s in SOLVERS.values() if not s.calibrated] + ["sweep-diagonal"]
+NAMES = [s.name for s in SOLVERS.values() if not s.calibrated and s.format.endswith("fp4")] + [
+    "sweep-diagonal"
+]
 
 SMALLEST_SCALE = {"nvfp4": 2.0**-9, "mxfp4": 2.0**-127}
 
