@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qgraph.errors import InputError, UsageError
 from qgraph.formats import FORMATS, QTensor
-from qgraph.formats.packing import pack_nibbles, unpack_nibbles
+from qgraph.formats.packing import pack_bits, unpack_bits
 from qgraph.passes.base import GraphPass, is_op, replace_node
 from qgraph.passes.linear_groups import Arrays, Calibrator, LinearGroup, linear_groups
 from qgraph.passes.lowbit_functions import DOMAIN, LOOKUPS, OPERATORS
@@ -297,7 +297,7 @@ def _initializers(graph: ir.Graph, name: str, q: QTensor, turned: bool) -> list[
     if turned:
         codes, block_scale = codes.T, np.ascontiguousarray(block_scale.T)
     tensors = [
-        ir.PackedTensor(pack_nibbles(codes), ir.DataType.FLOAT4E2M1, shape=codes.shape, name=f"{name}.codes"),
+        ir.PackedTensor(pack_bits(codes, 4), ir.DataType.FLOAT4E2M1, shape=codes.shape, name=f"{name}.codes"),
         ir.Tensor(block_scale, dtype=ir.DataType.FLOAT8E4M3FN, name=f"{name}.block_scale"),
         ir.Tensor(np.array(q.global_scale), dtype=ir.DataType.FLOAT, name=f"{name}.global_scale"),
     ]
@@ -326,7 +326,7 @@ def _initializers(graph: ir.Graph, name: str, q: QTensor, turned: bool) -> list[
 def _to_arrays(q: QTensor) -> Arrays:
     """The parts of `q` as arrays that can be stored."""
     return {
-        "codes": pack_nibbles(q.codes),
+        "codes": pack_bits(q.codes, 4),
         "block_scale": np.ascontiguousarray(q.block_scale).view(np.uint8),
         "global_scale": np.array([q.global_scale], np.float32),
     }
@@ -337,7 +337,7 @@ def _from_arrays(weight_format: str, shape: tuple[int, int], arrays: Arrays) -> 
     return QTensor(
         weight_format,
         shape,
-        unpack_nibbles(arrays["codes"], shape),
+        unpack_bits(arrays["codes"], shape, 4),
         arrays["block_scale"].view(FORMATS[weight_format].scale_dtype),
         np.float32(arrays["global_scale"][0]),
     )

@@ -20,7 +20,7 @@ from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import UnsupportedError
 from qgraph.formats import FORMATS
 from qgraph.formats.activations import dynamic_int8, dynamic_nvfp4
-from qgraph.formats.packing import pack_nibbles
+from qgraph.formats.packing import pack_bits
 from qgraph.passes import prepare_model
 from qgraph.passes.lowbit_functions import DOMAIN, AddLowbitFunctions, InlineLowbitFunctions
 from qgraph.passes.quantize_activations import quantize_input
@@ -196,7 +196,7 @@ def quantized_layers(activation_format: str, amax: dict[str, float]) -> ir.Model
         value, weight = node.inputs
         q = get_solver("sweep")(weights[weight.name], name=weight.name)
         parts = {
-            "codes": ir.PackedTensor(pack_nibbles(q.codes), ir.DataType.FLOAT4E2M1, shape=q.codes.shape),
+            "codes": ir.PackedTensor(pack_bits(q.codes, 4), ir.DataType.FLOAT4E2M1, shape=q.codes.shape),
             "block_scale": ir.Tensor(q.block_scale, dtype=ir.DataType.FLOAT8E4M3FN),
             "global_scale": ir.Tensor(np.array(q.global_scale)),
         }

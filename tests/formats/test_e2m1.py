@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 
 from qgraph.errors import InputError
 from qgraph.formats import e2m1
-from qgraph.formats.packing import pack_nibbles, unpack_nibbles
+from qgraph.formats.packing import pack_bits, unpack_bits
 
 
 def reference_codes(x: np.ndarray) -> np.ndarray:
@@ -67,14 +67,14 @@ def test_encode_leaves_its_argument_alone_and_takes_any_layout():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 5), (16, 7), (17, 33), (64, 64), (5,)])
 def test_packing_is_onnx_packing(shape: tuple[int, ...]):
     codes = np.random.default_rng(3).integers(0, 16, shape).astype(np.uint8)
-    packed = pack_nibbles(codes)
+    packed = pack_bits(codes, 4)
     tensor = onnx.helper.make_tensor("w", TensorProto.FLOAT4E2M1, shape, packed.tobytes(), raw=True)
     assert np.array_equal(numpy_helper.to_array(tensor).view(np.uint8), codes)
     reference = numpy_helper.from_array(codes.view(ml_dtypes.float4_e2m1fn))
     assert packed.tobytes() == reference.raw_data
-    assert np.array_equal(unpack_nibbles(packed, shape), codes)
+    assert np.array_equal(unpack_bits(packed, shape, 4), codes)
 
 
 def test_unpacking_refuses_a_wrong_size():
     with pytest.raises(InputError, match="cannot hold"):
-        unpack_nibbles(np.zeros(3, np.uint8), (2, 2))
+        unpack_bits(np.zeros(3, np.uint8), (2, 2), 4)

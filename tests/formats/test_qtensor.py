@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from qgraph.errors import InputError
 from qgraph.formats import FORMATS, QTensor, e4m3, e8m0, mxfp4, nvfp4
 from qgraph.formats.block import block_amax
-from qgraph.formats.packing import pack_nibbles
+from qgraph.formats.packing import pack_bits
 
 SHAPES = [(1, 1), (3, 5), (16, 1), (17, 3), (32, 64), (40, 31), (100, 7)]
 
@@ -27,7 +27,7 @@ def random_qtensor(K: int, N: int, seed: int = 0) -> QTensor:
 def onnx_dequantize(q: QTensor) -> np.ndarray:
     """The two DequantizeLinear nodes of the low-bit file, run by ONNX's reference evaluator."""
     K, N = q.shape
-    blocks, packed = -(-K // 16), pack_nibbles(q.codes).tobytes()
+    blocks, packed = -(-K // 16), pack_bits(q.codes, 4).tobytes()
     graph = helper.make_graph(
         [
             helper.make_node("DequantizeLinear", ["block_scale", "global_scale"], ["s"]),
@@ -120,11 +120,11 @@ def test_dequantize_is_the_formula():
 def test_sizes_count_everything(shape: tuple[int, int]):
     K, N = shape
     q = random_qtensor(K, N)
-    stored = pack_nibbles(q.codes).nbytes + q.block_scale.nbytes + q.global_scale.nbytes
+    stored = pack_bits(q.codes, 4).nbytes + q.block_scale.nbytes + q.global_scale.nbytes
     assert q.nbytes() == stored
     assert q.bits_per_weight() == 8 * stored / (K * N)
     q = random_mxfp4(K, N)  # has no global scale to store
-    assert q.nbytes() == pack_nibbles(q.codes).nbytes + q.block_scale.nbytes
+    assert q.nbytes() == pack_bits(q.codes, 4).nbytes + q.block_scale.nbytes
 
 
 def test_bits_per_weight_of_a_real_layer():
