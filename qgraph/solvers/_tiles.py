@@ -33,10 +33,11 @@ class Tile(NamedTuple):
     columns: slice
 
 
-def tiles(K: int, N: int, block: int) -> Iterator[Tile]:
-    """Covers [K, N] with tiles of whole blocks. A shorter last block of K has tiles of its own."""
-    width = min(N, _BLOCKS_PER_TILE)
-    height = max(1, _BLOCKS_PER_TILE // width)
+def tiles(K: int, N: int, block: int, size: int = _BLOCKS_PER_TILE) -> Iterator[Tile]:
+    """Covers [K, N] with tiles of at most `size` whole blocks. A shorter last block of K has tiles of its
+    own."""
+    width = min(N, size)
+    height = max(1, size // width)
     whole = K // block
     bands = [(b, min(b + height, whole)) for b in range(0, whole, height)]
     if K % block:
@@ -48,8 +49,11 @@ def tiles(K: int, N: int, block: int) -> Iterator[Tile]:
             )
 
 
-def check_weight(W: npt.NDArray[np.float32], name: str) -> float:
-    """max|W|; InputError naming a weight that is not float32 [K, N], empty, not finite, or too large."""
+def check_weight(
+    W: npt.NDArray[np.float32], name: str, largest: float = MAX_WEIGHT, numbers: str = "4-bit floats"
+) -> float:
+    """max|W|; InputError naming a weight that is not float32 [K, N], empty, not finite, or beyond `largest`,
+    the most that `numbers` can represent."""
     what = f"weight '{name}'" if name else "the weight"
     if W.dtype != np.float32 or W.ndim != 2 or W.size == 0:
         raise InputError(f"{what} is {W.dtype} {list(W.shape)}; a solver takes float32 [K, N], not empty")
@@ -61,9 +65,9 @@ def check_weight(W: npt.NDArray[np.float32], name: str) -> float:
             f"{what} holds {len(bad)} values that are not finite, the first {W[k, n]} at [{k}, {n}]: "
             "it cannot be quantized; exclude the layer or repair the model"
         )
-    if amax > MAX_WEIGHT:
+    if amax > largest:
         raise InputError(
-            f"{what} reaches {amax:.3g}, beyond the {MAX_WEIGHT:.3g} that 4-bit floats can represent safely"
+            f"{what} reaches {amax:.3g}, beyond the {largest:.3g} that {numbers} can represent safely"
         )
     return amax
 
