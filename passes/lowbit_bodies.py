@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.formats import e2m1, e4m3
+from qgraph.formats import FORMATS, e2m1, e4m3
 from qgraph.formats.activations import INT8_MAX, SMALLEST_NORMAL
 from qgraph.formats.nvfp4 import NVFP4
+from qgraph.passes.lowbit_weights import LINEARS, LOOKUPS, WeightForm
 
 Inputs = Sequence[ir.Value | None]
 
@@ -52,6 +54,9 @@ class _Body:
     def ints(self, part: str, *values: int) -> ir.Value:
         return self.constant(part, np.array(values, np.int64))
 
+    def ints0(self, part: str, value: int) -> ir.Value:
+        return self.constant(part, np.array(value, np.int64))
+
 
 def _float_like(value: ir.Value, like: ir.Value | None) -> None:
     value.type = ir.TensorType(ir.DataType.FLOAT)
@@ -68,13 +73,39 @@ def _nvfp4_weight(body: _Body, parts: Inputs, axis: int) -> ir.Value:
     return weight
 
 
-def _linear_nvfp4(inputs: Inputs) -> list[ir.Node]:
+def _group_weight(body: _Body, parts: Inputs, form: WeightForm) -> ir.Value:
+    """The weight of a group format in float32; `parts` are codes, block_scale and the offset, if any."""
+    spec = FORMATS[form.format]
+    codes, block_scale, *offset = parts
+    float32 = int(ir.DataType.FLOAT)
+    zero = offset if spec.offset == "zero_point" else []
+    scale = body.add("scale", "Cast", block_scale, to=float32)
+    part = "levels" if spec.offset == "mean" else "weight"
+    weight = body.add(part, "DequantizeLinear", codes, scale, *zero, axis=0, block_size=spec.block)
+    _float_like(scale, block_scale)
+    _float_like(weight, codes)
+    if spec.offset != "mean":
+        return weight
+    rows = body.add("inputs", "Squeeze", body.add("length", "Shape", codes, start=0, end=1))
+    each = body.add("input", "Range", body.ints0("first", 0), rows, body.ints0("step", 1))
+    block = body.add("block", "Div", each, body.ints("block_size", spec.block))
+    means = body.add("means", "Gather", body.add("mean_f32", "Cast", offset[0], to=float32), block, axis=0)
+    weight = body.add("weight", "Add", weight, means)
+    _float_like(weight, codes)
+    return weight
+
+
+def _linear(form: WeightForm, inputs: Inputs) -> list[ir.Node]:
     body = _Body()
-    body.add("y", "MatMul", inputs[0], _nvfp4_weight(body, inputs[1:], axis=0))
+    if form.format == NVFP4.name:
+        weight = _nvfp4_weight(body, inputs[1:], axis=0)
+    else:
+        weight = _group_weight(body, inputs[1:], form)
+    body.add("y", "MatMul", inputs[0], weight)
     return body.nodes
 
 
-def _gather_nvfp4(inputs: Inputs) -> list[ir.Node]:
+def _lookup(inputs: Inputs) -> list[ir.Node]:
     body = _Body()
     body.add("y", "Gather", _nvfp4_weight(body, inputs[1:], axis=1), inputs[0])
     return body.nodes
@@ -117,22 +148,40 @@ def _dynamic_int8(inputs: Inputs) -> list[ir.Node]:
     return body.nodes
 
 
-_WEIGHT = ("codes", "block_scale", "global_scale")
+def _group_doc(form: WeightForm) -> str:
+    spec, codes = FORMATS[form.format], form.code_type.name
+    lowest, highest = (int(spec.values[i]) for i in (0, -1))
+    value, stored = f"codes[k, n] * s[b, n], b = floor(k / {spec.block})", ""
+    if spec.offset == "zero_point":
+        value = f"(codes[k, n] - zero_point[b, n]) * s[b, n], b = floor(k / {spec.block})"
+        stored = f"; zero_point: {codes} as block_scale"
+    elif spec.offset == "mean":
+        value = f"codes[k, n] * s[b, n] + mean[b, n], b = floor(k / {spec.block})"
+        stored = "; mean: FLOAT16 as block_scale"
+    return (
+        f"y = x @ W with a weight W [K, N] in {form.format}. W[k, n] = {value}, s = f32(block_scale). codes: "
+        f"{codes} [K, N] of {lowest} to {highest}; block_scale: FLOAT16 [ceil(K / {spec.block}), N]{stored}."
+    )
+
 
 DEFINITIONS: dict[str, LowbitOperator] = {
+    form.linear: LowbitOperator(("x", *form.parts), _group_doc(form), partial(_linear, form))
+    for form in LINEARS.values()
+    if form.format != NVFP4.name
+} | {
     "QLinearNVFP4": LowbitOperator(
-        ("x", *_WEIGHT),
+        ("x", *LINEARS["QLinearNVFP4"].parts),
         "y = x @ W with an NVFP4 weight W [K, N]. W[k, n] = e2m1(codes[k, n]) * s[floor(k / 16), n], "
         "s = f32(block_scale) * global_scale. codes: FLOAT4E2M1 [K, N]; block_scale: FLOAT8E4M3FN [ceil(K / "
         "16), N]; global_scale: FLOAT [].",
-        _linear_nvfp4,
+        partial(_linear, LINEARS["QLinearNVFP4"]),
     ),
     "QGatherNVFP4": LowbitOperator(
-        ("ids", *_WEIGHT),
+        ("ids", *LOOKUPS["QGatherNVFP4"].parts),
         "y = rows `ids` of an NVFP4 table T [V, H]. T[v, h] = e2m1(codes[v, h]) * s[v, floor(h / 16)], "
         "s = f32(block_scale) * global_scale. codes: FLOAT4E2M1 [V, H]; block_scale: FLOAT8E4M3FN [V, "
         "ceil(H / 16)]; global_scale: FLOAT []. ids are those of Gather.",
-        _gather_nvfp4,
+        _lookup,
     ),
     "DynamicQDQNVFP4": LowbitOperator(
         ("x", "global_scale"),

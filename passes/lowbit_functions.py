@@ -7,22 +7,19 @@ import onnx_ir as ir
 
 from qgraph.passes.base import GraphPass, replace_node
 from qgraph.passes.lowbit_bodies import DEFINITIONS
+from qgraph.passes.lowbit_weights import LINEARS
 
 DOMAIN = "ai.qgraph"
 VERSION = 1
 MIN_OPSET = 23  # FLOAT4E2M1 in QuantizeLinear and DequantizeLinear
-
-# Weight format -> operator that multiplies by a weight of it, and operator that looks up rows of one.
-OPERATORS = {"nvfp4": "QLinearNVFP4"}
-LOOKUPS = {"nvfp4": "QGatherNVFP4"}
 
 # Activation format -> operator that rounds to it and back.
 ROUNDINGS = {"nvfp4": "DynamicQDQNVFP4", "int8": "DynamicQDQInt8"}
 
 
 class AddLowbitFunctions(GraphPass):
-    """Adds the definition of every low-bit operator in use, the import of its domain, and the IR version it
-    needs.
+    """Adds the definition of every low-bit operator in use, the import of its domain, and the opset and IR
+    version it needs: 25 for 2-bit elements.
 
     The bodies (lowbit_bodies.py) are standard ONNX, so that the file needs no qgraph to be checked, run or
     viewed.
@@ -33,7 +30,7 @@ class AddLowbitFunctions(GraphPass):
         _require_opset(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = _raise_ir_version(model)
+        modified = _raise_versions(model)
         for op_type in sorted({node.op_type for node in lowbit_nodes(model)}):
             if (DOMAIN, op_type, "") not in model.functions:
                 function = _function(op_type, model.graph.opset_imports[""])
@@ -63,6 +60,7 @@ class InlineLowbitFunctions(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         nodes = lowbit_nodes(model)
+        raised = _raise_versions(model)
         for node in nodes:
             body = DEFINITIONS[node.op_type].body(node.inputs)
             *parts, result = body
@@ -75,8 +73,7 @@ class InlineLowbitFunctions(GraphPass):
         for key in [key for key in model.functions if key[0] == DOMAIN]:
             del model.functions[key]
         model.graph.opset_imports.pop(DOMAIN, None)
-        modified = _raise_ir_version(model) or bool(nodes)
-        return ir.passes.PassResult(model, modified)
+        return ir.passes.PassResult(model, raised or bool(nodes))
 
 
 def rounding_nodes(model: ir.Model) -> list[ir.Node]:
@@ -112,13 +109,19 @@ def _require_opset(model: ir.Model) -> None:
         raise ir.passes.PreconditionError(f"the model is at opset {opset}, low-bit tensors need {MIN_OPSET}")
 
 
-def _raise_ir_version(model: ir.Model) -> bool:
-    """Sets the lowest IR version that has the model's opset, 11 for opset 23: runtimes refuse what they do
-    not know."""
+def _raise_versions(model: ir.Model) -> bool:
+    """Raises the opset to what the low-bit weights need (what a prepared graph has means the same in all
+    later ones), and sets the lowest IR version that has the opset, 11 for 23 and 13 for 25: runtimes refuse
+    what they do not know."""
     from onnx.helper import find_min_ir_version_for, make_opsetid
 
-    needed = find_min_ir_version_for([make_opsetid("", model.graph.opset_imports[""])])
-    if model.ir_version == needed:
-        return False
-    model.ir_version = needed
-    return True
+    opset = model.graph.opset_imports[""]
+    needs = [LINEARS[node.op_type].opset for node in lowbit_nodes(model) if node.op_type in LINEARS]
+    needed = max([opset, *needs])
+    model.graph.opset_imports[""] = needed
+    for function in model.functions.values():
+        function.opset_imports[""] = needed
+    ir_version = find_min_ir_version_for([make_opsetid("", needed)])
+    modified = needed != opset or model.ir_version != ir_version
+    model.ir_version = ir_version
+    return modified

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from qgraph.errors import InputError, UsageError
-from qgraph.formats import FORMATS, QTensor
-from qgraph.formats.packing import pack_bits, unpack_bits
+from qgraph.formats import QTensor
 from qgraph.passes.base import GraphPass, is_op, replace_node
 from qgraph.passes.linear_groups import Arrays, Calibrator, LinearGroup, linear_groups
-from qgraph.passes.lowbit_functions import DOMAIN, LOOKUPS, OPERATORS
+from qgraph.passes.lowbit_functions import DOMAIN
+from qgraph.passes.lowbit_weights import FORMS, from_arrays, to_arrays, to_tensors
 from qgraph.passes.quantize_activations import quantize_input
 from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT
-from qgraph.schemes import get_scheme
+from qgraph.schemes import SCHEMES, Scheme, get_scheme
 from qgraph.solvers import default_solver, get_solver
 from qgraph.solvers._tiles import check_weight
 from qgraph.solvers.hessian import compensated_target, compensation_damping, relative_output_error
@@ -47,19 +47,19 @@ class QuantizedWeight:
 
 
 class QuantizeWeights(GraphPass):
-    """Turns every MatMul that `SelectLayers` chose into `ai.qgraph::QLinearNVFP4(x, codes, block_scale,
-    global_scale)`, and every Gather into `ai.qgraph::QGatherNVFP4(ids, codes, block_scale, global_scale)`.
+    """Turns every MatMul that `SelectLayers` chose into `ai.qgraph::QLinear<Format>(x, codes, block_scale,
+    ..)`, and every Gather into `ai.qgraph::QGatherNVFP4(ids, codes, block_scale, global_scale)`.
 
-    Rules: a weight that several nodes share is quantized once; the blocks of a table [V, H] run along its
-    rows, so that a solver sees it as [K, N] = [H, V], and without calibration; where the scheme rounds
-    activations, the input of a MatMul comes through one `DynamicQDQ` node (quantize_activations.py) that all
-    its readers share; the float weight goes when nothing reads it any more; the node keeps its name, output
-    and metadata, and gets `qgraph.scheme` (the format of its weight), `qgraph.bits_per_weight`,
-    `qgraph.sqnr_db`, `qgraph.source_weight`, with calibration `qgraph.output_error`. What was done is stored
-    in `model.meta[QUANTIZED]`.
+    Rules: the scheme of a layer is that of its `LayerDecision`, or else `scheme`; a weight that several nodes
+    share is quantized once; the blocks of a table [V, H] run along its rows, so that a solver sees it as
+    [K, N] = [H, V], and without calibration; where the scheme rounds activations, the input of a MatMul comes
+    through one `DynamicQDQ` node (quantize_activations.py) that all its readers share; the float weight goes
+    when nothing reads it any more; the node keeps its name, output and metadata, and gets `qgraph.scheme`
+    (the format of its weight), `qgraph.bits_per_weight`, `qgraph.sqnr_db`, `qgraph.source_weight`, with
+    calibration `qgraph.output_error`. What was done is stored in `model.meta[QUANTIZED]`.
 
     Args:
-        solver: empty is the scheme's first that has what it needs.
+        solver: for layers of `scheme`; empty is the scheme's first that has what it needs.
         calibrator: knows the statistics of the layers' inputs, and leads from layer to layer.
         on_layer(i, n, weight): called before the i-th of n weights (from 0) is quantized, and with i = n at
             the end.
@@ -82,17 +82,22 @@ class QuantizeWeights(GraphPass):
         self.calibrator = calibrator
         self.threads = threads
         self.on_layer = on_layer
-        solvers = self.scheme.solvers
-        self.solver = solver or default_solver(solvers, calibrated=calibrator is not None)
-        if solvers and get_solver(self.solver).format != self.scheme.weight_format:
+        self.solver = self.resolve(self.scheme, solver)
+        of_tables = SCHEMES["nvfp4"].solvers
+        given = [self.solver] if self.solver in of_tables else []
+        self.table_solver = default_solver([*given, *of_tables], calibrated=False)
+
+    def resolve(self, scheme: Scheme, solver: str) -> str:
+        """The solver of layers of `scheme`. UsageError when it is not for them, or needs a calibrator."""
+        calibrated = self.calibrator is not None
+        solver = solver or default_solver(scheme.solvers, calibrated)
+        if solver and scheme.weight_format not in get_solver(solver).modules:
             raise UsageError(
-                f"solver '{self.solver}' is not for scheme '{scheme}'; known: {', '.join(solvers)}"
+                f"solver '{solver}' is not for scheme '{scheme.name}'; known: {', '.join(scheme.solvers)}"
             )
-        self.table_solver = default_solver([self.solver, *solvers], calibrated=False) if solvers else ""
-        if calibrator is None and (
-            self.scheme.needs_calibration or (self.solver and get_solver(self.solver).calibrated)
-        ):
-            raise UsageError(f"scheme '{scheme}' with solver '{self.solver}' needs calibration data")
+        if not calibrated and (scheme.needs_calibration or (solver and get_solver(solver).calibrated)):
+            raise UsageError(f"scheme '{scheme.name}' with solver '{solver}' needs calibration data")
+        return solver
 
     def requires(self, model: ir.Model) -> None:
         """`SelectLayers` has run."""
@@ -101,12 +106,10 @@ class QuantizeWeights(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if self.scheme.weight_format is None:
-            model.meta[QUANTIZED] = []
-            named = {decision.node_name for decision in model.meta[DECISIONS]}
             for node in model.graph.all_nodes():
-                if node.name in named:
+                if DECISION in node.meta and not node.meta[DECISION].scheme:
+                    node.meta[DECISION] = replace(node.meta[DECISION], quantize=False)
                     node.metadata_props[KEPT] = f"scheme {self.scheme.name}"
-            return ir.passes.PassResult(model, bool(named))
         work = _Work(self, model, _chosen(model))
         for weight in work.tables:
             work.quantize_table(weight)
@@ -121,7 +124,7 @@ class QuantizeWeights(GraphPass):
 
     def ensures(self, model: ir.Model) -> None:
         """Every layer that was chosen is low-bit now."""
-        left = [node.name for node in _chosen(model)] if self.scheme.weight_format else []
+        left = [node.name for node in _chosen(model)]
         if left:
             raise ir.passes.PostconditionError(f"chosen but not quantized: {left}")
 
@@ -142,9 +145,24 @@ class _Work:
                 self.tables.append(weight.name)
             self.order[weight.name] = weight
             self.readers.setdefault(weight.name, []).append(node)
+        # What a weight [K, N] becomes: the scheme and the solver of the nodes that read it.
+        self.recipes = {name: self._recipe(name) for name in self.order if name not in self.tables}
         # Of a shared weight either all readers are lookups or none is: SelectLayers sees to it.
         self.groups = linear_groups([node for node in nodes if is_op(node, "MatMul")])
         self._done: dict[str, QuantizedWeight] = {}
+
+    def _recipe(self, name: str) -> tuple[Scheme, str]:
+        decisions = {node.meta[DECISION].scheme: node for node in self.readers[name]}
+        if len(decisions) > 1:
+            one, other, *_ = decisions.values()
+            raise UsageError(
+                f"layers '{one.name}' and '{other.name}' share a weight and cannot differ in scheme"
+            )
+        decision = self.readers[name][0].meta[DECISION]
+        if not decision.scheme:
+            return self.options.scheme, self.options.solver
+        scheme = get_scheme(decision.scheme)
+        return scheme, self.options.resolve(scheme, decision.solver)
 
     def done(self) -> list[QuantizedWeight]:
         """What was done, in graph order."""
@@ -159,9 +177,11 @@ class _Work:
 
     def solve(self, group: LinearGroup, statistics: Statistics | None) -> Arrays:
         """See GroupHandler; without statistics the solver goes by the weights alone."""
-        solver, record = get_solver(self.options.solver), Arrays()
+        record = Arrays()
         for i, name in enumerate(group.weights):
             self._announce(name)
+            scheme, solver_name = self.recipes[name]
+            solver = get_solver(solver_name)
             W = target = self._float_weight(name)
             H = None if statistics is None else statistics.second_moment
             if solver.calibrated and statistics is not None and statistics.cross is not None:
@@ -175,12 +195,19 @@ class _Work:
                     strength=_STRENGTH.get(self.options.scheme.activation_format or "", 1.0),
                 )
             tokens = 0 if statistics is None else statistics.tokens
-            q = solver(target, H=H, tokens=tokens, name=name, threads=self.options.threads)
+            q = solver(
+                target,
+                format=str(scheme.weight_format),
+                H=H,
+                tokens=tokens,
+                name=name,
+                threads=self.options.threads,
+            )
             back = q.dequantize()
             errors = [_relative_error(W, back)]
             if H is not None:
                 errors.append(relative_output_error(target, back, H, self.options.threads))
-            record |= {f"{i}.{part}": array for part, array in _to_arrays(q).items()}
+            record |= {f"{i}.{part}": array for part, array in to_arrays(q).items()}
             record[f"{i}.errors"] = np.array(errors)
         record["tokens"] = np.array([0 if statistics is None else statistics.tokens])
         if statistics is not None and self.options.scheme.needs_calibration:
@@ -205,11 +232,8 @@ class _Work:
                         if node.inputs[0] is value:
                             node.replace_input_with(0, rounded)
         for i, name in enumerate(group.weights):
-            q = _from_arrays(
-                self.options.scheme.weight_format or "",
-                self._shape(name),
-                {part: record[f"{i}.{part}"] for part in ("codes", "block_scale", "global_scale")},
-            )
+            parts = {key.removeprefix(f"{i}."): array for key, array in record.items()}
+            q = from_arrays(str(self.recipes[name][0].weight_format), self._shape(name), parts)
             errors = [float(error) for error in record[f"{i}.errors"]]
             self._replace(name, q, errors, int(record["tokens"][0]))
             weights[name] = q
@@ -243,7 +267,7 @@ class _Work:
         parts = _initializers(graph, name, q, turned=lookup)
         for node in nodes:
             lowbit = ir.node(
-                (LOOKUPS if lookup else OPERATORS)[q.format],
+                FORMS[q.format].lookup if lookup else FORMS[q.format].linear,
                 [node.inputs[1 if lookup else 0], *parts],
                 domain=DOMAIN,
                 name=node.name,
@@ -291,23 +315,15 @@ def _chosen(model: ir.Model) -> list[ir.Node]:
 
 
 def _initializers(graph: ir.Graph, name: str, q: QTensor, turned: bool) -> list[ir.Value]:
-    """The stored parts of `q`, or of its transpose, registered as `<name>.codes`, `<name>.block_scale` and
-    `<name>.global_scale`."""
-    codes, block_scale = q.codes, q.block_scale
-    if turned:
-        codes, block_scale = codes.T, np.ascontiguousarray(block_scale.T)
-    tensors = [
-        ir.PackedTensor(pack_bits(codes, 4), ir.DataType.FLOAT4E2M1, shape=codes.shape, name=f"{name}.codes"),
-        ir.Tensor(block_scale, dtype=ir.DataType.FLOAT8E4M3FN, name=f"{name}.block_scale"),
-        ir.Tensor(np.array(q.global_scale), dtype=ir.DataType.FLOAT, name=f"{name}.global_scale"),
-    ]
+    """The stored parts of `q`, or of its transpose, registered as `<name>.codes`, `<name>.block_scale` and so
+    on."""
     taken = (
         {v.name for node in graph for v in node.outputs}
         | {v.name for v in graph.inputs}
         | set(graph.initializers)
     )
     values = []
-    for tensor in tensors:
+    for tensor in to_tensors(q, name, turned):
         if tensor.name in taken:
             raise InputError(
                 f"the model already has a value '{tensor.name}', which quantizing '{name}' would add"
@@ -321,26 +337,6 @@ def _initializers(graph: ir.Graph, name: str, q: QTensor, turned: bool) -> list[
         graph.register_initializer(value)
         values.append(value)
     return values
-
-
-def _to_arrays(q: QTensor) -> Arrays:
-    """The parts of `q` as arrays that can be stored."""
-    return {
-        "codes": pack_bits(q.codes, 4),
-        "block_scale": np.ascontiguousarray(q.block_scale).view(np.uint8),
-        "global_scale": np.array([q.global_scale], np.float32),
-    }
-
-
-def _from_arrays(weight_format: str, shape: tuple[int, int], arrays: Arrays) -> QTensor:
-    """The inverse. InputError when the parts do not fit."""
-    return QTensor(
-        weight_format,
-        shape,
-        unpack_bits(arrays["codes"], shape, 4),
-        arrays["block_scale"].view(FORMATS[weight_format].scale_dtype),
-        np.float32(arrays["global_scale"][0]),
-    )
 
 
 def _relative_error(W: npt.NDArray[np.float32], back: npt.NDArray[np.float32]) -> float:

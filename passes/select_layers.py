@@ -40,6 +40,17 @@ class LayerDecision:
     shape: tuple[int, ...]  # of the weight; (K, N) where it can be quantized
     quantize: bool
     reason: str  # why it is kept in float; empty when quantized
+    scheme: str = ""  # its own, instead of the run's
+    solver: str = ""  # for that scheme; empty is the scheme's default
+
+
+@dataclass(frozen=True)
+class Override:
+    """Layers that match a pattern get a scheme of their own; an empty solver is the scheme's default."""
+
+    pattern: str
+    scheme: str
+    solver: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,20 +78,26 @@ class SelectLayers(GraphPass):
     2. A layer that matches `exclude` is kept; with `include` given, a layer that does not match it is kept.
     3. A layer that is small (K < 32 or N < 16; a table of fewer than 4096 elements), or whose weight is read
        some other way too, is kept unless it matches `include`.
-    4. The rest is quantized.
+    4. The rest is quantized: by the scheme of the last of `overrides` that it matches, if any; one by `none`
+       is kept.
 
     A pattern is a shell wildcard, or after `re:` a regular expression to be found anywhere, for the name of
     the node, of its weight, of its operator, or of a module around it (`encoder.layer.0` is everything in
     that module). Nodes kept get the reason in `metadata_props["qgraph.kept"]`.
 
-    Raises UsageError for a pattern that matches nothing, an `include` that can have no effect, a bad regular
-    expression.
+    Raises UsageError for a pattern that matches nothing, an `include` or an override that can have no effect,
+    a bad regular expression.
     """
 
     def __init__(
-        self, include: Sequence[str] = (), exclude: Sequence[str] = (), embeddings: str = "float"
+        self,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        embeddings: str = "float",
+        overrides: Sequence[Override] = (),
     ) -> None:
         super().__init__()
+        self.overrides = tuple(overrides)
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.embeddings = embeddings
@@ -96,9 +113,13 @@ class SelectLayers(GraphPass):
         candidates = [candidate for candidate in found if candidate is not None]
         included = _matched(self.include, candidates, "include")
         excluded = _matched(self.exclude, candidates, "exclude")
+        own: dict[int, Override] = {}
+        for later in self.overrides:
+            own.update(dict.fromkeys(_matched([later.pattern], candidates, "layer"), later))
         decisions = []
         modified = False
         for i, candidate in enumerate(candidates):
+            override = None if is_op(candidate.node, "Gather") else own.get(i)
             reason = candidate.obstacle
             if not reason and i in excluded:
                 reason = "excluded by the user"
@@ -106,7 +127,9 @@ class SelectLayers(GraphPass):
                 reason = "not among the layers to include"
             elif not reason and i not in included:
                 reason = candidate.doubt
-            decisions.append(_decision(candidate, reason))
+            if not reason and override is not None and override.scheme == "none":
+                reason = "scheme none"
+            decisions.append(_decision(candidate, reason, override))
             candidate.node.meta[DECISION] = decisions[-1]
             if reason:
                 modified |= candidate.node.metadata_props.get(KEPT) != reason
@@ -227,7 +250,7 @@ def _doubt(weight: ir.Value) -> str:
     return ""
 
 
-def _decision(candidate: _Candidate, reason: str) -> LayerDecision:
+def _decision(candidate: _Candidate, reason: str, override: Override | None) -> LayerDecision:
     node, weight = candidate.node, candidate.weight
     tensor = _weight(weight)
     scopes = module_scopes(node)
@@ -239,6 +262,8 @@ def _decision(candidate: _Candidate, reason: str) -> LayerDecision:
         shape=tuple(tensor.shape.numpy()) if tensor is not None else (),
         quantize=not reason,
         reason=reason,
+        scheme=override.scheme if override is not None and not reason else "",
+        solver=override.solver if override is not None and not reason else "",
     )
 
 
@@ -254,10 +279,10 @@ def _matched(patterns: Iterable[str], candidates: Sequence[_Candidate], option: 
             near = get_close_matches(pattern.removeprefix("re:"), known, n=3, cutoff=0.4)
             hint = f"; near matches: {', '.join(near)}" if near else ""
             raise UsageError(f"{option} pattern '{pattern}' matches no layer{hint}")
-        if option == "include" and all(candidates[i].obstacle for i in hits):
+        if option in ("include", "layer") and all(candidates[i].obstacle for i in hits):
             example = candidates[min(hits)]
             raise UsageError(
-                f"include pattern '{pattern}' matches only layers that cannot be quantized, "
+                f"{option} pattern '{pattern}' matches only layers that cannot be quantized, "
                 f"such as '{example.node.name}': {example.obstacle}"
             )
         found |= hits

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qgraph.formats import FORMATS
+from qgraph.passes.lowbit_weights import LINEARS
 from qgraph.passes.shapes.index import require_range
 from qgraph.passes.shapes.linear import matmul_shape
 from qgraph.passes.shapes.node import NodeView, rule
@@ -37,14 +39,18 @@ def dynamic_quantize(n: NodeView) -> None:
     n.out(2, ir.DataType.UINT8, [])
 
 
-@rule("QLinearNVFP4", domain="ai.qgraph")
-def qlinear_nvfp4(n: NodeView) -> None:
-    """x [..., K], codes [K, N], block_scale [ceil(K/16), N], global_scale [] -> y [..., N]."""
+@rule(*LINEARS, domain="ai.qgraph")
+def qlinear(n: NodeView) -> None:
+    """x [..., K], codes [K, N], block_scale [ceil(K/block), N] (, offsets likewise) -> y [..., N]."""
+    form = LINEARS[n.node.op_type]
     if n.rank(1) != 2 or n.rank(2) != 2:
         n.fail("codes and block scales must be matrices")
-    k, columns = n.shape(1)
-    if not isinstance(k, int) or n.shape(2) != (-(-k // 16), columns):
-        n.fail(f"block scales {list(n.shape(2))} do not fit codes {[k, columns]} in blocks of 16")
+    (k, columns), block = n.shape(1), FORMATS[form.format].block
+    of_blocks = [i for i, part in enumerate(form.parts, 1) if part not in ("codes", "global_scale")]
+    for i in of_blocks:
+        if not isinstance(k, int) or n.shape(i) != (-(-k // block), columns):
+            what = form.parts[i - 1].replace("_", " ") + "s"
+            n.fail(f"{what} {list(n.shape(i))} do not fit codes {[k, columns]} in blocks of {block}")
     n.out(0, n.dtype(0), matmul_shape(n, n.shape(0), n.shape(1)))
 
 

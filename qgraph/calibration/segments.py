@@ -20,7 +20,8 @@ from qgraph.calibration.session import open_session
 from qgraph.errors import UnsupportedError
 from qgraph.formats.nvfp4 import NVFP4
 from qgraph.passes.base import describe
-from qgraph.passes.lowbit_functions import DOMAIN, LOOKUPS
+from qgraph.passes.lowbit_functions import DOMAIN
+from qgraph.passes.lowbit_weights import LOOKUPS
 from qgraph.passes.shapes.dims import from_ir, product
 
 Array = npt.NDArray[Any]
@@ -105,7 +106,7 @@ class FrozenGraph:
         for value in (*graph.inputs, *graph.initializers.values()):
             self._info[str(value.name)] = _info(value)
         for node in graph:
-            if (node.domain, node.op_type) == (DOMAIN, LOOKUPS["nvfp4"]):
+            if node.domain == DOMAIN and node.op_type in LOOKUPS:
                 node = self._plain_lookup(node)
             elif node.domain or any(True for _ in _subgraphs(node)):
                 raise UnsupportedError(
