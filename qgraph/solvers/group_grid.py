@@ -2,13 +2,13 @@
 
 Everything here is about one block of rows, for n columns at once: W [b, n], with a `Grid` of n scales and
 offsets, w' = v s + o for a level v of the format. That is a single formula for all three kinds of offset, and
-in float32 it has the very bits of `QTensor.dequantize`: with a zero point z, o = -z s and both (v - z) s and v
-s - z s are exact (11 bits times 8).
+in float32 it has the very bits of `QTensor.dequantize`: with a zero point z, o = -z s, and both (v - z) s and
+v s - z s are exact (11 bits times 8).
 
-With the levels t of a block fixed, its error (w - s t - o 1)^T M (w - s t - o 1) is a quadratic in (s, o) that
-six sums (`Moments`) describe, for M = I as in PT2-LLM's ITF, for a diagonal M, and for M = H as in its AGA
-(arXiv 2510.03267); `improve` finds its minimum among what can be stored. The sums are those of the residual
-that the present grid leaves, not of w: nothing cancels, however close the grid is.
+With the levels t of a block fixed, its error (w - s t - o 1)^T M (w - s t - o 1) is a quadratic in s and o
+that five sums (`Moments`) describe, for M = I as in PT2-LLM's ITF, for a diagonal M, and for M = H as in its
+AGA (arXiv 2510.03267); `improve` finds its minimum among what can be stored. The sums are those of the
+residual that the present grid leaves, not of w: nothing cancels, however close the grid is.
 """
 
 from __future__ import annotations

@@ -7,3 +7,17 @@ alpha = mean |v| over these.
 """
 
 from __future__ import annotations
+
+from functools import partial
+
+from qgraph.formats import FORMATS, QTensor
+from qgraph.solvers import group_grid
+from qgraph.solvers.group_grid import Array
+
+
+def solve(W: Array, *, format: str, name: str = "", threads: int | None = None) -> QTensor:
+    """W float32 [K, N] -> `format`, as above. InputError for weights that are not finite, or beyond
+    float16."""
+    group_grid.check_group_weight(W, name)
+    spec = FORMATS[format]
+    return group_grid.solve_blocks(spec, W, partial(group_grid.initial, spec), threads)
