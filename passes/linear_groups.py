@@ -2,7 +2,8 @@
 
 Layers with the same input (query, key and value; gate and up) have the same statistics: calibration measures
 them once. `Calibrator` and `GroupHandler` are the two sides of that meeting: calibration knows data and how
-to run a model, `QuantizeWeights` knows what to do with a layer once its statistics are there.
+to run a model, `QuantizeWeights` knows what to do with a layer once its statistics are there. Between the
+groups there may be places where the mean is set right (mean_shift.py): the stages of a walk are both.
 """
 
 from __future__ import annotations
@@ -35,6 +36,35 @@ class LinearGroup:
     residuals: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class MeanShiftSite:
+    """A vector that is added to every token of a value: to become the mean of what the float model has there
+    and the quantized one lacks. Names, as of a group."""
+
+    value: str  # [.., K]
+    node: str  # the Add
+    shift: str  # its second operand, an initializer [K]
+    K: int
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What is measured."""
+        return (self.value,)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """What reads the vector."""
+        return (self.node,)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The initializers that change."""
+        return (self.shift,)
+
+
+Stage = LinearGroup | MeanShiftSite
+
+
 class GroupHandler(Protocol):
     """What happens to a group once its statistics are known."""
 
@@ -45,23 +75,27 @@ class GroupHandler(Protocol):
         Reads the model, does not change it. The same arguments give the same arrays.
         """
 
-    def apply(self, group: LinearGroup, record: Arrays) -> Mapping[str, npt.NDArray[np.float32]]:
-        """Put the record of `solve` into effect, be it fresh or from an earlier run that was interrupted.
+    def apply(self, stage: Stage, record: Arrays) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Put the record of `solve`, or of what was measured at a site, into effect, be it fresh or from an
+        earlier run that was interrupted.
 
-        Returns the weights as they are from now on, dequantized [K, N], by name.
+        record: of a site: `shift` float32 [K], the mean of x_float - x; `error` float64 [2], the means of
+            |x_float - x|^2 and of |x_float|^2; `tokens` int64 [1].
+
+        Returns the initializers of the stage as they are from now on, weights dequantized [K, N], by name.
         """
 
 
 class Calibrator(Protocol):
     """Something that knows the statistics of every group."""
 
-    def walk(self, model: ir.Model, groups: Sequence[LinearGroup], handler: GroupHandler) -> None:
-        """For every group, in order, `handler.solve` and `handler.apply`.
+    def walk(self, model: ir.Model, stages: Sequence[Stage], handler: GroupHandler) -> None:
+        """For every group, in order, `handler.solve` and `handler.apply`; for every site `handler.apply`.
 
         Args:
             model: the prepared float model; `handler` changes it as the walk goes on, so that what is needed
                 of it is copied before the first call.
-            groups: from `linear_groups`.
+            stages: the groups from `linear_groups`, and `mean_shift.stages` with them.
         """
 
 

@@ -12,9 +12,17 @@ import onnx_ir as ir
 from qgraph.errors import InputError, UsageError
 from qgraph.formats import QTensor
 from qgraph.passes.base import GraphPass, is_op, replace_node
-from qgraph.passes.linear_groups import Arrays, Calibrator, LinearGroup, linear_groups
+from qgraph.passes.linear_groups import (
+    Arrays,
+    Calibrator,
+    LinearGroup,
+    MeanShiftSite,
+    Stage,
+    linear_groups,
+)
 from qgraph.passes.lowbit_functions import DOMAIN
 from qgraph.passes.lowbit_weights import FORMS, from_arrays, to_arrays, to_tensors
+from qgraph.passes.mean_shift import install, stages
 from qgraph.passes.quantize_activations import quantize_input
 from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT
 from qgraph.schemes import SCHEMES, Scheme, get_scheme
@@ -114,7 +122,7 @@ class QuantizeWeights(GraphPass):
         for weight in work.tables:
             work.quantize_table(weight)
         if self.calibrator is not None:
-            self.calibrator.walk(model, work.groups, work)
+            self.calibrator.walk(model, stages(model.graph, work.groups), work)
         else:
             for group in work.groups:
                 work.install(group, work.solve(group, None))
@@ -214,9 +222,11 @@ class _Work:
             record["input_amax"] = np.array([statistics.largest], np.float32)
         return record
 
-    def apply(self, group: LinearGroup, record: Arrays) -> dict[str, npt.NDArray[np.float32]]:
+    def apply(self, stage: Stage, record: Arrays) -> dict[str, npt.NDArray[np.float32]]:
         """See GroupHandler."""
-        return {name: q.dequantize() for name, q in self.install(group, record).items()}
+        if isinstance(stage, MeanShiftSite):
+            return install(self.model, stage, record)
+        return {name: q.dequantize() for name, q in self.install(stage, record).items()}
 
     def install(self, group: LinearGroup, record: Arrays) -> dict[str, QTensor]:
         """Put a record into the model. Returns the quantized weights by name."""

@@ -1,4 +1,4 @@
-"""Leads `QuantizeWeights` through a model, with the statistics of every group of layers."""
+"""Leads `QuantizeWeights` through a model, with what is to be known at every stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qgraph.calibration.journal import Journal
 from qgraph.calibration.sources import FloatModel, Nothing, QuantizedSoFar, Rounding, Source
 from qgraph.calibration.workspace import scratch_folder
 from qgraph.errors import ResourceError, UsageError
-from qgraph.passes.linear_groups import Arrays, GroupHandler, LinearGroup
+from qgraph.passes.linear_groups import Arrays, GroupHandler, LinearGroup, Stage
 from qgraph.solvers._tiles import thread_count
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class StreamingCalibrator:
         journal: where records are kept, so that a run which was interrupted goes on; None: nowhere.
         threads: None is one for every CPU. The result does not depend on it.
         memory: bytes of sums at a time (8 K^2 a group) when not sequential.
-        on_group(i, n, weight): before the i-th of n groups (from 0); i = n at the end.
-        on_records(done, n): once, before the first group, where the journal has records of `done` of n.
+        on_group(i, n, weight): before the i-th of n stages (from 0); i = n at the end.
+        on_records(done, n): once, before the first stage, where the journal has records of `done` of n.
 
     Raises UsageError for options that do not fit together. What `walk` raises is told there.
     """
@@ -64,55 +64,63 @@ class StreamingCalibrator:
         self.journal, self.threads, self.memory = journal, thread_count(threads), memory
         self.on_group, self.on_records = on_group, on_records
 
-    def walk(self, model: ir.Model, groups: Sequence[LinearGroup], handler: GroupHandler) -> None:
+    def walk(self, model: ir.Model, stages: Sequence[Stage], handler: GroupHandler) -> None:
         """See `Calibrator`.
 
         Raises:
+            UsageError: sites without `sequential`.
             InputError: activations that are not finite, with the sample; data that the model cannot run.
             UnsupportedError: a model that ONNX Runtime cannot run.
             ResourceError: no disk space; another process holds the journal.
         """
+        if not self.sequential and not all(isinstance(stage, LinearGroup) for stage in stages):
+            raise UsageError(
+                "calibration: a shift of the mean goes with 'sequential': on the float model there is none"
+            )
         journal = self.journal
         with contextlib.ExitStack() as stack:
             if journal is not None:
                 stack.enter_context(journal.open())
             missing = [
-                i for i, group in enumerate(groups) if journal is None or journal.read(i, group) is None
+                i for i, stage in enumerate(stages) if journal is None or journal.read(i, stage) is None
             ]
-            if len(missing) < len(groups):
-                self.on_records(len(groups) - len(missing), len(groups))
-            source = self._source(model, groups, missing, stack) if missing else Nothing()
-            for i, group in enumerate(groups):
-                self.on_group(i, len(groups), group.weights[0])
-                # No local name holds on to the arrays of a group while the next one is solved.
+            if len(missing) < len(stages):
+                self.on_records(len(stages) - len(missing), len(stages))
+            source = self._source(model, stages, missing, stack) if missing else Nothing()
+            for i, stage in enumerate(stages):
+                self.on_group(i, len(stages), stage.weights[0])
+                # No local name holds on to the arrays of a stage while the next one is solved.
                 if i in missing:
-                    source.replace(handler.apply(group, self._solved(i, group, handler, source)))
+                    source.replace(handler.apply(stage, self._fresh(i, stage, handler, source)))
                 else:
                     source.skip(i)
-                    source.replace(handler.apply(group, self._recorded(i, group)))
+                    source.replace(handler.apply(stage, self._recorded(i, stage)))
             if journal is not None:
                 journal.finish()
-        self.on_group(len(groups), len(groups), "")
+        self.on_group(len(stages), len(stages), "")
 
-    def _recorded(self, index: int, group: LinearGroup) -> Arrays:
+    def _recorded(self, index: int, stage: Stage) -> Arrays:
         """The record of an earlier run."""
         assert self.journal is not None
-        record = self.journal.read(index, group)
+        record = self.journal.read(index, stage)
         if record is None:
             raise ResourceError(
                 f"{self.journal.folder}: a record was there a moment ago and is gone: run again"
             )
         return record
 
-    def _solved(self, index: int, group: LinearGroup, handler: GroupHandler, source: Source) -> Arrays:
-        """A fresh record."""
-        record = handler.solve(group, source.statistics(index))
-        return record if self.journal is None else self.journal.write(index, group, record)
+    def _fresh(self, index: int, stage: Stage, handler: GroupHandler, source: Source) -> Arrays:
+        """A record made now."""
+        if isinstance(stage, LinearGroup):
+            record = handler.solve(stage, source.statistics(index))
+        else:
+            record = source.shift(index)
+        return record if self.journal is None else self.journal.write(index, stage, record)
 
     def _source(
         self,
         model: ir.Model,
-        groups: Sequence[LinearGroup],
+        stages: Sequence[Stage],
         missing: Sequence[int],
         stack: contextlib.ExitStack,
     ) -> Source:
@@ -120,7 +128,8 @@ class StreamingCalibrator:
             border = self.journal.border(keep=self.sequential)
         else:
             border = Border(stack.enter_context(scratch_folder()))
-        given = (model, groups, missing, self.data, border, self.rounding, self.threads)
+        rest = (missing, self.data, border, self.rounding, self.threads)
         if self.sequential:
-            return QuantizedSoFar(*given, corrected=self.corrected)
-        return FloatModel(*given, memory=self.memory)
+            return QuantizedSoFar(model, stages, *rest, corrected=self.corrected)
+        groups = [stage for stage in stages if isinstance(stage, LinearGroup)]
+        return FloatModel(model, groups, *rest, memory=self.memory)

@@ -4,10 +4,11 @@ A journal is a folder:
 
     journal.json            what the run was given, for people
     lock                    held by the process at work
-    group-00007.safetensors the record of a group, as `GroupHandler.solve` made it
+    group-00007.safetensors the record of a stage, as `GroupHandler.solve` made it
+                            or calibration itself
     border/                 values between two stages (border.py), only while a walk is under way
 
-Records are written whole or not at all, and carry the SHA-256 of their content and the group: one that is
+Records are written whole or not at all, and carry the SHA-256 of their content and the stage: one that is
 damaged counts as missing. All that a result depends on is part of the folder's name, so results of different
 runs never mix.
 """
@@ -35,7 +36,7 @@ from qgraph.calibration.border import Border, disk_errors
 from qgraph.errors import ResourceError
 
 if TYPE_CHECKING:
-    from qgraph.passes.linear_groups import Arrays, LinearGroup
+    from qgraph.passes.linear_groups import Arrays, Stage
 
 # Of the layout of the folder, and of the calibration itself: statistics of another version are not reused.
 _VERSION = 1
@@ -84,8 +85,8 @@ class Journal:
         """For the values between two stages; with `keep` it holds them as far as an earlier run got."""
         return Border(self.folder / "border", keep=keep)
 
-    def read(self, index: int, group: LinearGroup) -> Arrays | None:
-        """The record of a group; None when there is none that is whole."""
+    def read(self, index: int, stage: Stage) -> Arrays | None:
+        """The record of a stage; None when there is none that is whole."""
         from safetensors import SafetensorError, safe_open
 
         path = self._path(index)
@@ -95,10 +96,10 @@ class Journal:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, ValueError, TypeError, KeyError):
             return None
-        return arrays if metadata.get("sha256") == _digest(group, arrays) else None
+        return arrays if metadata.get("sha256") == _digest(stage, arrays) else None
 
-    def write(self, index: int, group: LinearGroup, record: Mapping[str, npt.NDArray]) -> Arrays:
-        """Keeps the record of a group. Returns it as `read` will: what is put into effect is the same whether
+    def write(self, index: int, stage: Stage, record: Mapping[str, npt.NDArray]) -> Arrays:
+        """Keeps the record of a stage. Returns it as `read` will: what is put into effect is the same whether
         it comes from here or from there.
 
         Raises ResourceError when it cannot be written.
@@ -106,10 +107,10 @@ class Journal:
         from safetensors.numpy import save
 
         arrays = {name: np.array(array, order="C") for name, array in record.items()}
-        data = save(arrays, {"sha256": _digest(group, arrays)})
+        data = save(arrays, {"sha256": _digest(stage, arrays)})
         with atomic_write(self._path(index)) as file, disk_errors(self.folder):
             file.write_bytes(data)
-        kept = self.read(index, group)
+        kept = self.read(index, stage)
         if kept is None:
             raise ResourceError(f"{self._path(index)}: what was written cannot be read back: check the disk")
         return kept
@@ -151,9 +152,9 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _digest(group: LinearGroup, arrays: Mapping[str, npt.NDArray]) -> str:
+def _digest(stage: Stage, arrays: Mapping[str, npt.NDArray]) -> str:
     """SHA-256 of whose record it is, and all that is in it."""
-    digest = hashlib.sha256(json.dumps([group.K, group.values, group.nodes, group.weights]).encode())
+    digest = hashlib.sha256(json.dumps([stage.K, stage.values, stage.nodes, stage.weights]).encode())
     for name in sorted(arrays):
         digest.update(json.dumps([name, arrays[name].dtype.str, arrays[name].shape]).encode())
         digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)

@@ -84,10 +84,7 @@ class Moments:
 
         Raises InputError when there were no rows, or values so large that their squares overflow.
         """
-        if not self.tokens:
-            raise InputError(
-                f"value '{self.name}': the calibration data holds no token for it: all is padding, or empty"
-            )
+        _require_tokens(self.name, self.tokens)
         if self._filled:
             x, difference = self._block
             self._ready.append(
@@ -131,6 +128,38 @@ class Moments:
                 self._cross[panel] += product(columns, difference)
 
 
+class MeanDifference:
+    """How x_float - x is on the mean over all rows: `shift` [K] float32, `error` float64 [2], the means of
+    |x_float - x|^2 and of |x_float|^2, and `tokens` int64 [1].
+
+    name: of the values, for messages. Sums are in float64, in the order of the batches.
+    """
+
+    cross = True
+    beside: Mapping[str, int] = {}
+
+    def __init__(self, name: str, K: int) -> None:
+        self.name, self.tokens = name, 0
+        self._sum, self._squares = np.zeros(K, np.float64), np.zeros(2, np.float64)
+
+    def add(self, x: Rows, x_float: Rows | None = None, beside: Sequence[tuple[Rows, Rows]] = ()) -> None:
+        """Takes in float32 rows [n, K], and what the float model has in their place."""
+        assert x_float is not None, self.name
+        difference = np.subtract(x_float, x, dtype=np.float64)
+        self.tokens += len(x)
+        self._sum += difference.sum(axis=0)
+        self._squares += np.square(difference).sum(), np.square(x_float, dtype=np.float64).sum()
+
+    def finish(self) -> dict[str, npt.NDArray]:
+        """Raises InputError when there were no rows."""
+        _require_tokens(self.name, self.tokens)
+        return {
+            "shift": (self._sum / self.tokens).astype(np.float32),
+            "error": self._squares / self.tokens,
+            "tokens": np.array([self.tokens]),
+        }
+
+
 class Peaks:
     """The largest |x| of every channel, alone."""
 
@@ -154,6 +183,13 @@ def accumulate(moments: Iterable[Moments], pool: Executor | None) -> None:
         pass
     for m in waiting:
         m._ready.clear()
+
+
+def _require_tokens(name: str, tokens: int) -> None:
+    if not tokens:
+        raise InputError(
+            f"value '{name}': the calibration data holds no token for it: all is padding, or empty"
+        )
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Where the statistics of the groups come from: two ways to walk a model, and none."""
+"""Where the statistics of the stages come from: two ways to walk a model, and none."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import numpy.typing as npt
 
 from qgraph.calibration.border import Border
 from qgraph.calibration.data import Data
-from qgraph.calibration.moments import Moments, Peaks
+from qgraph.calibration.moments import MeanDifference, Moments, Peaks
 from qgraph.calibration.segments import FrozenGraph, own
 from qgraph.calibration.walk import Elementwise, Stream, Tap, Walk, make_taps, partition
+from qgraph.passes.linear_groups import LinearGroup, MeanShiftSite
 from qgraph.solvers.statistics import Statistics
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qgraph.passes.linear_groups import LinearGroup
+    from qgraph.passes.linear_groups import Arrays, Stage
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
 
@@ -29,22 +30,29 @@ Rounding = Callable[[npt.NDArray[np.float32], float], npt.NDArray[np.float32]]
 
 
 class Source(Protocol):
-    """Knows the statistics of groups, asked for in order."""
+    """Knows the statistics of stages, asked for in order."""
 
     def statistics(self, index: int) -> Statistics:
         """Of the inputs of a group."""
 
+    def shift(self, index: int) -> Arrays:
+        """The record of a site."""
+
     def skip(self, index: int) -> None:
-        """Those of this group are not needed."""
+        """Those of this stage are not needed."""
 
     def replace(self, weights: Weights) -> None:
-        """The weights of the group that was asked for or skipped last are these from now on."""
+        """The initializers of the stage that was asked for or skipped last are these from now on."""
 
 
 class Nothing:
     """For a walk whose records are all there: nothing is to be measured."""
 
     def statistics(self, index: int) -> Statistics:
+        """See Source."""
+        raise AssertionError("all records are there")
+
+    def shift(self, index: int) -> Arrays:
         """See Source."""
         raise AssertionError("all records are there")
 
@@ -87,6 +95,10 @@ class FloatModel:
             self._measured = dict(zip(self._missing[first : last + 1], statistics, strict=True))
         return self._measured.pop(index)
 
+    def shift(self, index: int) -> Arrays:
+        """See Source: there are no sites."""
+        raise AssertionError("the float model has no quantized one to be compared to")
+
     def skip(self, index: int) -> None:
         """See Source."""
 
@@ -95,17 +107,19 @@ class FloatModel:
 
 
 class QuantizedSoFar:
-    """Statistics of the model with the groups before quantized, one group after the other.
+    """Statistics of the model with the groups before quantized, and the sites before set right, one stage
+    after the other.
 
-    corrected: a second stream carries what the float model computes, for `Statistics.cross`.
-    missing: the groups that will be asked for. `border` may be that of an earlier run, which is taken up
+    corrected: a second stream carries what the float model computes, for `Statistics.cross`. Sites alone need
+        it too, but from site to site only.
+    missing: the stages that will be asked for. `border` may be that of an earlier run, which is taken up
         where it stands, unless it stands behind the first of these.
     """
 
     def __init__(
         self,
         model: ir.Model,
-        groups: Sequence[LinearGroup],
+        stages: Sequence[Stage],
         missing: Sequence[int],
         data: Data,
         border: Border,
@@ -116,17 +130,25 @@ class QuantizedSoFar:
     ) -> None:
         if border.position > 2 * missing[0] + 1:
             border.clear()
-        beside = [group.residuals if len(group.values) == 1 else () for group in groups]
-        self._taps = make_taps(model, [group.values for group in groups], beside if corrected else ())
+        groups = [stage if isinstance(stage, LinearGroup) else None for stage in stages]
+        self._is_site = [group is None for group in groups]
+        beside = [group.residuals if group and len(group.values) == 1 else () for group in groups]
+        self._taps = make_taps(model, [stage.values for stage in stages], beside if corrected else ())
         self._last_missing, self._rounding, self._border = missing[-1], rounding, border
         graph = FrozenGraph(model)
-        graph.separate((name for group in groups for name in group.nodes), rounds=rounding is not None)
+        graph.separate(
+            (name for group in groups if group for name in group.nodes), rounds=rounding is not None
+        )
+        sites = (stage for stage in stages if isinstance(stage, MeanShiftSite))
+        graph.separate((site.node for site in sites), rounds=False)
         start = max(border.position, 0) // 2
-        weights = [[own(name) for name in group.weights] for group in groups]
+        weights = [[own(name) for name in stage.weights] for stage in stages]
         self._stream = Stream("quantized", graph, self._taps, border, weights, start=start)
         streams = [self._stream]
-        if corrected:
-            streams.append(Stream("float", FrozenGraph(model), self._taps, border, start=start))
+        if corrected or any(self._is_site):
+            compared = zip(self._taps, self._is_site, strict=True)
+            taps = [tap if corrected or site else Tap((), tap.K, frozenset()) for tap, site in compared]
+            streams.append(Stream("float", FrozenGraph(model), taps, border, start=start))
         self._walk = Walk(data, self._taps, streams, border, threads)
         self._corrected = corrected
 
@@ -136,11 +158,18 @@ class QuantizedSoFar:
         cross = self._corrected and index > 0 and not self._stream.is_float(self._taps[index].values)
         return _measure(self._walk, self._taps, index, index, self._rounding, cross=cross, keep_taps=True)[0]
 
+    def shift(self, index: int) -> Arrays:
+        """See Source."""
+        tap = self._taps[index]
+        measure = MeanDifference(tap.values[0], tap.K)
+        self._walk.stage(index, index, [measure], keep_taps=True)
+        return measure.finish()
+
     def skip(self, index: int) -> None:
         """See Source. Brings the border here, if it is behind and anything follows that needs it."""
         if not _done(self._border) < index < self._last_missing:
             return
-        if self._rounding is None:
+        if self._rounding is None or self._is_site[index]:
             self._walk.stage(index, index, [], keep_taps=True)
         else:
             _, roundings = _peaks(self._walk, self._taps, index, index, self._rounding)

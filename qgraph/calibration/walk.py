@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qgraph.calibration.border import Border
 from qgraph.calibration.data import MASK, Batch, Data
-from qgraph.calibration.moments import Moments, Peaks, accumulate
+from qgraph.calibration.moments import MeanDifference, Moments, Peaks, accumulate
 from qgraph.calibration.segments import (
     FrozenGraph,
     Segment,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Elementwise = Callable[[Array], Array]
+Measure = Moments | MeanDifference | Peaks
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Stream:
     apart share a weight) is computed again by later stages.
 
     name: tells its values from those of another stream at the same border.
+    taps: one a stage; without values where the stream has nothing to show.
     groups: the weights that will change, group i after stage i.
     start: the first stage that will be run.
     """
@@ -122,6 +124,10 @@ class Stream:
     def idle(self) -> bool:
         """Whether the stage needs nothing computed."""
         return self._segment is None or self._segment.session is None
+
+    def taps(self, value: str) -> bool:
+        """Whether the stage taps it here."""
+        return value in self._taps_now
 
     def key(self, value: str) -> str:
         """Of the value, at the border."""
@@ -152,7 +158,7 @@ class Stream:
             final |= {rounded(name) for name in tapped if self._ranks.get(name, 0) <= last}
         later = self._values(last + 1, len(self._taps)) | (self._taps_now if keep_taps else set())
         pending, alive = graph.needed(later, final)
-        where = f"the graph up to '{self._taps[last].values[-1]}'"
+        where = f"the graph up to '{''.join(self._taps[last].values[-1:])}'"
         self._segment = graph.segment(self._taps_now | alive, have, where)
         self._arrays = {name: _array(self._weights[name]) for name in self._segment.weights}
         self._forget(pending)
@@ -203,7 +209,7 @@ class Walk:
         self,
         first: int,
         last: int,
-        measures: Sequence[Moments | Peaks],
+        measures: Sequence[Measure],
         *,
         keep_taps: bool = False,
         roundings: Sequence[Elementwise] = (),
@@ -254,16 +260,15 @@ class Walk:
         values[0].update({rounded(name): round_(values[0][name]) for name, round_ in roundings.items()})
         return values
 
-    def _measure(
-        self, tap: Tap, measure: Moments | Peaks, batch: Batch, values: list[dict[str, Array]]
-    ) -> None:
+    def _measure(self, tap: Tap, measure: Measure, batch: Batch, values: list[dict[str, Array]]) -> None:
         tokens = batch.tokens
         for name in tap.values:
             mask = tokens if name in tap.masked else None
-            rows = [masked_rows(found[name], mask) for found in values]
+            tapped = [found for found, s in zip(values, self._streams, strict=True) if s.taps(name)]
+            rows = [masked_rows(found[name], mask) for found in tapped]
             if not all(np.isfinite(r).all() for r in rows):
                 raise InputError(
-                    f"value '{name}' is not finite for {self._bad_sample(name, mask, batch, values)}: remove "
+                    f"value '{name}' is not finite for {self._bad_sample(name, mask, batch, tapped)}: remove "
                     "the sample, or repair the model"
                 )
             x, reference = rows[0], rows[-1]
