@@ -1,31 +1,37 @@
-"""NVFP4 weights and roundings of activations written out in standard operators become low-bit nodes again."""
+"""Low-bit weights and roundings of activations that are written out in standard operators become low-bit
+nodes again."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from qgraph.errors import InputError
 from qgraph.formats.nvfp4 import NVFP4
 from qgraph.passes.base import GraphPass, attribute, is_op, remove_dead, replace_node
 from qgraph.passes.lowbit_functions import DOMAIN, AddLowbitFunctions
+from qgraph.passes.lowbit_weights import LINEARS, from_node
 from qgraph.passes.match_body import match_body
 
 
 class RecognizeLowbit(GraphPass):
     """`MatMul(x, DequantizeLinear(codes, DequantizeLinear(block_scale, global_scale)))` -> `QLinearNVFP4`,
-    and `Gather(DequantizeLinear(codes, ..), ids)` along axis 0 -> `QGatherNVFP4`; the bodies of
-    `DynamicQDQNVFP4` and `DynamicQDQInt8` (match_body.py) -> these.
+    and `Gather(DequantizeLinear(codes, ..), ids)` along axis 0 -> `QGatherNVFP4`; the bodies of `QLinearInt4`
+    and its kin, of `DynamicQDQNVFP4` and `DynamicQDQInt8` (match_body.py) -> these.
 
     The inverse of `InlineLowbitFunctions`, so that a file of style `qdq` (ours, or another tool's with blocks
     of 16 along K, or along the rows of a table) compiles to the same kernels as one with functions. `codes`
     must be a FLOAT4E2M1 matrix and `block_scale` FLOAT8E4M3FN, both constant, dequantized to float32 without
     a zero point; anything else stays and is refused with the reason. So is a rounding to FLOAT4E2M1 and
-    back that is not ours; one to integers stays without a word, since its operators run as they are written.
+    back that is not ours, and a weight of 2-bit integers. Other integers stay without a word, since their
+    operators run as they are written, in float32.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in tuple(model.graph.all_nodes()):
-            if is_op(node, "MatMul"):
+            if is_op(node, "MatMul") and (op_types := _integer_linears(node)):
+                modified |= self._try_linear(node, op_types, model.graph.opset_imports[""])
+            elif is_op(node, "MatMul"):
                 modified |= self._try(node, "QLinearNVFP4", weight=node.inputs[1], other=node.inputs[0])
             elif is_op(node, "Gather"):
                 modified |= self._try(node, "QGatherNVFP4", weight=node.inputs[0], other=node.inputs[1])
@@ -57,6 +63,29 @@ class RecognizeLowbit(GraphPass):
         remove_dead([weight])
         return True
 
+    def _try_linear(self, node: ir.Node, op_types: list[str], opset: int) -> bool:
+        """Whether `node` ends the body of one of these operators, whose codes have the type of its weight."""
+        reason = ""
+        for op_type in op_types:
+            inputs = match_body(node, op_type, opset)
+            if isinstance(inputs, str):
+                reason = inputs
+                continue
+            layer = ir.node(op_type, inputs, domain=DOMAIN, name=node.name)
+            if any(v.const_value is None or v.is_graph_input() for v in inputs[1:]):
+                reason = "its weight is not constant"
+            elif not (reason := _misfit(layer)):
+                layer.doc_string = node.doc_string
+                body = tuple(node.inputs)
+                replace_node(node, [layer])
+                remove_dead(body)
+                return True
+            for i in range(len(layer.inputs)):  # undo the uses
+                layer.replace_input_with(i, None)
+        if all(LINEARS[op_type].code_bits == 2 for op_type in op_types):
+            self.refuse(node, f"it has 2-bit weights, but not as {' or '.join(op_types)}: {reason}")
+        return False
+
     def _try_rounding(self, node: ir.Node, op_type: str, opset: int) -> bool:
         inputs = match_body(node, op_type, opset)
         if isinstance(inputs, str):
@@ -73,6 +102,27 @@ class RecognizeLowbit(GraphPass):
         replace_node(node, [rounding])
         remove_dead(body)
         return True
+
+
+def _integer_linears(node: ir.Node) -> list[str]:
+    """The operators whose body may end at this MatMul: those with codes of the type that its weight is
+    dequantized from."""
+    source = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if source is not None and is_op(source, "Add") and source.inputs[0] is not None:
+        source = source.inputs[0].producer()
+    if source is None or not is_op(source, "DequantizeLinear") or source.inputs[0] is None:
+        return []
+    dtype = source.inputs[0].dtype
+    return [op for op, form in LINEARS.items() if form.code_type == dtype != ir.DataType.FLOAT4E2M1]
+
+
+def _misfit(layer: ir.Node) -> str:
+    """Why the parts of this layer are no weight; empty when they are one."""
+    try:
+        from_node(layer)
+    except (InputError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def _rounding(node: ir.Node) -> str:

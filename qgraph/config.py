@@ -29,9 +29,11 @@ class CompileConfig:
     Attributes:
         scheme: a name of `qgraph.schemes.SCHEMES`.
         solver: how the scheme's codes and scales are chosen; empty is the scheme's default.
-        embeddings: how tables that rows are looked up in are stored: `float`, or the scheme's weight format.
+        embeddings: how tables that rows are looked up in are stored: `float` or `nvfp4`.
         include: patterns (shell wildcards) of the layers to quantize; empty is all that suit.
         exclude: patterns of the layers to leave in float; stronger than `include`.
+        layers: `PATTERN=SCHEME` or `PATTERN=SCHEME:SOLVER`, the scheme of the layers that match, in place of
+            `scheme`; the last that matches counts. It rounds activations as `scheme` does, or is `none`.
         calibration: file with data to calibrate on: `.npz`, `.txt` or `.jsonl`; empty is none.
         tokenizer: `tokenizer.json` for text.
         samples: at most so many of the data are used; 0 is 128 windows of a text, else 512.
@@ -59,6 +61,7 @@ class CompileConfig:
     embeddings: str = "float"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
     calibration: str = ""
     tokenizer: str = ""
     samples: int = 0
@@ -95,12 +98,12 @@ class CompileConfig:
             raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no solver")
         if self.solver:
             _one_of("solver", self.solver, scheme.solvers)
-        self._check_calibration(scheme)
+        schemes = [scheme, *self._check_layers(scheme)]
+        self._check_calibration(schemes)
         _one_of("embeddings", self.embeddings, EMBEDDINGS)
-        if self.embeddings not in ("float", scheme.weight_format):
+        if self.embeddings != "float" and scheme.weight_format is None:
             raise UsageError(
-                f"embeddings '{self.embeddings}' need a scheme with weights in {self.embeddings}; "
-                f"scheme '{scheme.name}' has none"
+                f"embeddings '{self.embeddings}': scheme '{scheme.name}' quantizes nothing and leaves them float"
             )
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("target", self.target, TARGETS)
@@ -110,9 +113,50 @@ class CompileConfig:
         if self.threads > MAX_THREADS:
             raise UsageError(f"threads: must be at most {MAX_THREADS}, got {self.threads}")
 
-    def _check_calibration(self, scheme: Scheme) -> None:
+    def overrides(self) -> list[tuple[str, str, str]]:
+        """`layers` as (pattern, scheme, solver); the solver is empty where none is given."""
+        found = []
+        for entry in self.layers:
+            pattern, equals, recipe = entry.rpartition("=")
+            scheme, _, solver = recipe.partition(":")
+            if not (equals and pattern and scheme):
+                raise UsageError(f"layers: expected PATTERN=SCHEME or PATTERN=SCHEME:SOLVER, got '{entry}'")
+            found.append((pattern, scheme, solver))
+        return found
+
+    def _check_layers(self, scheme: Scheme) -> list[Scheme]:
+        """The schemes of `layers`, each of which `scheme` can stand beside."""
+        from qgraph.schemes import get_scheme
+
+        schemes = []
+        for pattern, name, solver in self.overrides():
+            own = get_scheme(name)
+            if solver:
+                _one_of("solver", solver, own.solvers)
+            if own.weight_format is not None and own.activation_format != scheme.activation_format:
+                raise UsageError(
+                    f"layers: scheme '{name}' of '{pattern}' does not round activations as scheme "
+                    f"'{scheme.name}' does"
+                )
+            schemes.append(own)
+        return schemes
+
+    def solvers(self) -> list[str]:
+        """The solvers of all linear layers, that of `scheme` first; defaults resolved."""
+        from qgraph.schemes import get_scheme
+        from qgraph.solvers import default_solver
+
+        recipes = [(self.scheme, self.solver), *((scheme, solver) for _, scheme, solver in self.overrides())]
+        calibrated = bool(self.calibration)
+        return [
+            solver or default_solver(get_scheme(scheme).solvers, calibrated) for scheme, solver in recipes
+        ]
+
+    def _check_calibration(self, schemes: list[Scheme]) -> None:
         from qgraph.solvers import get_solver
 
+        scheme, *_ = schemes
+        needy = [name for name in self.solvers() if name and get_solver(name).calibrated]
         if self.calibrate_on:
             _one_of("calibrate_on", self.calibrate_on, CALIBRATE_ON)
         for name in ("calibration", "tokenizer"):
@@ -123,19 +167,19 @@ class CompileConfig:
         if not 0 <= self.smooth <= 1:
             raise UsageError(f"smooth: must be from 0 to 1, got {self.smooth:g}")
         if self.calibration:
-            if scheme.weight_format is None:
+            if all(scheme.weight_format is None for scheme in schemes):
                 raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no calibration data")
-            if self.calibrate_on == "corrected" and self.solver and not get_solver(self.solver).calibrated:
+            if self.calibrate_on == "corrected" and not needy:
                 raise UsageError(
                     f"calibrate_on 'corrected' needs a solver that goes by the inputs of a layer, not "
-                    f"'{self.solver}'"
+                    f"'{self.solvers()[0]}'"
                 )
             return
         data = "calibration data: give --calibration FILE"
         if scheme.needs_calibration:
             raise UsageError(f"scheme '{scheme.name}' needs {data}")
-        if self.solver and get_solver(self.solver).calibrated:
-            raise UsageError(f"solver '{self.solver}' needs {data}")
+        if needy:
+            raise UsageError(f"solver '{needy[0]}' needs {data}")
         if self.smooth:
             raise UsageError(f"smooth needs {data}")
         for name in ("tokenizer", "samples", "length", "calibrate_on"):
@@ -158,13 +202,13 @@ class CompileConfig:
     def resolved(self) -> dict[str, Any]:
         """All fields, with what empty ones stand for: the scheme's first solver that has what it needs, and
         how that is calibrated best."""
-        from qgraph.schemes import get_scheme
-        from qgraph.solvers import default_solver, get_solver
+        from qgraph.solvers import get_solver
 
-        solver = self.solver or default_solver(get_scheme(self.scheme).solvers, bool(self.calibration))
-        found = {**asdict(self), "solver": solver}
+        solvers = self.solvers()
+        found = {**asdict(self), "solver": solvers[0]}
         if self.calibration and not self.calibrate_on:
-            found["calibrate_on"] = "corrected" if get_solver(solver).calibrated else "float"
+            calibrated = any(name and get_solver(name).calibrated for name in solvers)
+            found["calibrate_on"] = "corrected" if calibrated else "float"
         return found
 
     def files(self) -> list[Path]:
@@ -174,7 +218,7 @@ class CompileConfig:
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""
-        decisive = ["scheme", "solver", "embeddings", "include", "exclude", "rotate"]
+        decisive = ["scheme", "solver", "embeddings", "include", "exclude", "layers", "rotate"]
         if self.calibration:
             decisive += ["samples", "length", "calibrate_on", "smooth"]
         return {key: self.resolved()[key] for key in decisive}

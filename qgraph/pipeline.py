@@ -153,7 +153,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     from qgraph.passes.lowbit_functions import AddLowbitFunctions
     from qgraph.passes.pipeline import PrepareOptions
     from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights, check_weights
-    from qgraph.passes.select_layers import SelectLayers
+    from qgraph.passes.select_layers import Override, SelectLayers
 
     config, report = run.config, run.report
     with run.phase("load"):
@@ -171,7 +171,9 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     data = _calibration_data(run, calibration, model)
     options = PrepareOptions(refusals=refusals)
     with run.phase("select"):
-        run_passes(model, [SelectLayers(config.include, config.exclude, config.embeddings)], options)
+        overrides = [Override(*entry) for entry in config.overrides()]
+        select = SelectLayers(config.include, config.exclude, config.embeddings, overrides)
+        run_passes(model, [select], options)
         if data is not None:
             check_weights(model)
     if config.smooth or config.rotate:

@@ -70,10 +70,17 @@ _QUANTIZE = (
     click.option(
         "--embeddings",
         metavar="FORMAT",
-        help="How lookup tables are stored: float, or nvfp4 with that scheme.  [default: float]",
+        help="How lookup tables are stored: float or nvfp4.  [default: float]",
     ),
     click.option("--include", multiple=True, metavar="PATTERN", help=f"Quantize only {_PATTERN}"),
     click.option("--exclude", multiple=True, metavar="PATTERN", help=f"Leave in float {_PATTERN}"),
+    click.option(
+        "--layer",
+        "layers",
+        multiple=True,
+        metavar="PATTERN=SCHEME",
+        help="Another scheme, or SCHEME:SOLVER, for layers that match; the last match counts. Repeatable.",
+    ),
     click.option(
         "--onnx-style",
         metavar="STYLE",

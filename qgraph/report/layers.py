@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# operator -> format of its weight
-_FORMATS = {("ai.qgraph", "QLinearNVFP4"): "nvfp4", ("ai.qgraph", "QGatherNVFP4"): "nvfp4"}
-_LOOKUPS = ("Gather", "QGatherNVFP4")
 # operator -> format that it rounds activations to
 _ROUNDINGS = {("ai.qgraph", "DynamicQDQNVFP4"): "nvfp4", ("ai.qgraph", "DynamicQDQInt8"): "int8"}
 
@@ -63,7 +60,7 @@ class LayerReport:
     def realised(self) -> bool:
         """Whether the kernel reads the low-bit weight itself: kernels are named after the format they
         read."""
-        return bool(self.scheme) and self.scheme in self.kernel.split("_")
+        return bool(self.scheme) and self.scheme.replace("-", "") in self.kernel.split("_")
 
     def to_json(self) -> dict[str, Any]:
         """All fields; a float or exact layer has no SQNR that JSON could say."""
@@ -83,13 +80,13 @@ def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = N
         if weight is None or weight.shape is None or len(weight.shape) != 2:
             continue
         props = node.metadata_props
-        scheme = props.get("qgraph.scheme") or _FORMATS.get((node.domain, node.op_type), "")
+        scheme = props.get("qgraph.scheme") or _format(node)
         sqnr = props.get("qgraph.sqnr_db")
         error = props.get("qgraph.output_error")
         bits = props.get("qgraph.bits_per_weight")
         kernel, compute = (kernels or {}).get(str(node.name), ("", ""))
         rows, columns = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]
-        lookup = node.op_type in _LOOKUPS
+        lookup = node.op_type == "Gather" or node.op_type.startswith("QGather")
         found.append(
             LayerReport(
                 name=str(node.name),
@@ -142,9 +139,20 @@ def _bits(scheme: str, weight: ir.Value, lookup: bool) -> float:
     return 8.0 * weight.dtype.itemsize if weight.dtype else 32.0
 
 
+def _format(node: ir.Node) -> str:
+    """The format of the weight that a low-bit operator reads, by whose name it goes; empty for other
+    nodes."""
+    from qgraph.formats import FORMATS
+
+    kind, format = node.op_type[:7], node.op_type[7:]
+    if node.domain != "ai.qgraph" or kind not in ("QLinear", "QGather"):
+        return ""
+    return next((name for name in FORMATS if name.replace("-", "") == format.lower()), "")
+
+
 def _weight(node: ir.Node) -> ir.Value | None:
     """The stored matrix, float or codes, that `node` multiplies with or looks up in, else None."""
-    if (node.domain, node.op_type) in _FORMATS:
+    if _format(node):
         return node.inputs[1]
     if node.domain != "" or node.op_type not in ("MatMul", "Gather"):
         return None
