@@ -103,7 +103,7 @@ class CompileConfig:
         _one_of("embeddings", self.embeddings, EMBEDDINGS)
         if self.embeddings != "float" and scheme.weight_format is None:
             raise UsageError(
-                f"embeddings '{self.embeddings}': scheme '{scheme.name}' quantizes nothing and leaves them float"
+                f"embeddings '{self.embeddings}': scheme '{scheme.name}' quantizes nothing, not even tables"
             )
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("target", self.target, TARGETS)

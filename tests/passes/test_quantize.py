@@ -15,7 +15,14 @@ from qgraph.errors import InputError, ResourceError, UsageError
 from qgraph.passes.lowbit_functions import AddLowbitFunctions, InlineLowbitFunctions, lowbit_nodes
 from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights
 from qgraph.passes.save import save_lowbit
-from qgraph.passes.select_layers import DECISIONS, KEPT, LayerDecision, SelectLayers, module_scopes
+from qgraph.passes.select_layers import (
+    DECISIONS,
+    KEPT,
+    LayerDecision,
+    Override,
+    SelectLayers,
+    module_scopes,
+)
 from qgraph.schemes import SCHEMES
 from qgraph.solvers import SOLVERS
 
@@ -462,3 +469,64 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(
     with pytest.raises(ResourceError, match=r"cannot write .*m\.onnx: the disk is full"):
         save_lowbit(model, tmp_path / "m.onnx", external_data_from=external_data_from)
     assert names(tmp_path) == ["m.onnx"] and (tmp_path / "m.onnx").read_bytes() == b"old"
+
+
+# A scheme of its own for a layer
+
+
+def mixed(model: ir.Model, *overrides: Override, scheme: str = "nvfp4", **options: list[str]) -> ir.Model:
+    SelectLayers(overrides=overrides, **options)(model)
+    QuantizeWeights(scheme)(model)
+    AddLowbitFunctions()(model)
+    return model
+
+
+def schemes_of(model: ir.Model) -> dict[str, str]:
+    return {str(node.name): node.metadata_props["qgraph.scheme"] for node in lowbit_nodes(model)}
+
+
+def test_the_last_override_that_matches_counts():
+    reference = mlp()
+    model = mixed(reference.clone(), Override("*", "int4"), Override("net.layer.0.down", "ternary", "itf"))
+    assert schemes_of(model) == {"up": "int4", "down": "ternary", "again": "int4"}
+    for name, format in (("w_up", "int4"), ("w_down", "ternary")):
+        value = reference.graph.initializers[name]
+        back = SOLVERS["itf"](value.const_value.numpy(), format=format).dequantize()
+        value.const_value = ir.Tensor(back, name=name)
+    got, want = run(model, FEEDS), run(reference, FEEDS)
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_a_layer_without_a_scheme_among_quantized_ones_and_the_reverse():
+    model = mixed(mlp(), Override("down", "none"))
+    assert schemes_of(model) == {"up": "nvfp4", "again": "nvfp4"}
+    assert next(n for n in model.graph if n.name == "down").metadata_props[KEPT] == "scheme none"
+    model = mixed(mlp(), Override("down", "int8"), scheme="none")
+    assert schemes_of(model) == {"down": "int8"}
+    assert next(n for n in model.graph if n.name == "up").metadata_props[KEPT] == "scheme none"
+    run(model, FEEDS)
+
+
+def test_overrides_do_not_choose_what_would_be_kept():
+    model = mixed(mlp(), Override("*", "int4"), exclude=["down"])
+    assert schemes_of(model) == {"up": "int4", "again": "int4"}
+
+
+def test_an_override_that_can_do_nothing_is_refused():
+    with pytest.raises(UsageError, match=r"layer pattern 'dwon' matches no layer; near matches: .*down"):
+        SelectLayers(overrides=[Override("dwon", "int4")])(mlp())
+    with pytest.raises(UsageError, match="layer pattern 'scores' matches only layers that cannot be"):
+        SelectLayers(overrides=[Override("scores", "int4")])(mlp())
+
+
+def test_layers_that_share_a_weight_cannot_differ():
+    with pytest.raises(UsageError, match="'up' and 'again' share a weight and cannot differ in scheme"):
+        mixed(mlp(), Override("again", "int4"))
+
+
+def test_solver_of_another_format():
+    with pytest.raises(UsageError, match="solver 'pt2-llm' is not for scheme 'int4'"):
+        mixed(mlp(), Override("down", "int4", "pt2-llm"))
+    with pytest.raises(UsageError, match="scheme 'ternary' with solver 'gptq' needs calibration data"):
+        mixed(mlp(), Override("down", "ternary", "gptq"))
