@@ -17,7 +17,7 @@ alike, and what second-order methods leave is two to four times less than on mix
 same sentences in batches of 32 and counts the padding.
 
 `--speed` times a square layer, each solver in a process of its own; `memory` is what it needed at its peak
-beyond W and H. Downloads nothing; see nvfp4_end_to_end.py for the models.
+beyond W and H. Downloads nothing; see end_to_end.py for the models.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What NVFP4 costs a whole model, by scheme and solver, through compiled artifacts.
 
-    python benchmarks/nvfp4_end_to_end.py [minilm stories260K tinystories-llama-4m]
+    python benchmarks/end_to_end.py [minilm stories260K tinystories-llama-4m]
         [--scheme nvfp4 ...] [--solver rtn sweep gptq ...] [--calibrate-on float ...]
         [--samples N] [--smooth A] [--rotate N]
 
