@@ -1,4 +1,4 @@
-"""x @ W for a constant weight W: `matmul_nvfp4` and `matmul_f32`, which differ in how weights are read.
+"""x @ W for a constant weight W: kernels that differ in how weights are read (weights.py).
 
 Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` output columns. A
 chunk of at most _DIRECT_ROWS rows multiplies weights straight from registers (a matrix-vector product, bound
@@ -14,16 +14,18 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as B
 from tvm.tirx import PrimFunc
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
-from qgraph.codegen.kernels.decode import e2m1_decoder, e4m3
 from qgraph.codegen.kernels.gemm import TILES, accumulate
+from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.signature import drop_parameters
 from qgraph.codegen.kernels.vector import f32, lanes_at, load_first, splat, store_first
-from qgraph.codegen.kernels.vmath import const_like, vgelu_erf, vgelu_tanh, vsigmoid, vsilu, vtanh
-from qgraph.codegen.packing import GROUP, LANES, WORD
+from qgraph.codegen.kernels.vmath import const_like, named, vgelu_erf, vgelu_tanh, vsigmoid, vsilu, vtanh
+from qgraph.codegen.kernels.weights import Columns, F32Reader, NVFP4Reader, Reader
+from qgraph.codegen.packing import LANES
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError
 
@@ -49,7 +51,7 @@ def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     Arguments: y f32 [M, n], x f32 [M, k], codes u32, block_scale u8, global_scale f32 [1], [bias f32 [n]],
     [residual f32 [M, n]], M, begin, end. Blocks: ceil(M/m_block) * ceil(n/n_block).
     """
-    return _matmul(spec, isa, symbol, quantized=True)
+    return _matmul(spec, isa, symbol, NVFP4Reader(spec["k"], spec["n"], isa))
 
 
 @kernel("matmul_f32")
@@ -58,18 +60,19 @@ def matmul_f32(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
 
     Spec, blocks: as of matmul_nvfp4. Arguments: y, x, w f32, [bias], [residual], M, begin, end.
     """
-    return _matmul(spec, isa, symbol, quantized=False)
+    return _matmul(spec, isa, symbol, F32Reader(spec["k"], spec["n"]))
 
 
-def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFunc:
+def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
     K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]
     epilogue: tuple[str, ...] = spec["epilogue"]
+    block, unit = reader.block, reader.unit
     unknown = [e for e in epilogue if e not in ("bias", "residual", *ACTIVATIONS)]
     if (
         min(K, N, m_block) < 1
         or n_block < LANES
         or n_block % LANES
-        or n_block * GROUP > _PANEL_FLOATS
+        or n_block * block > _PANEL_FLOATS
         or unknown
     ):
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
@@ -83,33 +86,17 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
     groups = n_block // width
     tiles, panels = -(-N // LANES), -(-N // n_block)
     ragged = N % n_block != 0
-    slices = -(-K // (_PANEL_FLOATS // n_block // GROUP * GROUP))
-    depth = -(-K // (slices * GROUP)) * GROUP  # inputs of one K-slice
-    decoder = e2m1_decoder(isa)
+    slices = -(-K // (_PANEL_FLOATS // n_block // block * block))
+    depth = -(-K // (slices * block)) * block  # inputs of one K-slice
 
     def tile_of(panel: Any, group: Any, v: Any) -> Any:
         """The n16 tile of vector v of a group; beyond the last tile, the last (its sums are dropped)."""
         tile = panel * (n_block // LANES) + group * (width // LANES) + v // parts
         return T.min(tile, tiles - 1) if ragged else tile
 
-    def part_of(v: Any) -> Any:
-        """Which L of the tile's 16 lanes vector v holds."""
-        return lanes_at(v % parts * L, L)
-
-    def raw_weight(W: Any, tile: Any, kb: Any, i: Any, v: Any) -> Any:
-        """Weights of input 16 kb + i: without their block scale if quantized."""
-        if quantized:
-            return decoder.raw(W[tile, kb * 2 + i // WORD, part_of(v)], i % WORD)
-        return W[tile, kb * GROUP + i, part_of(v)]
-
-    def scale_of(S: Any, G: Any, tile: Any, kb: Any, v: Any) -> Any:
-        return e4m3(S[tile, kb, part_of(v)], L) * splat(G[0], L) if quantized else f32(1, L)
-
-    def scaled(value: Any, scale: Any) -> Any:
-        """`value` of raw weights -> of weights; the unit is applied first, where it is exact."""
-        if not quantized:
-            return value
-        return (value if decoder.unit == 1.0 else value * f32(decoder.unit, L)) * scale
+    def columns(panel: Any, group: Any, v: Any) -> Columns:
+        """Those of vector v of a group."""
+        return Columns(tile_of(panel, group, v), lanes_at(v % parts * L, L))
 
     def x_at(X: Any, m0: Any, row: Any, rows: Any, k0: Any) -> Callable[[Any, Any], Any]:
         """Element (r, k) of the tile kernel's left operand; rows beyond the block repeat its last one."""
@@ -117,9 +104,9 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
 
     def weight_at(W: Any, P: Any, panel: Any, group: Any, k0: Any) -> Callable[[Any, Any], Any]:
         """Vector (k, v) of its right operand: decoded to the stack, or where it is."""
-        if quantized:
+        if reader.decoded:
             return lambda k, v: P[k, lanes_at(group * width + v * L, L)]
-        return lambda k, v: W[tile_of(panel, group, v), k0 + k, part_of(v)]
+        return lambda k, v: reader.weight(W, columns(panel, group, v), k0 + k)
 
     def load(A: Any, row: Any, column: Any) -> Any:
         """L columns of a [rows, N] buffer; those beyond N are not read."""
@@ -142,56 +129,97 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
         sums = [part[h, r, lanes_at(0, L)] for h in range(chains(R))]
         return sums[0] + sums[1] if len(sums) == 2 else sums[0]
 
+    def add_unit(part: Any, x: Callable[[Any, Any], Any], weights: list[Any], R: int) -> None:
+        """part[:, r] += x(r, i) * weights[i] for every i, input by input to the next chain."""
+        for i, weight in enumerate(weights):
+            vector = named(weight)
+            for r in range(R):
+                at = [i % chains(R), r, lanes_at(0, L)]
+                B.buffer_store(part, part[at] + splat(x(index(r), i), L) * vector, at)
+
     @T.inline
-    def add_group(acc, X, W, S, G, m0, last, panel, group, kb, count, R):
-        """acc[R, tile_vectors] += inputs [16 kb, 16 kb + count), weights straight from registers."""
+    def add_block(acc, X, W, m0, rows, panel, group, kb, count, R):
+        """acc[R, tile_vectors] += the first `count` inputs of block kb, weights straight from registers."""
         for v in T.unroll(tile_vectors):
-            # The scale is applied to the sum of its 16 products.
+            # The scale is applied to the sum of the block's products.
             part = T.alloc_buffer((chains(R), R, L), "float32", scope="local")
             for h in T.unroll(chains(R)):
                 for r in T.unroll(R):
                     part[h, r, lanes_at(0, L)] = f32(0, L)
-            for i in T.unroll(count):
-                for r in T.unroll(T.int64(R)):
-                    part[i % chains(R), r, lanes_at(0, L)] = part[i % chains(R), r, lanes_at(0, L)] + splat(
-                        X[(m0 + T.min(r, last)) * K + kb * GROUP + i], L
-                    ) * raw_weight(W, tile_of(panel, group, v), kb, i, v)
+            for u in T.serial(T.int64(count // unit)):
+                add_unit(
+                    part,
+                    x_at(X, m0, 0, rows, kb * block + u * unit),
+                    reader.raw(W, columns(panel, group, v), kb, u, unit),
+                    R,
+                )
+            if count % unit != 0:
+                add_unit(
+                    part,
+                    x_at(X, m0, 0, rows, kb * block + count // unit * unit),
+                    reader.raw(W, columns(panel, group, v), kb, T.int64(count // unit), count % unit),
+                    R,
+                )
             for r in T.unroll(R):
-                acc[r, v, lanes_at(0, L)] = acc[r, v, lanes_at(0, L)] + scaled(
-                    sum_of_chains(part, r, R),
-                    scale_of(S, G, tile_of(panel, group, v), kb, v),
+                acc[r, v, lanes_at(0, L)] = acc[r, v, lanes_at(0, L)] + reader.scaled(
+                    sum_of_chains(part, r, R), reader.scale(W, columns(panel, group, v), kb)
                 )
 
     @T.inline
-    def direct(Y, X, W, S, G, m0, last, panel, R):
-        """Rows m0 .. m0 + last, at most R of them; the rest repeat the last one and are dropped."""
+    def direct(Y, X, W, m0, rows, panel, R):
+        """Rows m0 .. m0 + rows - 1, at most R of them; the rest repeat the last one and are dropped."""
         for group in T.serial(T.int64(groups)):
             acc = T.alloc_buffer((R, tile_vectors, L), "float32", scope="local")
             for r in T.unroll(T.int64(R)):
                 for v in T.unroll(tile_vectors):
                     acc[r, v, lanes_at(0, L)] = f32(0, L)
-            for kb in T.serial(T.int64(K // GROUP)):
-                add_group(acc, X, W, S, G, m0, last, panel, group, kb, GROUP, R)
-            if K % GROUP != 0:
-                add_group(acc, X, W, S, G, m0, last, panel, group, T.int64(K // GROUP), K % GROUP, R)
+            for kb in T.serial(T.int64(K // block)):
+                add_block(acc, X, W, m0, rows, panel, group, kb, block, R)
+            if K % block != 0:
+                add_block(acc, X, W, m0, rows, panel, group, T.int64(K // block), K % block, R)
             for r in T.unroll(T.int64(R)):
-                if r <= last:
+                if r < rows:
                     for v in T.unroll(tile_vectors):
                         store(Y, m0 + r, panel * n_block + group * width + v * L, acc[r, v, lanes_at(0, L)])
 
+    def decode_unit(P: Any, k: Any, column: Any, weights: list[Any], scale: Any) -> None:
+        """P[k + i, column ..] = weights[i] with their scale on, for every i."""
+        for i, weight in enumerate(weights):
+            at = [k + i, lanes_at(column, L)]
+            B.buffer_store(P, reader.scaled(weight, scale[lanes_at(0, L)]), at)
+
     @T.inline
-    def decode_slice(P, W, S, G, panel, k0, kn):
-        """P[k, n] = weight of input k0 + k, for k < kn rounded up to a multiple of 16."""
+    def decode_block(P, W, panel, group, kb, k, count):
+        """The first `count` inputs of block kb to rows k .. of the panel on the stack."""
+        for v in T.unroll(tile_vectors):
+            scale = T.alloc_buffer((L,), "float32", scope="local")
+            scale[lanes_at(0, L)] = reader.scale(W, columns(panel, group, v), kb)
+            for u in T.serial(T.int64(count // unit)):
+                decode_unit(
+                    P,
+                    k + u * unit,
+                    group * width + v * L,
+                    reader.raw(W, columns(panel, group, v), kb, u, unit),
+                    scale,
+                )
+            if count % unit != 0:
+                decode_unit(
+                    P,
+                    k + count // unit * unit,
+                    group * width + v * L,
+                    reader.raw(W, columns(panel, group, v), kb, T.int64(count // unit), count % unit),
+                    scale,
+                )
+
+    @T.inline
+    def decode_slice(P, W, panel, k0, kn):
+        """P[k, n] = weight of input k0 + k, for k < kn; k0 is a multiple of the block."""
         for group in T.serial(T.int64(groups)):
-            for kb in T.serial(T.ceildiv(kn, T.int64(GROUP))):
-                for v in T.unroll(tile_vectors):
-                    scale = T.alloc_buffer((L,), "float32", scope="local")
-                    scale[lanes_at(0, L)] = scale_of(S, G, tile_of(panel, group, v), k0 // GROUP + kb, v)
-                    for i in T.unroll(GROUP):
-                        P[kb * GROUP + i, lanes_at(group * width + v * L, L)] = scaled(
-                            raw_weight(W, tile_of(panel, group, v), k0 // GROUP + kb, i, v),
-                            scale[lanes_at(0, L)],
-                        )
+            for kb in T.serial(T.truncdiv(kn, T.int64(block))):
+                decode_block(P, W, panel, group, T.truncdiv(k0, T.int64(block)) + kb, kb * block, block)
+            if K % block != 0:  # noqa: SIM102 - one is decided here, the other by the kernel
+                if k0 + kn == K:
+                    decode_block(P, W, panel, group, T.int64(K // block), K // block * block - k0, K % block)
 
     @T.inline
     def tile(Y, X, W, P, m0, row, rows, panel, k0, kn, R):
@@ -225,11 +253,11 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
                                 )
 
     @T.inline
-    def tiles_of_rows(Y, X, W, S, G, P, m0, rows, panel):
+    def tiles_of_rows(Y, X, W, P, m0, rows, panel):
         for s in T.serial(T.int64(slices)):
             kn: T.let = T.min(T.int64(depth), K - s * depth)
-            if quantized:
-                decode_slice(P, W, S, G, panel, s * depth, kn)
+            if reader.decoded:
+                decode_slice(P, W, panel, s * depth, kn)
             full: T.let = T.truncdiv(rows + (tile_rows - tile_rows // 2 - 1), T.int64(tile_rows))
             for t in T.serial(full):
                 tile(Y, X, W, P, m0, t * tile_rows, rows, panel, s * depth, kn, tile_rows)
@@ -254,14 +282,17 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
                 column: T.let = panel * n_block + v * L
                 store(Y, m0 + r, column, finished(load(Y, m0 + r, column), B, R, m0 + r, column))
 
+    # The script has a fixed number of parameters; those beyond the reader's are dropped below.
+    taken = len(reader.operands)
+    operands = (*reader.operands, *(reader.operands[-1],) * (3 - taken))
+
     @T.prim_func(s_tir=True)
     def func(
         y: T.handle("float32"),
         x: T.handle("float32"),
-        codes: T.handle("uint32"),
-        block_scale: T.handle("uint8"),
-        global_scale: T.handle("float32"),
-        w: T.handle("float32"),
+        weight0: T.handle(operands[0].dtype),
+        weight1: T.handle(operands[1].dtype),
+        weight2: T.handle(operands[2].dtype),
         bias: T.handle("float32"),
         residual: T.handle("float32"),
         M: T.int64,
@@ -271,34 +302,35 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, quantized: bool) -> PrimFun
         T.func_attr({"global_symbol": symbol, "tirx.noalias": True})
         Y = T.decl_buffer((M * N,), "float32", data=y)
         X = T.decl_buffer((M * K,), "float32", data=x)
-        W = (
-            T.decl_buffer((tiles, -(-K // GROUP) * 2, LANES), "uint32", data=codes)
-            if quantized
-            else T.decl_buffer((tiles, K, LANES), "float32", data=w)
-        )
-        S = (
-            T.decl_buffer((tiles, -(-K // GROUP), LANES), "uint8", data=block_scale)
-            if quantized
+        W0 = T.decl_buffer(operands[0].shape, operands[0].dtype, data=weight0)
+        W1 = (
+            T.decl_buffer(operands[1].shape, operands[1].dtype, data=weight1)
+            if taken > 1
             else T.meta_var(None)
         )
-        G = T.decl_buffer((1,), "float32", data=global_scale) if quantized else T.meta_var(None)
-        B = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
+        W2 = (
+            T.decl_buffer(operands[2].shape, operands[2].dtype, data=weight2)
+            if taken > 2
+            else T.meta_var(None)
+        )
+        W = T.meta_var((W0, W1, W2))
+        bias_row = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
         R = T.decl_buffer((M * N,), "float32", data=residual) if "residual" in epilogue else T.meta_var(None)
-        P = T.alloc_buffer((depth, n_block), "float32") if quantized else T.meta_var(None)
+        P = T.alloc_buffer((depth, n_block), "float32") if reader.decoded else T.meta_var(None)
         for b in T.serial(end - begin):
             m0: T.let = T.truncdiv(begin + b, T.int64(panels)) * m_block
             panel: T.let = T.truncmod(begin + b, T.int64(panels))
             rows: T.let = T.min(T.int64(m_block), M - m0)
             if rows == 1:
-                direct(Y, X, W, S, G, m0, rows - 1, panel, 1)
+                direct(Y, X, W, m0, rows, panel, 1)
             elif rows == 2:
-                direct(Y, X, W, S, G, m0, rows - 1, panel, 2)
+                direct(Y, X, W, m0, rows, panel, 2)
             elif rows <= _DIRECT_ROWS:
-                direct(Y, X, W, S, G, m0, rows - 1, panel, _DIRECT_ROWS)
+                direct(Y, X, W, m0, rows, panel, _DIRECT_ROWS)
             else:
-                tiles_of_rows(Y, X, W, S, G, P, m0, rows, panel)
+                tiles_of_rows(Y, X, W, P, m0, rows, panel)
             if len(epilogue) > 0:
-                finish(Y, B, R, m0, rows, panel)
+                finish(Y, bias_row, R, m0, rows, panel)
 
-    unused = {"w"} if quantized else {"codes", "block_scale", "global_scale"}
+    unused = {f"weight{i}" for i in range(taken, len(operands))}
     return drop_parameters(func, unused | ({"bias", "residual"} - set(epilogue)))
