@@ -67,6 +67,7 @@ class Subject:
     model: Path
     tokenizer: Path
     calibration: Path
+    held_out: Path  # what it is measured on, as a text to calibrate on
 
     def measure(self, path: Path) -> Mapping[str, float]:
         """The columns of a model file."""
@@ -91,6 +92,9 @@ class Encoder(Subject):
         self._pairs = read_pairs(data / "sts" / "stsb-en-dev.csv")
         self.calibration = work / "sts-train.txt"
         self.calibration.write_text("\n".join(_train_sentences(data, self._pairs)) + "\n", encoding="utf-8")
+        self.held_out = work / "sts-dev.txt"
+        measured = dict.fromkeys(sentence for pair in self._pairs for sentence in pair[:2])
+        self.held_out.write_text("\n".join(measured) + "\n", encoding="utf-8")
         self._float = self._score(self.model)
 
     def _score(self, path: Path) -> StsResult:
@@ -125,8 +129,10 @@ class Decoder(Subject):
         self.calibration = work / f"{model.stem}.jsonl"
         texts = [s.strip() for s in (data / STORIES).read_text(encoding="utf-8").split(SEPARATOR)]
         texts = [s for s in texts if s]
-        lines = (json.dumps({"text": story}) for story in texts[used])
-        self.calibration.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.held_out = work / f"{model.stem}.held-out.jsonl"
+        for file, part in ((self.calibration, used), (self.held_out, measured)):
+            lines = (json.dumps({"text": story}) for story in texts[part])
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         tokenizer_ = load_tokenizer(tokenizer)
         stories = read_documents(data / STORIES, tokenizer_, separator=SEPARATOR)
         assert len(stories) == len(texts), "a story of no tokens"
