@@ -159,34 +159,49 @@ def hessian_moments(spec: BlockFormat, W: npt.NDArray, codes: Codes, grid: Grid,
 
 
 def improve(spec: BlockFormat, kept: Grid, m: Moments) -> Grid:
-    """The best grid that can be stored at unchanged codes, `kept` in columns where none is better.
+    """The best grid that can be stored at unchanged codes, `kept` in columns where it is no better.
 
-    The scale is rounded first, and the mean is the best for what it became. All zero points are tried, each
-    with its best scale.
+    The `optimum`, its scale rounded first; a mean is the best for what the scale became, then rounded.
+    """
+    s, o = optimum(spec, kept, m)
+    scale = _float16_scale(s)
+    offset = kept.offset
+    if spec.offset == "mean":
+        offset = _float16(o + _divide((s - scale) * m.t1, m.n, m.n > 0))
+    elif spec.offset == "zero_point":
+        offset = _offset_of(np.rint(-o / s), scale)
+    better = (
+        m.change(
+            np.subtract(scale, kept.scale, dtype=np.float64),
+            np.subtract(offset, kept.offset, dtype=np.float64),
+        )
+        < 0
+    )
+    return Grid(np.where(better, scale, kept.scale), np.where(better, offset, kept.offset))
+
+
+def optimum(spec: BlockFormat, kept: Grid, m: Moments) -> tuple[Double, Double]:
+    """(scale, offset) float64 [n] of least error at unchanged codes, before they are rounded to be stored.
+
+    With a zero point, all are tried, each with its best scale. Where the sums leave the scale open, or its
+    best is not positive, it is `kept`'s, and the mean the best for that.
     """
     s, o = kept.scale.astype(np.float64), kept.offset.astype(np.float64)
+    if spec.offset == "none":
+        best = s + _divide(m.rt, m.tt, m.tt > 0)
+        return np.where(best > 0, best, s), o
     if spec.offset == "mean":
         det = m.n * m.tt - m.t1 * m.t1
-        solvable = det > _SINGULAR * m.n * m.tt
-        best = s + _divide(m.n * m.rt - m.t1 * m.r1, det, solvable)
-        scale = np.where(best > 0, _float16_scale(best), kept.scale)
-        offset = _float16(o + _divide(m.r1 - (scale - s) * m.t1, m.n, m.n > 0))
-    elif spec.offset == "zero_point":
-        z = spec.values.astype(np.float64)[:, None]
-        wt, w1 = m.rt + s * m.tt + o * m.t1, m.r1 + s * m.t1 + o * m.n
-        top, bottom = wt - z * w1, m.tt - 2 * z * m.t1 + z * z * m.n
-        usable = (top > 0) & (bottom > _SINGULAR * (m.tt + z * z * m.n))
-        best = _divide(top, bottom, usable)
-        choice = (best * top).argmax(axis=0)
-        best = np.take_along_axis(best, choice[None], axis=0)[0]
-        scale = np.where(best > 0, _float16_scale(best), kept.scale)
-        offset = np.where(best > 0, _offset_of(spec.values[choice], scale), kept.offset)
-    else:
-        best = s + _divide(m.rt, m.tt, m.tt > 0)
-        scale = np.where(best > 0, _float16_scale(best), kept.scale)
-        offset = kept.offset
-    better = m.change(scale - s, offset - o) < 0
-    return Grid(np.where(better, scale, kept.scale), np.where(better, offset, kept.offset))
+        best = s + _divide(m.n * m.rt - m.t1 * m.r1, det, det > _SINGULAR * m.n * m.tt)
+        best = np.where(best > 0, best, s)
+        return best, o + _divide(m.r1 - (best - s) * m.t1, m.n, m.n > 0)
+    z = spec.values.astype(np.float64)[:, None]
+    wt, w1 = m.rt + s * m.tt + o * m.t1, m.r1 + s * m.t1 + o * m.n
+    top, bottom = wt - z * w1, m.tt - 2 * z * m.t1 + z * z * m.n
+    scales = _divide(top, bottom, (top > 0) & (bottom > _SINGULAR * (m.tt + z * z * m.n)))
+    choice = (scales * top).argmax(axis=0)
+    best = np.take_along_axis(scales, choice[None], axis=0)[0]
+    return np.where(best > 0, best, s), np.where(best > 0, -z[choice, 0] * best, o)
 
 
 def assemble(spec: BlockFormat, codes: Codes, scale: Array, offset: Array) -> QTensor:
@@ -224,7 +239,7 @@ def solve_blocks(
         part = W[tile.rows, tile.columns]
         rows, width = min(spec.block, len(part)), part.shape[1]
         blocks = part.reshape(-1, rows, width).transpose(1, 0, 2)
-        grid, found = work(blocks.reshape(rows, -1))
+        grid, found = work(np.ascontiguousarray(blocks.reshape(rows, -1)))
         at = tile.blocks, tile.columns
         scale[at], offset[at] = (array.reshape(-1, width) for array in grid)
         codes[tile.rows, tile.columns] = found.reshape(rows, -1, width).transpose(1, 0, 2).reshape(part.shape)

@@ -59,7 +59,8 @@ def solve(
     The keywords after `threads` are there for comparisons. Deterministic, whatever `threads`. With H = 0
     every W' is as good as another, and the result is that of `itf`.
 
-    Raises InputError for weights that are not finite or beyond float16, and for an H that is no second moment.
+    Raises InputError for weights that are not finite or beyond float16, and for an H that is no second
+    moment.
     """
     if not 0 <= damping < np.inf or starts < 0:
         raise UsageError(f"pt2-llm: damping={damping}, starts={starts}")
@@ -81,9 +82,9 @@ def solve(
 
         def work(first: int) -> None:
             part = slice(first, min(first + width, N))
-            error = np.empty_like(W[:, part])
+            error = np.empty((K, part.stop - first), np.float32)
             for b, rows in enumerate(blocks):
-                target = W[rows, part]
+                target = np.ascontiguousarray(W[rows, part])
                 if b and compensate:
                     target = target + feedback[b] @ error[: rows.start]
                 grid = itf.best_grid(spec, target, starts)
