@@ -24,11 +24,13 @@ BUILDERS: dict[str, Builder] = {}
 
 _MODULES = (
     "attention",
+    "block_sums",
     "dynamic_quantize",
     "elementwise",
     "gather",
     "matmul",
     "matmul_dynamic",
+    "matmul_group",
     "norm",
     "reduce",
     "support",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,17 @@ def _bits(value: Any, lanes: int) -> Any:
     return T.broadcast(T.Cast("uint32", value), lanes)
 
 
-def _permute16(isa: Isa) -> E2M1Decoder:
-    # vpermps looks at the low 4 bits of an index only, so the other codes of the word need no masking.
-    table = T.Shuffle([T.float32(v) for v in _VALUES], list(range(16)))
+def permute16(table: Sequence[float], index: Any) -> Any:
+    """table[index % 16] of 16 values, for ISAs whose `decode` is `permute16`: vpermps looks at the low 4 bits
+    of each u32 lane only."""
+    values = T.Shuffle([T.float32(v) for v in table], list(range(16)))
     permute = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512")
+    return T.call_llvm_pure_intrin(permute, values, T.reinterpret("int32x16", index), dtype="float32x16")
 
+
+def _permute16(isa: Isa) -> E2M1Decoder:
     def raw(words: Any, j: Any) -> Any:
-        index = T.reinterpret("int32x16", T.shift_right(words, _bits(4 * j, 16)))
-        return T.call_llvm_pure_intrin(permute, table, index, dtype="float32x16")
+        return permute16(_VALUES, T.shift_right(words, _bits(4 * j, 16)))  # other codes need no masking
 
     return E2M1Decoder(raw, 1.0, signed_zero=True)
 

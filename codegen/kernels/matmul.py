@@ -6,6 +6,11 @@ by the bandwidth of the weights). A larger one decodes a K-slice of the panel on
 and runs a register-blocked kernel over it (gemm.py); sums wait in y between K-slices. Both end with the same
 pass that applies the epilogue to the finished block. Sums are float32, and a row's result depends on no other
 row's values.
+
+Where a block of weights has an offset o, few rows take its share as o times the sum of the block's inputs,
+from a matrix of block sums (block_sums.py). That is the product with the decoded weights but for rounding, as
+long as the sums are finite: a row where they are not (it holds an infinity, or nearly) is done over with the
+weights decoded.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ ACTIVATIONS = {
 }
 
 _DIRECT_ROWS = 4
+_EXPONENT = 0x7F800000  # of a float32 that is an infinity or NaN
 _PANEL_FLOATS = 8192  # of decoded weights: 32 KiB of stack, half of what a kernel may use
 
 
@@ -51,7 +57,7 @@ def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     Arguments: y f32 [M, n], x f32 [M, k], codes u32, block_scale u8, global_scale f32 [1], [bias f32 [n]],
     [residual f32 [M, n]], M, begin, end. Blocks: ceil(M/m_block) * ceil(n/n_block).
     """
-    return _matmul(spec, isa, symbol, NVFP4Reader(spec["k"], spec["n"], isa))
+    return matmul(spec, isa, symbol, NVFP4Reader(spec["k"], spec["n"], isa))
 
 
 @kernel("matmul_f32")
@@ -60,10 +66,11 @@ def matmul_f32(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
 
     Spec, blocks: as of matmul_nvfp4. Arguments: y, x, w f32, [bias], [residual], M, begin, end.
     """
-    return _matmul(spec, isa, symbol, F32Reader(spec["k"], spec["n"]))
+    return matmul(spec, isa, symbol, F32Reader(spec["k"], spec["n"]))
 
 
-def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
+def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
+    """The kernel of `spec` over the weight that `reader` reads."""
     K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]
     epilogue: tuple[str, ...] = spec["epilogue"]
     block, unit = reader.block, reader.unit
@@ -84,7 +91,7 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc
         tile_vectors = parts
     width = tile_vectors * L  # columns of the accumulator tile
     groups = n_block // width
-    tiles, panels = -(-N // LANES), -(-N // n_block)
+    tiles, panels, blocks = -(-N // LANES), -(-N // n_block), -(-K // block)
     ragged = N % n_block != 0
     slices = -(-K // (_PANEL_FLOATS // n_block // block * block))
     depth = -(-K // (slices * block)) * block  # inputs of one K-slice
@@ -138,7 +145,7 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc
                 B.buffer_store(part, part[at] + splat(x(index(r), i), L) * vector, at)
 
     @T.inline
-    def add_block(acc, X, W, m0, rows, panel, group, kb, count, R):
+    def add_block(acc, X, W, S, m0, rows, panel, group, kb, count, R):
         """acc[R, tile_vectors] += the first `count` inputs of block kb, weights straight from registers."""
         for v in T.unroll(tile_vectors):
             # The scale is applied to the sum of the block's products.
@@ -164,9 +171,13 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc
                 acc[r, v, lanes_at(0, L)] = acc[r, v, lanes_at(0, L)] + reader.scaled(
                     sum_of_chains(part, r, R), reader.scale(W, columns(panel, group, v), kb)
                 )
+                if reader.has_offset:
+                    acc[r, v, lanes_at(0, L)] = acc[r, v, lanes_at(0, L)] + reader.offset(
+                        W, columns(panel, group, v), kb
+                    ) * splat(S[m0 + T.min(r, rows - 1), kb], L)
 
     @T.inline
-    def direct(Y, X, W, m0, rows, panel, R):
+    def direct(Y, X, W, S, m0, rows, panel, R):
         """Rows m0 .. m0 + rows - 1, at most R of them; the rest repeat the last one and are dropped."""
         for group in T.serial(T.int64(groups)):
             acc = T.alloc_buffer((R, tile_vectors, L), "float32", scope="local")
@@ -174,33 +185,37 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc
                 for v in T.unroll(tile_vectors):
                     acc[r, v, lanes_at(0, L)] = f32(0, L)
             for kb in T.serial(T.int64(K // block)):
-                add_block(acc, X, W, m0, rows, panel, group, kb, block, R)
+                add_block(acc, X, W, S, m0, rows, panel, group, kb, block, R)
             if K % block != 0:
-                add_block(acc, X, W, m0, rows, panel, group, T.int64(K // block), K % block, R)
+                add_block(acc, X, W, S, m0, rows, panel, group, T.int64(K // block), K % block, R)
             for r in T.unroll(T.int64(R)):
                 if r < rows:
                     for v in T.unroll(tile_vectors):
                         store(Y, m0 + r, panel * n_block + group * width + v * L, acc[r, v, lanes_at(0, L)])
 
-    def decode_unit(P: Any, k: Any, column: Any, weights: list[Any], scale: Any) -> None:
-        """P[k + i, column ..] = weights[i] with their scale on, for every i."""
+    def decode_unit(P: Any, k: Any, column: Any, weights: list[Any], grid: Any) -> None:
+        """P[k + i, column ..] = weights[i] with their scale, grid[0], and their offset, grid[1], for every
+        i."""
         for i, weight in enumerate(weights):
-            at = [k + i, lanes_at(column, L)]
-            B.buffer_store(P, reader.scaled(weight, scale[lanes_at(0, L)]), at)
+            value = reader.scaled(weight, grid[0, lanes_at(0, L)])
+            value = value + grid[1, lanes_at(0, L)] if reader.has_offset else value
+            B.buffer_store(P, value, [k + i, lanes_at(column, L)])
 
     @T.inline
     def decode_block(P, W, panel, group, kb, k, count):
         """The first `count` inputs of block kb to rows k .. of the panel on the stack."""
         for v in T.unroll(tile_vectors):
-            scale = T.alloc_buffer((L,), "float32", scope="local")
-            scale[lanes_at(0, L)] = reader.scale(W, columns(panel, group, v), kb)
+            grid = T.alloc_buffer((2, L), "float32", scope="local")
+            grid[0, lanes_at(0, L)] = reader.scale(W, columns(panel, group, v), kb)
+            if reader.has_offset:
+                grid[1, lanes_at(0, L)] = reader.offset(W, columns(panel, group, v), kb)
             for u in T.serial(T.int64(count // unit)):
                 decode_unit(
                     P,
                     k + u * unit,
                     group * width + v * L,
                     reader.raw(W, columns(panel, group, v), kb, u, unit),
-                    scale,
+                    grid,
                 )
             if count % unit != 0:
                 decode_unit(
@@ -208,7 +223,7 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc
                     k + count // unit * unit,
                     group * width + v * L,
                     reader.raw(W, columns(panel, group, v), kb, T.int64(count // unit), count % unit),
-                    scale,
+                    grid,
                 )
 
     @T.inline
@@ -264,6 +279,21 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc
             if full * tile_rows < rows:
                 tile(Y, X, W, P, m0, full * tile_rows, rows, panel, s * depth, kn, tile_rows // 2)
 
+    def not_finite(x: Any) -> Any:
+        """Bits that are _EXPONENT exactly where x is an infinity or NaN."""
+        return T.bitwise_and(T.reinterpret("int32", x), T.int32(_EXPONENT))
+
+    @T.inline
+    def by_decoding(Y, X, W, S, P, m0, rows, panel):
+        """More rows than are done directly; else those whose block sums are not finite, one by one."""
+        for r in T.serial(T.Select(rows > _DIRECT_ROWS, T.int64(1), rows)):
+            worst = T.alloc_buffer((1,), "int32", scope="local")
+            worst[0] = T.int32(0)
+            for kb in T.serial(T.int64(blocks)):
+                worst[0] = T.max(worst[0], not_finite(S[m0 + r, kb]))
+            if rows > _DIRECT_ROWS or worst[0] == _EXPONENT:
+                tiles_of_rows(Y, X, W, P, m0 + r, T.Select(rows > _DIRECT_ROWS, rows, T.int64(1)), panel)
+
     def finished(value: Any, B: Any, R: Any, row: Any, column: Any) -> Any:
         for name in epilogue:
             if name == "bias":
@@ -293,6 +323,7 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc
         weight0: T.handle(operands[0].dtype),
         weight1: T.handle(operands[1].dtype),
         weight2: T.handle(operands[2].dtype),
+        block_sums: T.handle("float32"),
         bias: T.handle("float32"),
         residual: T.handle("float32"),
         M: T.int64,
@@ -314,6 +345,7 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc
             else T.meta_var(None)
         )
         W = T.meta_var((W0, W1, W2))
+        S = T.decl_buffer((M, blocks), "float32", data=block_sums) if reader.has_offset else T.meta_var(None)
         bias_row = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
         R = T.decl_buffer((M * N,), "float32", data=residual) if "residual" in epilogue else T.meta_var(None)
         P = T.alloc_buffer((depth, n_block), "float32") if reader.decoded else T.meta_var(None)
@@ -322,15 +354,18 @@ def _matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc
             panel: T.let = T.truncmod(begin + b, T.int64(panels))
             rows: T.let = T.min(T.int64(m_block), M - m0)
             if rows == 1:
-                direct(Y, X, W, m0, rows, panel, 1)
+                direct(Y, X, W, S, m0, rows, panel, 1)
             elif rows == 2:
-                direct(Y, X, W, m0, rows, panel, 2)
+                direct(Y, X, W, S, m0, rows, panel, 2)
             elif rows <= _DIRECT_ROWS:
-                direct(Y, X, W, m0, rows, panel, _DIRECT_ROWS)
-            else:
+                direct(Y, X, W, S, m0, rows, panel, _DIRECT_ROWS)
+            elif not reader.has_offset:
                 tiles_of_rows(Y, X, W, P, m0, rows, panel)
+            if reader.has_offset:
+                by_decoding(Y, X, W, S, P, m0, rows, panel)
             if len(epilogue) > 0:
                 finish(Y, bias_row, R, m0, rows, panel)
 
     unused = {f"weight{i}" for i in range(taken, len(operands))}
+    unused |= set() if reader.has_offset else {"block_sums"}
     return drop_parameters(func, unused | ({"bias", "residual"} - set(epilogue)))

@@ -43,12 +43,14 @@ class Reader(ABC):
         block: inputs that share a scale.
         unit: inputs that are read at once; the last unit of a block may be shorter.
         decoded: whether many rows read weights decoded to the stack, else where they lie.
+        has_offset: whether a number a block and column is added to its scaled weights.
     """
 
     operands: tuple[Operand, ...]
     block: int
     unit: int
     decoded: bool
+    has_offset: bool = False
 
     @abstractmethod
     def raw(self, w: Buffers, at: Columns, block: Expr, unit: Expr, count: int) -> list[Expr]:
@@ -61,6 +63,10 @@ class Reader(ABC):
     @abstractmethod
     def scale(self, w: Buffers, at: Columns, block: Expr) -> Expr:
         """The scale of a block."""
+
+    def offset(self, w: Buffers, at: Columns, block: Expr) -> Expr:
+        """The offset of a block, where there is one."""
+        raise NotImplementedError
 
     def scaled(self, value: Expr, scale: Expr) -> Expr:
         """What a linear function of raw weights of a block becomes when its scale is put on."""

@@ -1,0 +1,33 @@
+"""x @ W for group-quantized weights: `matmul_ternary`, `matmul_int2` and so on, one kernel a format."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tvm.tirx import PrimFunc
+
+from qgraph.codegen.isa import Isa
+from qgraph.codegen.kernels import kernel
+from qgraph.codegen.kernels.matmul import matmul
+from qgraph.codegen.kernels.weights_group import GroupReader
+from qgraph.codegen.packing_group import kernel_name
+from qgraph.codegen.spec import KernelSpec
+from qgraph.formats.group import GROUP_FORMATS
+
+
+def _matmul_group(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
+    """y = epilogue(x @ dequantize(W)), W in the layouts of codegen/packing_group.py.
+
+    Spec: as of matmul_nvfp4, and block (inputs that share a scale, a multiple of 32), for ternary packing:
+    "2bit" | "base3".
+    Arguments: y f32 [M, n], x f32 [M, k], codes u32 (base3: u8), block_scale f16, [zero_point u8 | mean f16,
+    block_sums f32 [M, ceil(k/block)]], [bias f32 [n]], [residual f32 [M, n]], M, begin, end. Blocks: as of
+    matmul_nvfp4.
+    """
+    packing = spec["packing"] if weight_format == "ternary" else ""
+    reader = GroupReader(spec["k"], spec["n"], isa, weight_format, spec["block"], packing)
+    return matmul(spec, isa, symbol, reader)
+
+
+for _format in GROUP_FORMATS:
+    kernel(kernel_name(_format.name))(partial(_matmul_group, _format.name))
