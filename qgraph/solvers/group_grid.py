@@ -265,4 +265,4 @@ def _float16_scale(x: npt.NDArray) -> Array:
 
 def _offset_of(z: npt.NDArray, scale: Array) -> Array:
     """What the zero point at level z adds: -z s, exact in float32."""
-    return -z.astype(np.float32) * scale
+    return (0 - z.astype(np.float32)) * scale
