@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qgraph.calibration import Data
 from qgraph.passes import prepare_model
-from qgraph.passes.linear_groups import LinearGroup, linear_groups
+from qgraph.passes.linear_groups import LinearGroup, MeanShiftSite, Stage, linear_groups
 from qgraph.passes.select_layers import DECISION, SelectLayers
 from qgraph.solvers.statistics import Statistics
 
@@ -198,11 +198,13 @@ class Coarse:
         # What is recorded depends on every bit of the statistics.
         return {**record, "H": statistics.second_moment, "mean": statistics.mean, "amax": statistics.amax}
 
-    def apply(self, group: LinearGroup, record: dict[str, Array]) -> dict[str, Array]:
+    def apply(self, stage: Stage, record: dict[str, Array]) -> dict[str, Array]:
         self.on_step("apply", len(self.applied))
-        self.applied.append(group.weights)
+        self.applied.append(stage.weights)
         self.records.append(record)
-        return {name: record[name] for name in group.weights}
+        if isinstance(stage, MeanShiftSite):
+            return {stage.shift: record["shift"]}
+        return {name: record[name] for name in stage.weights}
 
     def coarse(self, groups: Iterable[LinearGroup]) -> dict[str, Array]:
         """The rounded weights of these groups."""
