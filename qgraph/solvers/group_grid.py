@@ -100,6 +100,7 @@ def _initial_ternary(spec: BlockFormat, W: Array) -> tuple[Grid, Codes]:
     chosen = size > _TERNARY_THRESHOLD * size.mean(axis=0)
     count = chosen.sum(axis=0)
     alpha = (size * chosen).sum(axis=0) / np.maximum(count, 1)
+    chosen &= alpha > group.SMALLEST_SCALE / 2  # what is nearer to none stays at mu
     grid = project(spec, np.where(count > 0, alpha, np.float32(1)), mean)
     return grid, (chosen * np.sign(v) - spec.values[0]).astype(np.uint8)
 

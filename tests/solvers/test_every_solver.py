@@ -60,7 +60,7 @@ def solve(pair: tuple[str, str], W: np.ndarray, **options) -> QTensor:
 
 def most(pair: tuple[str, str]) -> float:
     """Relative error of normal weights that no solver exceeds, however few they are."""
-    return 0.03 if pair in FP4 else 1.3 * FIGURES[pair][0]
+    return 0.03 if pair in FP4 else 1.6 * FIGURES[pair][0]
 
 
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -128,9 +128,8 @@ def test_awkward_blocks_of_groups(pair: tuple[str, str]):
         low, high, amax = part.min(axis=0), part.max(axis=0), np.abs(part).max(axis=0)
         if q.format == "ternary":
             variance = ((part - part.mean(axis=0, dtype=np.float64)) ** 2).sum(axis=0)
-            assert (
-                (error[k : k + spec.block] ** 2).sum(axis=0) <= variance + (2e-3 * amax) ** 2 + 1e-12
-            ).all()
+            squares = (error[k : k + spec.block] ** 2).sum(axis=0)
+            assert (squares <= variance + len(part) * (2**-11 * amax + 2**-25) ** 2).all()
             continue
         steps = len(spec.values) - 1
         step = {
