@@ -55,9 +55,9 @@ def solve(W: Array, *, format: str, name: str = "", threads: int | None = None, 
 
 def best_grid(spec: BlockFormat, W: Array, starts: int = 2) -> Grid:
     """The grids of the blocks W, float32 [b, n], that ITF ends in."""
-    extremes, _ = group_grid.initial(spec, W)
+    extremes, codes = group_grid.initial(spec, W)
     if not starts:
-        return converge(spec, W, extremes)
+        return converge(spec, W, group_grid.fit(spec, W, codes, extremes))
     tried = [extremes, *_starts(spec, W, extremes)]
     errors = np.stack([squared_error(spec, W, grid) for grid in tried])
     scales, offsets = (np.stack(parts) for parts in zip(*tried, strict=True))
