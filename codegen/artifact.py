@@ -16,9 +16,19 @@ from qgraph.codegen.isa import get_target
 from qgraph.codegen.lowering import Lowering, lower
 from qgraph.codegen.plan import Plan, make_plan
 
+# Kernels of quantized weights -> (bits, what the weights are).
+_WEIGHTS = {
+    "matmul_nvfp4": (4, "NVFP4 weights"),
+    "matmul_ternary": (2, "ternary weights"),
+    "matmul_int2": (2, "int2 weights with means"),
+    "matmul_int3": (3, "int3 weights with means"),
+    "matmul_int4": (4, "int4 weights with zero points"),
+    "matmul_int4sym": (4, "symmetric int4 weights"),
+    "matmul_int8": (8, "int8 weights"),
+}
 # How kernels compute, in the terms of the report.
 _COMPUTE = {
-    "matmul_nvfp4": "W4A16: NVFP4 weights, float32 activations and sums",
+    **{op: f"W{bits}A16: {what}, float32 activations and sums" for op, (bits, what) in _WEIGHTS.items()},
     "gather_nvfp4": "NVFP4 table, float32 rows",
     "dynamic_nvfp4": "rounds to NVFP4 and back in float32",
     "dynamic_int8": "rounds to int8 and back in float32",
@@ -26,8 +36,12 @@ _COMPUTE = {
 # The same of products whose left operand was rounded by an operator: the rounding is real, the product is not
 # done in the format.
 _COMPUTE_ROUNDED = {
+    **{
+        (op, rounding): f"W{bits}A{to} emulated: {what}, {activations} activations, float32 products"
+        for op, (bits, what) in _WEIGHTS.items()
+        for rounding, to, activations in (("DynamicQDQNVFP4", 4, "NVFP4"), ("DynamicQDQInt8", 8, "int8"))
+    },
     ("matmul_nvfp4", "DynamicQDQNVFP4"): "W4A4 emulated: NVFP4 weights and activations, float32 products",
-    ("matmul_nvfp4", "DynamicQDQInt8"): "W4A8 emulated: NVFP4 weights, int8 activations, float32 products",
     ("matmul_f32", "DynamicQDQNVFP4"): "float32 of activations rounded to NVFP4",
     ("matmul_f32", "DynamicQDQInt8"): "float32 of activations rounded to int8",
 }
@@ -35,12 +49,14 @@ _COMPUTE_ROUNDED = {
 
 @dataclass(frozen=True)
 class LayerKernel:
-    """What a node of the graph became: the kernel that runs it and how that computes."""
+    """What a node of the graph became: the kernel that runs it, how that computes, and the bytes that the
+    layer's matrix takes in the artifact: codes, scales, offsets and padding, without its bias."""
 
     node_name: str
     op: str
     kernel: str
     compute: str
+    nbytes: int = 0
 
 
 @dataclass
@@ -84,7 +100,13 @@ class Artifact:
 
 def _layers(low: Lowering) -> list[LayerKernel]:
     return [
-        LayerKernel(node.name or "", node.op_type, step.spec.op, _compute(node, step.spec.op))
+        LayerKernel(
+            node.name or "",
+            node.op_type,
+            step.spec.op,
+            _compute(node, step.spec.op),
+            sum(buffer.data.nbytes for buffer in step.weights),
+        )
         for node, step in low.layers
     ]
 
@@ -99,6 +121,7 @@ def build_artifact(
     model: ir.Model,
     *,
     target: str = "x86_64-linux",
+    packing: str = "fast",
     metadata: Mapping[str, str] | None = None,
     on_kernel: Callable[[int, int, str], None] | None = None,
 ) -> Artifact:
@@ -107,15 +130,16 @@ def build_artifact(
     Args:
         model: what phase `prepare` (and `quantize`) left.
         target: a key of `qgraph.codegen.isa.TARGETS`.
+        packing: `fast` | `small`, as of `lower`.
         metadata: provenance, added to the container's `__metadata__`.
         on_kernel: called with (done, total, symbol) before each kernel is compiled.
 
     Raises:
         UnsupportedError: an operator, data type or shape that has no kernel, named with its node.
-        UsageError: an unknown target.
+        UsageError: an unknown target or packing.
     """
     isas = get_target(target)
-    low = lower(model.graph)
+    low = lower(model.graph, packing)
     checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]
     plan = make_plan(low, checks)
     total = len(plan.kernels) * len(isas)

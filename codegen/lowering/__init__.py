@@ -10,6 +10,7 @@ from qgraph.codegen.lowering import (  # noqa: F401
     dynamic_quantize,
     embedding,
     linear,
+    linear_group,
     movement,
     normalize,
     pointwise,
@@ -17,11 +18,11 @@ from qgraph.codegen.lowering import (  # noqa: F401
 )
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attributes, data_inputs
 from qgraph.codegen.memory import Buffer, View
-from qgraph.errors import InputError, UnsupportedError
+from qgraph.errors import InputError, UnsupportedError, UsageError
 
 MAX_RANK = 8  # of inputs and outputs (runtime/FORMAT.md)
 
-__all__ = ["Lowering", "Step", "lower", "supported_ops"]
+__all__ = ["PACKINGS", "Lowering", "Step", "lower", "supported_ops"]
 
 
 def supported_ops() -> list[str]:
@@ -73,14 +74,23 @@ def _check_ports(low: Lowering) -> None:
                 raise UnsupportedError(f"{kind} {name!r} has {rank} dimensions; up to {MAX_RANK} work")
 
 
-def lower(graph: ir.Graph) -> Lowering:
+PACKINGS = ("fast", "small")
+
+
+def lower(graph: ir.Graph, packing: str = "fast") -> Lowering:
     """Lower a prepared graph.
 
-    Raises UnsupportedError naming node and operator for what has no kernel.
+    Args:
+        packing: where a weight can be stored in more than one way, `fast` or `small`: ternary codes take 2 or
+            1.625 bits.
+
+    Raises UnsupportedError naming node and operator for what has no kernel, UsageError for another packing.
     """
+    if packing not in PACKINGS:
+        raise UsageError(f"packing '{packing}': choose from {', '.join(PACKINGS)}")
     nodes = _needed(graph)
     _reject_unknown(nodes)
-    low = Lowering(graph)
+    low = Lowering(graph, packing)
     _check_ports(low)
     for node in nodes:
         check_attributes(node, graph.opset_imports.get("", 0))

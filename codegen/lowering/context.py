@@ -42,6 +42,7 @@ class Step:
     args: list[Arg]
     blocks: Dim
     grain: int = 1
+    weights: tuple[Buffer, ...] = ()  # of a layer: the tensors among its arguments that hold its matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class Linear:
     """A matrix product not emitted yet, so that what follows it can become its epilogue."""
 
     node: ir.Node
-    op: str  # kernel: matmul_nvfp4 | matmul_f32
+    op: str  # kernel
     x: View
     k: int
     n: int
@@ -69,6 +70,8 @@ class Linear:
     shape: tuple[Dim, ...]
     epilogue: tuple[str, ...] = ()
     operands: tuple[View, ...] = ()  # of the epilogue: bias, residual
+    params: tuple[tuple[str, Any], ...] = ()  # of the kernel, beside those that all have
+    sums: View | None = None  # of blocks of x, for weights with an offset a block
 
 
 Lazy = View | Pointwise | Linear
@@ -137,9 +140,11 @@ class Lowering:
     Attributes:
         steps: in order of execution.
         layers: (node, step) of every node that became a step of its own kernel, for the report.
+        packing: `fast` | `small`, where a weight can be stored in more than one way.
     """
 
     graph: ir.Graph
+    packing: str = "fast"
     steps: list[Step] = field(default_factory=list)
     values: dict[ir.Value, Lazy] = field(default_factory=dict)
     uses: Counter[ir.Value] = field(default_factory=Counter)
@@ -147,6 +152,8 @@ class Lowering:
     inputs: list[Buffer] = field(default_factory=list)
     outputs: dict[ir.Value, Buffer] = field(default_factory=dict)
     layers: list[tuple[ir.Node, Step]] = field(default_factory=list)
+    _dense: dict[ir.Value, View] = field(default_factory=dict)
+    _block_sums: dict[tuple[ir.Value, int], View] = field(default_factory=dict)
 
     # Values
 
@@ -216,9 +223,24 @@ class Lowering:
         return lazy
 
     def dense(self, value: ir.Value) -> View:
-        """`value` in memory, its elements in row-major order."""
-        view = self.view(value)
-        return view if view.is_dense() else self.copy(view, f"{value.name}/copy")
+        """`value` in memory, its elements in row-major order; a copy that this takes serves all readers."""
+        if value not in self._dense:
+            view = self.view(value)
+            self._dense[value] = view if view.is_dense() else self.copy(view, f"{value.name}/copy")
+        return self._dense[value]
+
+    def block_sums(self, value: ir.Value, k: int, block: int) -> View:
+        """Sums of blocks along the last axis of `value`, of size k; computed once for all readers."""
+        key = (value, block)
+        if key not in self._block_sums:
+            lead, x = self.shape(value)[:-1], self.dense(value)
+            rows = product(lead)
+            out = self.temp("f32", (*lead, ceildiv(k, block)))
+            spec = KernelSpec.make("block_sums", k=k, block=block)
+            grain = max(1, _GRAIN_ELEMENTS // k)
+            self.emit(f"{value.name}/block_sums", spec, [out, x], rows, grain)
+            self._block_sums[key] = out
+        return self._block_sums[key]
 
     def copy(self, view: View, name: str, out: View | None = None) -> View:
         """A dense copy of `view`, or a copy into `out`."""
@@ -241,7 +263,13 @@ class Lowering:
         return ("v", view.buffer, sympy.expand(view.offset * ITEM_SIZE[view.dtype]))
 
     def emit(
-        self, name: str, spec: KernelSpec, args: Sequence[Arg | View | Dim | int], blocks: Dim, grain: int = 1
+        self,
+        name: str,
+        spec: KernelSpec,
+        args: Sequence[Arg | View | Dim | int],
+        blocks: Dim,
+        grain: int = 1,
+        weights: tuple[Buffer, ...] = (),
     ) -> Step:
         """Append a step. Views become pointers, sizes become integers."""
         plain: list[Arg] = []
@@ -252,7 +280,7 @@ class Lowering:
                 plain.append(arg)
             else:
                 plain.append(("i", sympy.sympify(arg)))
-        step = Step(name, spec, plain, sympy.sympify(blocks), grain)
+        step = Step(name, spec, plain, sympy.sympify(blocks), grain, weights)
         self.steps.append(step)
         return step
 
@@ -261,16 +289,23 @@ class Lowering:
         rows = product(linear.shape[:-1])
         n_block, m_block = 32, 128
         spec = KernelSpec.make(
-            linear.op, k=linear.k, n=linear.n, n_block=n_block, m_block=m_block, epilogue=linear.epilogue
+            linear.op,
+            k=linear.k,
+            n=linear.n,
+            n_block=n_block,
+            m_block=m_block,
+            epilogue=linear.epilogue,
+            **dict(linear.params),
         )
         # The kernel takes the bias before the residual, in whatever order they are applied.
         operands = dict(
             zip([e for e in linear.epilogue if e in ("bias", "residual")], linear.operands, strict=True)
         )
         extra = [operands[e] for e in ("bias", "residual") if e in operands]
-        weights = [View.of(w) for w in linear.weights]
+        read = [*(View.of(w) for w in linear.weights), *([linear.sums] if linear.sums else []), *extra]
         blocks = ceildiv(rows, m_block) * ceildiv(linear.n, n_block)
-        step = self.emit(linear.node.name or "MatMul", spec, [out, linear.x, *weights, *extra, rows], blocks)
+        name = linear.node.name or "MatMul"
+        step = self.emit(name, spec, [out, linear.x, *read, rows], blocks, weights=linear.weights)
         self.layers.append((linear.node, step))
         return out
 

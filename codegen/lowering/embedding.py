@@ -28,6 +28,7 @@ def qgather_nvfp4(low: Lowering, node: ir.Node) -> None:
     spec = KernelSpec.make("gather_nvfp4", h=columns, index=kind)
     args = [out, *(View.of(part) for part in table), low.dense(ids), ("status",), rows]
     grain = max(1, _GRAIN_ELEMENTS // columns)
-    step = low.emit(node.name or "QGatherNVFP4", spec, args, product(low.shape(ids)), grain)
+    blocks = product(low.shape(ids))
+    step = low.emit(node.name or "QGatherNVFP4", spec, args, blocks, grain, weights=table)
     low.layers.append((node, step))
     low.bind(node, out)

@@ -141,7 +141,8 @@ def gather(low: Lowering, node: ir.Node) -> None:
     spec = KernelSpec.make("gather", dtype=low.dtype(data), index=kind)
     grain = max(1, 4096 // (static(inner) or 64))
     args = [out, source, low.dense(indices), ("status",), n, m, inner]
-    step = low.emit(node.name or "Gather", spec, args, product((outer, m)), grain)
+    table = (source.buffer,) if source.buffer.kind == "weight" else ()
+    step = low.emit(node.name or "Gather", spec, args, product((outer, m)), grain, weights=table)
     low.layers.append((node, step))
     low.bind(node, out)
 

@@ -1,0 +1,92 @@
+"""Linear layers with group-quantized weights: ternary, int2, int3, int4, int4-sym, int8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.codegen import packing_group as packing
+from qgraph.codegen.lowering.context import Linear, Lowering, lowers, unsupported
+from qgraph.codegen.memory import Buffer
+from qgraph.errors import InputError
+from qgraph.formats import FORMATS, QTensor
+from qgraph.formats.group import GROUP_FORMATS
+
+# Operator -> its format: QLinearInt4Sym of `int4-sym`.
+_OPERATORS = {
+    "QLinear" + "".join(word.capitalize() for word in spec.name.split("-")): spec.name
+    for spec in GROUP_FORMATS
+}
+_TERNARY = {"fast": "2bit", "small": "base3"}  # how `Lowering.packing` has ternary codes
+
+
+@lowers(*_OPERATORS, domain="ai.qgraph", data=(0,))
+def qlinear_group(low: Lowering, node: ir.Node) -> None:
+    """`QLinear<Format>(x, codes, block_scale[, zero_point | mean])`: the weight stays packed."""
+    x = node.inputs[0]
+    if x is None:
+        raise unsupported(node, "an input is missing")
+    if low.dtype(x) != "f32":
+        raise unsupported(node, f"an input of type {low.dtype(x)}; supported is f32")
+    q = _weight(low, node)
+    spec = FORMATS[q.format]
+    k, n = q.shape
+    params: dict[str, Any] = {"block": spec.block}
+    if q.format == "ternary":
+        params["packing"] = _TERNARY[low.packing]
+    linear = Linear(
+        node,
+        packing.kernel_name(q.format),
+        low.dense(x),
+        k,
+        n,
+        _buffers(low, node, q, packing.code_layout(q.format, params.get("packing", ""))),
+        low.shape(node.outputs[0]),
+        params=tuple(params.items()),
+        sums=low.block_sums(x, k, spec.block) if spec.offset == "mean" else None,
+    )
+    low.bind(node, linear)
+
+
+def _weight(low: Lowering, node: ir.Node) -> QTensor:
+    """The weight of a node, its parts checked: InputError says which node they are wrong in."""
+    spec = FORMATS[_OPERATORS[node.op_type]]
+    parts = [low.constant(value) for value in node.inputs[1:]]
+    if len(parts) != (2 if spec.offset == "none" else 3) or any(part is None for part in parts):
+        raise unsupported(node, "codes, scales and offsets must be initializers")
+    codes, scale, *offset = (part for part in parts if part is not None)
+    if offset and spec.offset == "zero_point":
+        offset = [_levels(offset[0], spec.values[0])]
+    try:
+        return QTensor(
+            spec.name,
+            (codes.shape[0], codes.shape[1]),
+            _levels(codes, spec.values[0]),
+            scale,
+            block_offset=offset[0] if offset else None,
+        )
+    except InputError as error:
+        raise InputError(f"{node.op_type} node '{node.name}': {error}") from error
+
+
+def _levels(codes: np.ndarray, lowest: np.float32) -> np.ndarray:
+    """Levels from the lowest up; a value below it becomes one that no format has."""
+    return (codes.astype(np.int16) - int(lowest)).astype(np.uint8)
+
+
+def _buffers(low: Lowering, node: ir.Node, q: QTensor, layout: str) -> tuple[Buffer, ...]:
+    codes, scale, *offset = (value for value in node.inputs[1:] if value is not None)
+    dtype = "u8" if layout == "n16t5" else "u32"
+    buffers = [
+        low.weight(codes, layout, dtype, lambda: packing.pack_codes(q.format, q.codes, layout)),
+        low.weight(scale, "n16", "f16", lambda: packing.pack_blocks(q.block_scale)),
+    ]
+    if q.block_offset is not None:
+        values = q.block_offset
+        if FORMATS[q.format].offset == "mean":
+            buffers.append(low.weight(offset[0], "n16", "f16", lambda: packing.pack_blocks(values)))
+        else:
+            buffers.append(low.weight(offset[0], "n16b4", "u8", lambda: packing.pack_nibbles(values)))
+    return tuple(buffers)
