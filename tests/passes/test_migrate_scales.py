@@ -17,8 +17,9 @@ from qgraph.errors import InputError, UsageError
 from qgraph.passes.base import constant
 from qgraph.passes.check_prepared import violations
 from qgraph.passes.infer_shapes import InferShapes
-from qgraph.passes.migrate_scales import LIMIT, MIGRATIONS, MigrateScales, smoothing, weight_error
+from qgraph.passes.migrate_scales import MIGRATIONS, MigrateScales, smoothing, weight_error
 from qgraph.solvers import get_solver
+from qgraph.solvers.balance import LIMIT
 
 SIZES = {"batch": 2, "sequence": 5}
 
