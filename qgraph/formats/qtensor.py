@@ -50,7 +50,7 @@ class QTensor:
             raise InputError(f"codes of {self.format} are below {len(spec.values)}, found {self.codes.max()}")
         scale = self.block_scale.astype(np.float32)
         if not (np.isfinite(scale) & (scale >= 0)).all():
-            raise InputError("block_scale holds a negative number or NaN")
+            raise InputError("block_scale holds a number that is negative or not finite")
         if not isinstance(self.global_scale, np.float32) or not 0 < self.global_scale < np.inf:
             raise InputError(f"global_scale is a positive finite float32, not {self.global_scale!r}")
         if self.global_scale != 1 and not spec.has_global_scale:
