@@ -18,6 +18,9 @@ ONNX_STYLES = ("function", "qdq")
 EMBEDDINGS = ("float", "nvfp4")
 CALIBRATE_ON = ("float", "quantized", "corrected")
 ROTATE = (0, 16, 32, 64, 128)
+DUAL_SCALE = ("off", "on")
+MEAN_SHIFT = ("off", "attention", "all")
+PACKINGS = ("fast", "small")
 FROM_PYTHON = "<from Python>"  # as `calibration`: the data are an argument of `compile`
 MAX_THREADS = 1024
 
@@ -43,6 +46,12 @@ class CompileConfig:
             is `corrected` with a solver that goes by a layer's inputs, else `float`.
         smooth: strength, 0 to 1, of the migration of scales from activations to weights; 0 is none.
         rotate: size of the blocks in which inputs and weights are rotated by Hadamard matrices; 0 is none.
+        dual_scale: `on` evens out the rows of weights by scales that the layers before absorb (D2Quant's
+            DSQ); `off`. Empty is the scheme's default.
+        mean_shift: where the mean that quantization has moved is put right (D2Quant's DAC): `attention`
+            (behind norms after an attention), `all` norms, `off`. Empty is the scheme's default if there are
+            calibration data.
+        packing: how the artifact holds ternary weights: `fast` to decode, 2 bits each, or `small`, 1.625.
         onnx_style: `function` writes a quantized layer as one node with a standard body, `qdq` writes the
             body in place.
         onnx: whether the low-bit ONNX file is written.
@@ -69,6 +78,9 @@ class CompileConfig:
     calibrate_on: str = ""
     smooth: float = 0.0
     rotate: int = 0
+    dual_scale: str = ""
+    mean_shift: str = ""
+    packing: str = "fast"
     onnx_style: str = "function"
     onnx: bool = True
     target: str = "x86_64-linux"
@@ -106,6 +118,7 @@ class CompileConfig:
                 f"embeddings '{self.embeddings}': scheme '{scheme.name}' quantizes nothing, not even tables"
             )
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
+        _one_of("packing", self.packing, PACKINGS)
         _one_of("target", self.target, TARGETS)
         for name in ("threads", "seed", "samples", "length"):
             if getattr(self, name) < 0:
@@ -164,6 +177,15 @@ class CompileConfig:
                 raise UsageError(f"{name}: a path cannot hold the character NUL: {getattr(self, name)!r}")
         if self.rotate not in ROTATE:
             raise UsageError(f"rotate: choose from {', '.join(map(str, ROTATE))}, got {self.rotate}")
+        if self.dual_scale:
+            _one_of("dual_scale", self.dual_scale, DUAL_SCALE)
+        if self.mean_shift:
+            _one_of("mean_shift", self.mean_shift, MEAN_SHIFT)
+        if self.mean_shift not in ("", "off") and self.calibrate_on == "float":
+            raise UsageError(
+                "mean_shift is measured behind layers that are quantized already: it needs calibrate_on "
+                "'quantized' or 'corrected'"
+            )
         if not 0 <= self.smooth <= 1:
             raise UsageError(f"smooth: must be from 0 to 1, got {self.smooth:g}")
         if self.calibration:
@@ -182,6 +204,8 @@ class CompileConfig:
             raise UsageError(f"solver '{needy[0]}' needs {data}")
         if self.smooth:
             raise UsageError(f"smooth needs {data}")
+        if self.mean_shift not in ("", "off"):
+            raise UsageError(f"mean_shift needs {data}")
         for name in ("tokenizer", "samples", "length", "calibrate_on"):
             if getattr(self, name):
                 raise UsageError(f"{name} is for {data}")
@@ -202,13 +226,19 @@ class CompileConfig:
     def resolved(self) -> dict[str, Any]:
         """All fields, with what empty ones stand for: the scheme's first solver that has what it needs, and
         how that is calibrated best."""
+        from qgraph.schemes import get_scheme
         from qgraph.solvers import get_solver
 
-        solvers = self.solvers()
+        scheme, solvers = get_scheme(self.scheme), self.solvers()
         found = {**asdict(self), "solver": solvers[0]}
+        found["dual_scale"] = self.dual_scale or scheme.dual_scale
+        if not self.mean_shift:
+            measured = self.calibration and self.calibrate_on != "float"
+            found["mean_shift"] = scheme.mean_shift if measured else "off"
         if self.calibration and not self.calibrate_on:
             calibrated = any(name and get_solver(name).calibrated for name in solvers)
-            found["calibrate_on"] = "corrected" if calibrated else "float"
+            sequential = "quantized" if found["mean_shift"] != "off" else "float"
+            found["calibrate_on"] = "corrected" if calibrated else sequential
         return found
 
     def files(self) -> list[Path]:
@@ -218,9 +248,9 @@ class CompileConfig:
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""
-        decisive = ["scheme", "solver", "embeddings", "include", "exclude", "layers", "rotate"]
+        decisive = ["scheme", "solver", "embeddings", "include", "exclude", "layers", "rotate", "dual_scale"]
         if self.calibration:
-            decisive += ["samples", "length", "calibrate_on", "smooth"]
+            decisive += ["samples", "length", "calibrate_on", "smooth", "mean_shift"]
         return {key: self.resolved()[key] for key in decisive}
 
 

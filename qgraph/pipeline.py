@@ -150,6 +150,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     """Load, prepare and quantize the source; write the low-bit file to the staging folder. Returns the
     model."""
     from qgraph.passes import load_model, prepare_model, run_passes
+    from qgraph.passes.fuse_mean_shift import FuseMeanShift
     from qgraph.passes.lowbit_functions import AddLowbitFunctions
     from qgraph.passes.pipeline import PrepareOptions
     from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights, check_weights
@@ -176,9 +177,9 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
         run_passes(model, [select], options)
         if data is not None:
             check_weights(model)
-    if config.smooth or config.rotate:
+    if transforms := _transforms(run, model, data):
         with run.phase("transform"):
-            run_passes(model, _transforms(run, model, data), options)
+            run_passes(model, transforms, options)
     with run.phase("quantize"):
         quantize = QuantizeWeights(
             config.scheme,
@@ -187,7 +188,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
             threads=config.threads or None,
             on_layer=run.stepped,
         )
-        run_passes(model, [quantize, AddLowbitFunctions()], options)
+        run_passes(model, [quantize, FuseMeanShift(), AddLowbitFunctions()], options)
         if data is not None:
             report.calibration = {
                 "source": Path(data.name).name,
@@ -236,10 +237,12 @@ def _calibration_data(run: _Run, calibration: Calibration, model: ir.Model) -> D
 
 def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass]:
     """The passes that make the float model easier to quantize: the same function in other numbers."""
+    from qgraph.passes.dual_scale import AbsorbDualScales
+    from qgraph.passes.insert_mean_shift import InsertMeanShift
     from qgraph.passes.migrate_scales import MigrateScales
     from qgraph.passes.rotate_inputs import RotateInputs
 
-    config = run.config
+    config, resolved = run.config, run.config.resolved()
     passes: list[GraphPass] = []
     if config.smooth and data is not None:
         from qgraph.calibration import channel_amax
@@ -248,6 +251,10 @@ def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass
         passes.append(MigrateScales(amax, config.smooth, insert=True))
     if config.rotate:
         passes.append(RotateInputs(config.rotate))
+    if resolved["dual_scale"] == "on":
+        passes.append(AbsorbDualScales(config.scheme, threads=config.threads or None))
+    if resolved["mean_shift"] != "off":
+        passes.append(InsertMeanShift(resolved["mean_shift"]))
     return passes
 
 
@@ -325,10 +332,12 @@ def _build(run: _Run, lowbit: Path) -> Mapping[str, str]:
         metadata[METADATA_KEY] = json.dumps(ranges, sort_keys=True)
     with run.phase("kernels"):
         if run.dry_run:
-            report.sizes["artifact_weights"] = _plan_only(model)
+            report.sizes["artifact_weights"] = _plan_only(model, config.packing)
             report.set_layers(layers_of(model))
             return metadata
-        artifact = build_artifact(model, target=config.target, metadata=metadata, on_kernel=run.stepped)
+        artifact = build_artifact(
+            model, target=config.target, packing=config.packing, metadata=metadata, on_kernel=run.stepped
+        )
         realised = {layer.node_name: (layer.kernel, layer.compute) for layer in artifact.layers}
         report.set_layers(layers_of(model, realised))
         report.isas = list(artifact.isas)
@@ -578,10 +587,10 @@ def _require_realised(run: _Run) -> None:
             )
 
 
-def _plan_only(model: ir.Model) -> int:
+def _plan_only(model: ir.Model, packing: str) -> int:
     """Bytes of the weights that an artifact of `model` would hold. Raises UnsupportedError as
     `build_artifact` does."""
     from qgraph.codegen.lowering import lower
     from qgraph.codegen.plan import make_plan
 
-    return sum(weight.data.nbytes for weight in make_plan(lower(model.graph), []).weights)
+    return sum(weight.data.nbytes for weight in make_plan(lower(model.graph, packing), []).weights)

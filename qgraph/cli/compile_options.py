@@ -68,6 +68,18 @@ _QUANTIZE = (
         help="Rotate inputs and weights by Hadamard matrices of 16, 32, 64 or 128.  [default: 0, no]",
     ),
     click.option(
+        "--dual-scale",
+        metavar="MODE",
+        help="on: even out rows of weights by scales that the layers before absorb; off.  "
+        "[default: the scheme's]",
+    ),
+    click.option(
+        "--mean-shift",
+        metavar="WHERE",
+        help="Put right the mean that quantization moves, in norms behind an attention, or in all; off.  "
+        "[default: the scheme's, with calibration]",
+    ),
+    click.option(
         "--embeddings",
         metavar="FORMAT",
         help="How lookup tables are stored: float or nvfp4.  [default: float]",
@@ -94,6 +106,11 @@ _BUILD = (
         "--verify/--no-verify",
         default=None,
         help="Compare with ONNX's reference evaluator.  [default: verify]",
+    ),
+    click.option(
+        "--packing",
+        metavar="HOW",
+        help="Ternary weights in the artifact: fast, 2 bits each, or small, 1.625.  [default: fast]",
     ),
     click.option(
         "--strict", is_flag=True, default=None, help="Fail when a quantized layer gets no low-bit kernel."
