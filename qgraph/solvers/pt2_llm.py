@@ -54,7 +54,7 @@ def solve(
         compensate: whether later blocks make up for the errors of earlier ones.
         aga: whether there is a second step.
         conditional: AGA with R_bb R_bb^T in place of H'_bb: the error that is left once later blocks have
-            made up for what they can. Not in the paper. 2 and 8 % better on MiniLM, where H is known from few
+            made up for what they can. Not in the paper. 3 and 8 % better on MiniLM, where H is known from few
             tokens, and no better on the other two.
         starts: of ITF, see there; 0 is the paper's. 1 is 1 to 2 % better on all three.
 
