@@ -17,8 +17,8 @@ from qgraph.passes.base import (
 )
 from qgraph.passes.channel_sources import change_constant
 from qgraph.passes.lowbit_functions import DOMAIN
-from qgraph.passes.lowbit_weights import LINEARS, from_node
-from qgraph.passes.mean_shift import marked, width
+from qgraph.passes.lowbit_weights import from_node
+from qgraph.passes.mean_shift import is_linear, marked, width
 
 Vector = npt.NDArray[np.float32]
 
@@ -82,18 +82,11 @@ def _into_layers(total: ir.Value, shift: Vector) -> str:
     if total.is_graph_output():
         return f"{describe(total)} is an output"
     for reader, index in readers:
-        if index != 0 or not _is_linear(reader):
+        if index != 0 or not is_linear(reader):
             return f"{describe(reader)} reads it, and is no linear layer"
     for reader, _ in readers:
         _add_bias(reader, (shift.astype(np.float64) @ _weight(reader)).astype(np.float32))
     return ""
-
-
-def _is_linear(node: ir.Node) -> bool:
-    if node.domain == DOMAIN and node.op_type in LINEARS:
-        return True
-    weight = constant(node.inputs[1]) if is_op(node, "MatMul") else None
-    return weight is not None and weight.ndim == 2
 
 
 def _weight(node: ir.Node) -> Vector:

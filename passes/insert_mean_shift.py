@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import UsageError
 from qgraph.passes.base import GraphPass, add_initializer, is_op
 from qgraph.passes.channel_sources import chosen_matmuls
-from qgraph.passes.mean_shift import MARK, marked, width
+from qgraph.passes.mean_shift import MARK, is_linear, marked, width
 from qgraph.passes.select_layers import DECISIONS
 
 PLACES = ("all", "attention")
@@ -17,11 +19,11 @@ PLACES = ("all", "attention")
 class InsertMeanShift(GraphPass):
     """norm(x) becomes norm(x) + 0 for every reader: the same function, and a site (mean_shift.py).
 
-    Rules: the norm is a LayerNormalization or RMSNormalization over the last axis of known size, in float32;
-    there is a chosen layer above it (else the quantized model has the float one's mean there) and one that
-    reads it, or it is a LayerNormalization, whose bias takes a shift at no cost whoever reads it. With
-    `attention` only the norms behind an attention, as in the paper: the first such norm, in graph order, that
-    the product of two activations, or an Attention, reaches.
+    Rules: the norm is a LayerNormalization or RMSNormalization over the last axis of known size, in float32,
+    with a chosen layer above it: else the quantized model has the float one's mean there. A linear layer,
+    chosen or not, reads it, unless it is a LayerNormalization, whose bias takes a shift whoever reads it.
+    With `attention` only the norms behind an attention, as in the paper: the first such norm, in graph order,
+    that the product of two activations, or an Attention, reaches.
 
     The sum takes the name of what it replaces, the norm's own output is `<name>/unshifted`; the zeros are
     `<norm>.mean_shift`.
@@ -44,13 +46,13 @@ class InsertMeanShift(GraphPass):
         graph = model.graph
         done = {add.inputs[0].producer() for add in marked(graph) if add.inputs[0] is not None}
         names = {node.name for node in graph}
-        norms = [norm for norm in self._norms(model) if norm not in done]
+        norms = [norm for norm in self._norms(model, done) if norm not in done]
         for norm in norms:
             _insert(graph, norm, names)
         return ir.passes.PassResult(model, bool(norms))
 
-    def _norms(self, model: ir.Model) -> list[ir.Node]:
-        """Those that get a site, in graph order."""
+    def _norms(self, model: ir.Model, done: Collection[ir.Node | None]) -> list[ir.Node]:
+        """Those that get a site, or have got one, in graph order."""
         chosen = set(chosen_matmuls(model))
         below: set[ir.Value] = set()  # values below a chosen layer
         mixed: dict[ir.Value, frozenset[ir.Node]] = {}  # attentions that reach a value, no site between
@@ -60,7 +62,7 @@ class InsertMeanShift(GraphPass):
             values = [value for value in node.inputs if value is not None]
             attentions = frozenset().union(*(mixed.get(value, ()) for value in values)) - claimed
             is_below = any(value in below for value in values)
-            if is_below and self._fits(node, chosen):
+            if is_below and (node in done or _fits(node)):
                 if self.where == "all" or attentions:
                     found.append(node)
                 claimed |= attentions
@@ -72,13 +74,13 @@ class InsertMeanShift(GraphPass):
             mixed.update(dict.fromkeys(node.outputs, attentions))
         return found
 
-    @staticmethod
-    def _fits(node: ir.Node, chosen: set[ir.Node]) -> bool:
-        if not width(node):
-            return False
-        return is_op(node, "LayerNormalization") or any(
-            reader in chosen and index == 0 for reader, index in node.outputs[0].uses()
-        )
+
+def _fits(node: ir.Node) -> bool:
+    """Whether it is a norm that takes a shift, and somewhere to fold it is in sight."""
+    if not width(node):
+        return False
+    readers = node.outputs[0].uses()
+    return is_op(node, "LayerNormalization") or any(is_linear(n) and i == 0 for n, i in readers)
 
 
 def _mixes_tokens(node: ir.Node) -> bool:

@@ -20,6 +20,8 @@ import onnx_ir as ir
 
 from qgraph.passes.base import attribute, is_op
 from qgraph.passes.linear_groups import Arrays, LinearGroup, MeanShiftSite, Stage
+from qgraph.passes.lowbit_functions import DOMAIN
+from qgraph.passes.lowbit_weights import LINEARS
 
 MARK = "qgraph.mean_shift"  # key of metadata_props: the Add of a shift
 SHIFTS = "qgraph.mean_shifts"  # key of model.meta: list[MeanShift], in the order of the walk
@@ -80,6 +82,15 @@ def install(model: ir.Model, site: MeanShiftSite, record: Arrays) -> dict[str, n
 def marked(graph: ir.Graph) -> Iterator[ir.Node]:
     """The Adds of shifts, in graph order."""
     return (node for node in graph if MARK in node.metadata_props)
+
+
+def is_linear(node: ir.Node) -> bool:
+    """Whether it multiplies by a constant weight [K, N], float or quantized."""
+    if node.domain == DOMAIN:
+        return node.op_type in LINEARS
+    weight = node.inputs[1] if is_op(node, "MatMul") else None
+    is_constant = weight is not None and weight.is_initializer() and not weight.is_graph_input()
+    return is_constant and weight is not None and weight.shape is not None and len(weight.shape) == 2
 
 
 def width(norm: ir.Node) -> int:
