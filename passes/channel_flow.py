@@ -255,6 +255,12 @@ def _reshape(flow: Flow, node: ir.Node, index: int, labels: Labels, shapes: _Sha
     return [labels.reshape(shapes[0])]
 
 
+@_rule("Shape", "Size")
+def _sizes_alone(flow: Flow, node: ir.Node, index: int, labels: Labels, shapes: _Shapes) -> list[Labels]:
+    """Reads no element."""
+    return []
+
+
 @_rule("Transpose")
 def _transpose(flow: Flow, node: ir.Node, index: int, labels: Labels, shapes: _Shapes) -> list[Labels]:
     return [np.transpose(labels, attribute(node, "perm", None))]

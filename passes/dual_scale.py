@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 
+from qgraph.errors import UsageError
+from qgraph.passes.channel_sources import chosen_matmuls
 from qgraph.passes.scale_channels import ScaleChannels, Site, Vector
 from qgraph.passes.select_layers import DECISION
 from qgraph.schemes import get_scheme
@@ -13,7 +16,7 @@ from qgraph.solvers.dual_scale import channel_scales
 DUAL_SCALES = "qgraph.dual_scales"  # key of model.meta: dict[str, float32 [K]], see ScaleChannels
 
 
-class AbsorbDualScales(ScaleChannels):
+class AbsorbDualScale(ScaleChannels):
     """x W = (x c) (W / c) with c [K] such that W / c loses less to a format with scales of groups: exact.
 
     D2Quant's DSQ (arXiv 2602.02546): see `qgraph.solvers.dual_scale` for how c is found. In the layer before,
@@ -30,7 +33,8 @@ class AbsorbDualScales(ScaleChannels):
         scheme: of all layers that have none of their own.
         threads: None is one for every CPU; the result does not depend on it.
 
-    Raises InputError for weights that are not finite, or beyond float16.
+    Raises InputError for weights that are not finite, or beyond float16; UsageError when no layer gets a
+    format with groups.
     """
 
     mark = DUAL_SCALES
@@ -40,20 +44,29 @@ class AbsorbDualScales(ScaleChannels):
         self.scheme = get_scheme(scheme).name
         self.threads = threads
 
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        found = {self._format(node) for node in chosen_matmuls(model)}
+        if found and not found & set(GROUP_FORMATS):
+            raise UsageError(
+                f"dual scales are for integer and ternary formats, not {' and '.join(sorted(found))}"
+            )
+        return super().call(model)
+
+    def _format(self, node: ir.Node) -> str:
+        return str(get_scheme(node.meta[DECISION].scheme or self.scheme).weight_format)
+
     def strength(self, site: Site) -> Vector | None:
         """1 / c."""
-        formats = {get_scheme(n.meta[DECISION].scheme or self.scheme).weight_format for n in site.nodes}
-        if len(formats) > 1 or not formats <= set(GROUP_FORMATS):
-            self.refuse(
-                site.where, f"{site.shown}: no dual scales for {' and '.join(sorted(map(str, formats)))}"
-            )
+        format, *others = sorted({self._format(node) for node in site.nodes})
+        if others or format not in GROUP_FORMATS:
+            self.refuse(site.where, f"{site.shown}: no dual scales for {' and '.join([format, *others])}")
             return None
         if len(site.inputs) > 1:
             self.refuse(site.where, f"{site.shown}: no dual scales for several inputs at once")
             return None
         c = channel_scales(
             site.weights[0],
-            str(*formats),
+            format,
             channels=site.rows[0],
             count=site.channels,
             relative=site.source is None or not site.source.is_linear,

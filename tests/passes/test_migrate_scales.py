@@ -156,6 +156,13 @@ def test_gate_and_up_in_one_matrix():
     assert set(done) == {"h"}
 
 
+def test_reading_the_shape_is_no_obstacle():
+    body = """t = MatMul(x, a) n0 = Shape<start = 0, end = 1>(t) f = Cast<to = 1>(n0)
+              h = Relu(t) p = MatMul(h, b) y = Mul(p, f)"""
+    done, _ = migrate(chain(body))
+    assert set(done) == {"h"}
+
+
 def test_slices_are_followed_and_computed_bounds_are_not():
     body = "t = MatMul(x, a) h = Slice({}) y = MatMul(h, d)"
     ints = {"zero": np.array([0]), "half": np.array([32]), "axis": np.array([1])}
