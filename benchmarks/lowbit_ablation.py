@@ -35,7 +35,7 @@ from qgraph.calibration import Data, StreamingCalibrator, collect, model_inputs,
 from qgraph.formats import QTensor
 from qgraph.passes import load_model, prepare_model
 from qgraph.passes.base import replace_node
-from qgraph.passes.dual_scale import AbsorbDualScale
+from qgraph.passes.dual_scale import AbsorbDualScales
 from qgraph.passes.fuse_mean_shift import FuseMeanShift
 from qgraph.passes.insert_mean_shift import InsertMeanShift
 from qgraph.passes.lowbit_functions import lowbit_nodes
@@ -114,7 +114,7 @@ def quantize(subject: Subject, step: Step, format: str, samples: int) -> tuple[i
     if step.reorder:
         ReorderInputs(format)(model)
     if step.dual_scale:
-        AbsorbDualScale(format)(model)
+        AbsorbDualScales(format)(model)
     before = model.clone()
     calibrator = None
     if step.calibrate_on:

@@ -16,7 +16,7 @@ from qgraph.solvers.dual_scale import channel_scales
 DUAL_SCALES = "qgraph.dual_scales"  # key of model.meta: dict[str, float32 [K]], see ScaleChannels
 
 
-class AbsorbDualScale(ScaleChannels):
+class AbsorbDualScales(ScaleChannels):
     """x W = (x c) (W / c) with c [K] such that W / c loses less to a format with scales of groups: exact.
 
     D2Quant's DSQ (arXiv 2602.02546): see `qgraph.solvers.dual_scale` for how c is found. In the layer before,

@@ -12,6 +12,8 @@ that once a calibrated solver quantizes W / c.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -99,9 +101,10 @@ class Alternation:
     def turn(self) -> None:
         """Levels, grids, c."""
         found = map_ordered(self._turn, range(len(self.parts)), self.threads)
-        self.grids = [grid for grid, *_ in found]
-        self.errors.append(sum(error for *_, error in found))
-        wq, qq = (self._by_channel([part[i] for part in found]) for i in (1, 2))
+        grids, wq_rows, qq_rows, errors = zip(*found, strict=True)
+        self.grids = list(grids)
+        self.errors.append(sum(errors))
+        wq, qq = self._by_channel(wq_rows), self._by_channel(qq_rows)
         best = np.divide(wq, qq, out=self.c.copy(), where=qq > 0)
         # A row that Q does not resemble would get next to nothing, and W / c would be beyond all others.
         self.c = np.clip(best, self.start / _REACH, self.start * _REACH)
@@ -122,9 +125,9 @@ class Alternation:
     def _divided(self, part: slice) -> Array:
         return (self.W[part] / self.c[self.channels[part], None]).astype(np.float32)
 
-    def _by_channel(self, rows: list[Double]) -> Double:
+    def _by_channel(self, rows: Sequence[Double]) -> Double:
         """Sums [channels] of what the rows [K] contribute."""
-        return np.bincount(self.channels, np.concatenate(rows), self.count)
+        return np.bincount(self.channels, np.concatenate(rows), self.count).astype(np.float64, copy=False)
 
 
 def _relative(W: Array) -> Array:

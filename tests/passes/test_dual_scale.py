@@ -13,7 +13,7 @@ from qgraph.errors import UsageError
 from qgraph.passes import prepare_model
 from qgraph.passes.base import constant
 from qgraph.passes.check_prepared import violations
-from qgraph.passes.dual_scale import DUAL_SCALES, AbsorbDualScale
+from qgraph.passes.dual_scale import DUAL_SCALES, AbsorbDualScales
 from qgraph.passes.infer_shapes import InferShapes
 from qgraph.passes.migrate_scales import MigrateScales
 from qgraph.passes.orient_weights import TIED
@@ -24,7 +24,7 @@ from qgraph.solvers.dual_scale import channel_scales
 SIZES = {"batch": 2, "sequence": 5}
 
 
-def absorb(model: ir.Model, scheme: str = "int2", **sizes: int) -> tuple[dict, AbsorbDualScale]:
+def absorb(model: ir.Model, scheme: str = "int2", **sizes: int) -> tuple[dict, AbsorbDualScales]:
     """Runs the pass and holds it to its promises: equal outputs, inputs multiplied by c, a prepared graph."""
     feeds = feeds_for(model, high=40, **(sizes or SIZES))
     if "attention_mask" in feeds:
@@ -34,7 +34,7 @@ def absorb(model: ir.Model, scheme: str = "int2", **sizes: int) -> tuple[dict, A
     expected, before = run_ort(model, feeds), inputs(model, feeds)
     names = {node.name: node.inputs[0].name for node in model.graph if node.op_type == "MatMul"}
     nodes = len(list(model.graph))
-    step = AbsorbDualScale(scheme, threads=1)
+    step = AbsorbDualScales(scheme, threads=1)
     modified = step(model).modified
     done = model.meta[DUAL_SCALES]
     assert modified == bool(done)
@@ -134,9 +134,9 @@ def test_layers_that_quantize_otherwise_are_left():
 
 def test_a_scheme_without_groups_is_refused():
     with pytest.raises(UsageError, match="integer and ternary"):
-        AbsorbDualScale("nvfp4")(block())
+        AbsorbDualScales("nvfp4")(block())
     with pytest.raises(UsageError, match="unknown scheme"):
-        AbsorbDualScale("int5")
+        AbsorbDualScales("int5")
 
 
 def test_zero_weights_are_left():
@@ -159,7 +159,7 @@ def test_runs_once_and_beside_migration():
     done, _ = absorb(model)
     assert set(done) == {"h1", "o_in", "h2", "d_in"}
     with pytest.raises(ir.passes.PreconditionError, match="once"):
-        AbsorbDualScale("int2")(model)
+        AbsorbDualScales("int2")(model)
 
 
 # -- what exporters write -----------------------------------------------------------------------------------
