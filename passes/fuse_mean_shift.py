@@ -85,8 +85,17 @@ def _into_layers(total: ir.Value, shift: Vector) -> str:
         if index != 0 or not is_linear(reader):
             return f"{describe(reader)} reads it, and is no linear layer"
     for reader, _ in readers:
-        _add_bias(reader, (shift.astype(np.float64) @ _weight(reader)).astype(np.float32))
+        _add_bias(reader, _product(shift, _weight(reader)))
     return ""
+
+
+def _product(shift: Vector, W: Vector) -> Vector:
+    """shift [K] times W [K, N], in float64: no BLAS, whose order of additions depends on its threads, and no
+    float64 copy of W."""
+    total = np.zeros(W.shape[1], np.float64)
+    for d, row in zip(shift.astype(np.float64), W, strict=True):
+        total += d * row
+    return total.astype(np.float32)
 
 
 def _weight(node: ir.Node) -> Vector:
