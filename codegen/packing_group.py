@@ -15,9 +15,13 @@ from qgraph.formats import FORMATS
 from qgraph.formats.block import BlockFormat
 
 Codes = npt.NDArray[np.uint8]
+Trits = npt.NDArray[np.int8]
 Words = npt.NDArray[np.uint32]
 
-TRITS = 5  # codes of a base-3 byte: 3^5 = 243
+TRITS = 5  # digits of a base-3 byte: 3^5 = 243
+# Of 32 3-bit codes those that three words of ten leave over: (code, word with its two low bits, shift of the
+# middle word that brings down its high bit, and before that two bits that the low ones are xored with).
+_LEFT = ((30, 0, 29), (31, 2, 28))
 TERNARY_LAYOUTS = {"2bit": "n16b2", "base3": "n16t5"}
 
 
@@ -30,30 +34,29 @@ def code_layout(weight_format: str, packing: str = "2bit") -> str:
     """The layout of a group format's codes; `packing` says which of the two that ternary codes have."""
     if weight_format == "ternary":
         return TERNARY_LAYOUTS[packing]
-    bits = FORMATS[weight_format].code_bits
-    return "n16p3" if bits == 3 else f"n16b{bits}"
+    return f"n16b{FORMATS[weight_format].code_bits}"
 
 
 def code_rows(layout: str, K: int, block: int) -> int:
     """Length of the second axis of packed codes: their rows of 16 lanes."""
     if layout == "n16t5":
         return K // block * -(-block // TRITS) + -(-(K % block) // TRITS)
-    if layout == "n16p3":
+    if layout == "n16b3":
         return 3 * -(-K // 32)
     return -(-K * int(layout[-1]) // 32)
 
 
-def pack_codes(weight_format: str, codes: Codes, layout: str) -> Words | Codes:
+def pack_codes(weight_format: str, codes: Codes, layout: str) -> Words | Trits:
     """Pack codes [K, N], K, N >= 1, of a group format.
 
     Returns:
         `n16b2`, `n16b4`, `n16b8`: u32 [ceil(N/16), ceil(K/w), 16], w = 32 / bits, where field k % w (from
         bit 0 up) of [n//16, k//w, n%16] is code (k, n): the level, or where the lowest value is negative the
         value itself in two's complement.
-        `n16p3`: u32 [ceil(N/16), 3*ceil(K/32), 16]. The two low bits of code (k, n) are field k % 16 of word
-        3(k//32) + k//16%2, its high bit is bit k % 32 of word 3(k//32) + 2.
-        `n16t5`: u8 [ceil(N/16), rows, 16], five codes a byte, the first times 81, then 27, 9, 3, 1. Each
-        block starts with a byte of its own.
+        `n16b3`: u32 [ceil(N/16), 3*ceil(K/32), 16], 32 codes in three words w: code 10 i + j, j < 10, in bits
+        3j .. 3j+2 of w[i]; code 30 is w[0] >> 30 ^ w[1] >> 29, code 31 is w[2] >> 30 ^ w[1] >> 28 & 7.
+        `n16t5`: i8 [ceil(N/16), rows, 16], five values t of -1, 0, 1 a byte: 81 t_0 + 27 t_1 + 9 t_2 + 3 t_3
+        + t_4. Each block starts with a byte of its own, since its size is no multiple of 5.
 
     Raises:
         QGraphError: a code that the format does not have.
@@ -63,8 +66,8 @@ def pack_codes(weight_format: str, codes: Codes, layout: str) -> Words | Codes:
         raise QGraphError(f"code {codes.max()} is not a code of {weight_format} (0..{len(spec.values) - 1})")
     if layout == "n16t5":
         return _pack_trits(codes, spec.block)
-    if layout == "n16p3":
-        return _pack_planes(codes)
+    if layout == "n16b3":
+        return _pack_threes(codes)
     bits = spec.code_bits
     return _pack_fields((codes + _bias(spec)) & np.uint8((1 << bits) - 1), bits)
 
@@ -74,9 +77,8 @@ def unpack_codes(weight_format: str, packed: npt.NDArray, layout: str, shape: tu
     spec = FORMATS[weight_format]
     if layout == "n16t5":
         return _unpack_trits(packed, spec.block, shape)
-    if layout == "n16p3":
-        low, high = packed[:, np.arange(packed.shape[1]) % 3 < 2], packed[:, 2::3]
-        return _unpack_fields(low, 2, shape) | _unpack_fields(high, 1, shape) << np.uint8(2)
+    if layout == "n16b3":
+        return _unpack_threes(packed, shape)
     fields = _unpack_fields(packed, spec.code_bits, shape)
     return (fields - _bias(spec)) & np.uint8((1 << spec.code_bits) - 1)
 
@@ -138,12 +140,28 @@ def _unpack_fields(words: Words, bits: int, shape: tuple[int, int]) -> Codes:
     return np.ascontiguousarray(out.reshape(rows * per, -1)[: shape[0], : shape[1]])
 
 
-def _pack_planes(codes: Codes) -> Words:
-    whole = np.pad(codes, ((0, -len(codes) % 32), (0, 0)))
-    low, high = _pack_fields(whole & np.uint8(3), 2), _pack_fields(whole >> np.uint8(2), 1)
-    tiles, rows, _ = high.shape
-    words = np.concatenate([low.reshape(tiles, rows, 2, LANES), high[:, :, None]], axis=2)
-    return np.ascontiguousarray(words.reshape(tiles, 3 * rows, LANES))
+def _pack_threes(codes: Codes) -> Words:
+    tiles = _tiles(codes, -(-len(codes) // 32) * 32).astype(np.uint32)
+    code = tiles.reshape(-1, 32, *tiles.shape[1:]).transpose(2, 0, 1, 3)  # [tile, unit, k % 32, lane]
+    w = np.zeros((*code.shape[:2], 3, LANES), np.uint32)
+    for k in range(30):
+        w[:, :, k // 10] |= code[:, :, k] << np.uint32(3 * (k % 10))
+    w[:, :, 1] |= code[:, :, 30] >> np.uint32(2) << np.uint32(31)
+    w[:, :, 1] |= code[:, :, 31] >> np.uint32(2) << np.uint32(30)
+    for k, word, by in _LEFT:
+        w[:, :, word] |= (code[:, :, k] ^ w[:, :, 1] >> np.uint32(by)) << np.uint32(30)
+    return w.reshape(w.shape[0], -1, LANES)
+
+
+def _unpack_threes(words: Words, shape: tuple[int, int]) -> Codes:
+    w = words.reshape(words.shape[0], -1, 3, LANES)
+    out = np.empty((w.shape[1], 32, w.shape[0], LANES), np.uint8)
+    for k in range(30):
+        out[:, k] = (w[:, :, k // 10] >> np.uint32(3 * (k % 10)) & np.uint32(7)).transpose(1, 0, 2)
+    for k, word, by in _LEFT:
+        code = w[:, :, word] >> np.uint32(30) ^ w[:, :, 1] >> np.uint32(by) & np.uint32(7)
+        out[:, k] = code.transpose(1, 0, 2)
+    return np.ascontiguousarray(out.reshape(32 * len(out), -1)[: shape[0], : shape[1]])
 
 
 def _byte_of(K: int, block: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
@@ -153,16 +171,17 @@ def _byte_of(K: int, block: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.i
     return k // block * -(-block // TRITS) + inside // TRITS, inside % TRITS
 
 
-def _pack_trits(codes: Codes, block: int) -> Codes:
+def _pack_trits(codes: Codes, block: int) -> Trits:
     K, N = codes.shape
     row, place = _byte_of(K, block)
-    out = np.zeros((row[-1] + 1, N), np.uint8)
+    out = np.zeros((row[-1] + 1, N), np.int8)
     for j in range(TRITS):
-        out[row[place == j]] += codes[place == j] * np.uint8(3 ** (TRITS - 1 - j))
+        out[row[place == j]] += (codes[place == j].astype(np.int8) - 1) * np.int8(3 ** (TRITS - 1 - j))
     return pack_blocks(out)
 
 
-def _unpack_trits(packed: Codes, block: int, shape: tuple[int, int]) -> Codes:
+def _unpack_trits(packed: Trits, block: int, shape: tuple[int, int]) -> Codes:
     row, place = _byte_of(shape[0], block)
     weight = np.array([3 ** (TRITS - 1 - j) for j in range(TRITS)], np.uint8)
-    return unpack_blocks(packed, shape[1])[row] // weight[place][:, None] % np.uint8(3)
+    levels = (unpack_blocks(packed, shape[1])[row] + 121).astype(np.uint8)  # base 3 with digits 0, 1, 2
+    return levels // weight[place][:, None] % np.uint8(3)

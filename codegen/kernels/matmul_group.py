@@ -20,7 +20,7 @@ def _matmul_group(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) -
 
     Spec: as of matmul_nvfp4, and block (inputs that share a scale, a multiple of 32), for ternary packing:
     "2bit" | "base3".
-    Arguments: y f32 [M, n], x f32 [M, k], codes u32 (base3: u8), block_scale f16, [zero_point u8 | mean f16,
+    Arguments: y f32 [M, n], x f32 [M, k], codes u32 (base3: i8), block_scale f16, [zero_point u8 | mean f16,
     block_sums f32 [M, ceil(k/block)]], [bias f32 [n]], [residual f32 [M, n]], M, begin, end. Blocks: as of
     matmul_nvfp4.
     """

@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels.decode import permute16
 from qgraph.codegen.kernels.vector import f32
-from qgraph.codegen.kernels.vmath import Expr, const_like, named
+from qgraph.codegen.kernels.vmath import Expr, const_like, lanes_of, named
 from qgraph.codegen.kernels.weights import Buffers, Columns, Operand, Reader
 from qgraph.codegen.packing import LANES
 from qgraph.codegen.packing_group import TRITS, code_layout, code_rows
@@ -18,12 +18,13 @@ from qgraph.errors import QGraphError
 from qgraph.formats import FORMATS
 from qgraph.formats.block import BlockFormat
 
-# word(row) -> named vector of a row of codes, counted from the first of a unit
-Rows = Callable[[int], Expr]
+# (load, unit, count) -> vectors of the first `count` inputs of a unit, counted from the start of the weight.
+# `load(row)` gives 16 lanes of packed codes.
+Decode = Callable[[Callable[[Expr], Expr], Expr, int], list[Expr]]
 
-
-# Layout of the codes -> inputs of a unit, and rows of 16 lanes that hold them.
-_UNITS = {"n16b2": (16, 1), "n16b4": (16, 2), "n16b8": (16, 4), "n16p3": (32, 3), "n16t5": (25, 5)}
+# Layout of the codes -> inputs of a unit. Larger ones make LLVM spill in the loop over the decoded panel on
+# AVX2, which needs every register.
+_UNITS = {"n16b2": 16, "n16b4": 16, "n16b8": 16, "n16b3": 32, "n16t5": TRITS}
 
 
 class GroupReader(Reader):
@@ -40,32 +41,27 @@ class GroupReader(Reader):
         layout = code_layout(weight_format, packing)
         tiles, blocks = -(-N // LANES), -(-K // block)
         base3 = layout == "n16t5"
-        codes = Operand("uint8" if base3 else "uint32", (tiles, code_rows(layout, K, block), LANES))
+        codes = Operand("int8" if base3 else "uint32", (tiles, code_rows(layout, K, block), LANES))
         scales = Operand("float16", (tiles, blocks, LANES))
         zeros = Operand("uint8", (tiles, -(-blocks // 2), LANES))
         offsets = {"none": (), "zero_point": (zeros,), "mean": (scales,)}[self._spec.offset]
         self.operands = (codes, scales, *offsets)
         self.has_offset = self._spec.offset == "mean"
         self._lanes = isa.lanes
-        self.unit, self._unit_rows = _UNITS[layout]
         if block % 32:  # so that blocks begin with a word of their own
             raise QGraphError(f"blocks of {block} inputs: a multiple of 32 is needed")
-        self._block_rows = -(-block // TRITS) if base3 else block // self.unit * self._unit_rows
+        self.unit = _UNITS[layout]
+        self._units = -(-block // self.unit)
         if base3:
-            self._decode = _trits
+            self._decode: Decode = _trits
         else:
-            self._decode = _planes(isa) if layout == "n16p3" else _fields(self._spec, isa)
+            self._decode = _threes(isa) if layout == "n16b3" else _fields(self._spec, isa)
 
     def raw(self, w: Buffers, at: Columns, block: Expr, unit: Expr, count: int) -> list[Expr]:
-        first = block * self._block_rows + unit * self._unit_rows
-        rows: dict[int, Expr] = {}
+        def load(row: Expr) -> Expr:
+            return named(w[0][at.tile, row, at.lanes])
 
-        def row(i: int) -> Expr:
-            if i not in rows:
-                rows[i] = named(w[0][at.tile, first + i, at.lanes])
-            return rows[i]
-
-        values = self._decode(row, count)
+        values = self._decode(load, block * self._units + unit, count)
         if self._spec.offset != "zero_point":
             return values
         zero = named(self._zero_point(w, at, block))
@@ -84,7 +80,7 @@ class GroupReader(Reader):
         return T.cast(w[2][at.tile, block, at.lanes], f"float32x{self._lanes}")
 
 
-def _fields(spec: BlockFormat, isa: Isa) -> Callable[[Rows, int], list[Expr]]:
+def _fields(spec: BlockFormat, isa: Isa) -> Decode:
     """Fields of a word, unsigned or in two's complement, to float32."""
     bits, lanes, signed = spec.code_bits, isa.lanes, spec.values[0] < 0
 
@@ -100,49 +96,52 @@ def _fields(spec: BlockFormat, isa: Isa) -> Callable[[Rows, int], list[Expr]]:
             top = T.shift_left(word, const_like(word, 32 - bits * (j + 1)))
             integer = T.shift_right(T.reinterpret(f"int32x{lanes}", top), _int32(32 - bits, lanes))
         else:
-            integer = T.reinterpret(f"int32x{lanes}", _low(_shifted(word, bits * j), bits))
+            integer = T.reinterpret(f"int32x{lanes}", _field(word, bits * j, bits))
         return T.cast(integer, f"float32x{lanes}")
 
     per = 32 // bits
-    return lambda row, count: [value(row(i // per), i % per) for i in range(count)]
+
+    def decode(load: Callable[[Expr], Expr], unit: Expr, count: int) -> list[Expr]:
+        words = [load(unit * (16 // per) + i) for i in range(-(-count // per))]
+        return [value(words[i // per], i % per) for i in range(count)]
+
+    return decode
 
 
-def _planes(isa: Isa) -> Callable[[Rows, int], list[Expr]]:
-    """3-bit codes: two words of low pairs and one of high bits, for 32 inputs."""
+def _threes(isa: Isa) -> Decode:
+    """3-bit codes, 32 in three words w: ten in the low 30 bits of each, and two in what is left."""
     lanes = isa.lanes
 
-    def value(low: Expr, high: Expr, i: int) -> Expr:
-        pair = _low(_shifted(low, 2 * (i % 16)), 2)
-        top = T.shift_left(high, const_like(high, 2 - i)) if i < 2 else _shifted(high, i - 2)
+    def value(code: Expr) -> Expr:
         if isa.decode == "permute16":
-            # What else is in bit 3 and above does not matter to the lookup.
-            index = T.bitwise_or(pair, T.bitwise_and(top, const_like(top, 0xFFFFFFFC)))
-            return permute16([float(k % 8) for k in range(16)], index)
-        code = T.bitwise_or(pair, T.bitwise_and(top, const_like(top, 4)))
-        return T.cast(T.reinterpret(f"int32x{lanes}", code), f"float32x{lanes}")
+            return permute16([float(k % 8) for k in range(16)], code)
+        masked = T.bitwise_and(code, const_like(code, 7))
+        return T.cast(T.reinterpret(f"int32x{lanes}", masked), f"float32x{lanes}")
 
-    return lambda row, count: [value(row(i // 16), row(2), i) for i in range(count)]
+    def decode(load: Callable[[Expr], Expr], unit: Expr, count: int) -> list[Expr]:
+        w = [load(unit * 3 + i) for i in range(3)]
+        values = [value(_shifted(w[i // 10], 3 * (i % 10))) for i in range(min(count, 30))]
+        left = [(w[0], 29), (w[2], 28)][: max(0, count - 30)]
+        return [*values, *(value(T.bitwise_xor(_shifted(v, 30), _shifted(w[1], by))) for v, by in left)]
+
+    return decode
 
 
-def _trits(row: Rows, count: int) -> list[Expr]:
-    """Digits of base-3 bytes, the first the most significant, as -1, 0, 1.
+def _trits(load: Callable[[Expr], Expr], unit: Expr, count: int) -> list[Expr]:
+    """The digits -1, 0, 1 of a base-3 byte, the first the most significant.
 
-    A byte v stands for the balanced fraction f = (v - 121) / 243 = sum_j t_j / 3^(j+1), |f| < 1/2. So the
-    first digit is the integer nearest to 3 f, and what is left is again such a fraction. No 3 f comes closer
-    to a tie than 1/162, far more than rounding can move it.
+    A byte v stands for the fraction f = v / 243 = sum_j t_j / 3^(j+1), |f| < 1/2. So the first digit is the
+    integer nearest to 3 f, and 3 f less that digit is again such a fraction. No 3 f comes closer to a tie
+    than 1/162, far more than rounding can move it.
     """
-    values: list[Expr] = []
-    for i in range(-(-count // TRITS)):
-        byte = row(i)
-        lanes = int(byte.ty.dtype.lanes)
-        wide = T.cast(T.cast(byte, f"int32x{lanes}"), f"float32x{lanes}")
-        tripled: Any = named((wide - f32(121, lanes)) * f32(1 / 81, lanes))
-        for j in range(min(TRITS, count - TRITS * i)):
-            digit = named(T.nearbyint(tripled))
-            values.append(digit)
-            if j + 1 < TRITS:
-                tripled = named((tripled - digit) * f32(3, lanes))
-    return values
+    byte = load(unit)
+    lanes = lanes_of(byte)
+    tripled: Any = named(T.cast(T.cast(byte, f"int32x{lanes}"), f"float32x{lanes}") * f32(1 / 81, lanes))
+    digits = [named(T.nearbyint(tripled))]
+    while len(digits) < count:
+        tripled = named((tripled - digits[-1]) * f32(3, lanes))
+        digits.append(named(T.nearbyint(tripled)))
+    return digits
 
 
 def _int32(value: int, lanes: int) -> Expr:
@@ -153,5 +152,6 @@ def _shifted(word: Expr, right: int) -> Expr:
     return T.shift_right(word, const_like(word, right)) if right else word
 
 
-def _low(word: Expr, bits: int) -> Expr:
-    return T.bitwise_and(word, const_like(word, (1 << bits) - 1))
+def _field(word: Expr, start: int, bits: int) -> Expr:
+    """Bits [start, start + bits)."""
+    return T.bitwise_and(_shifted(word, start), const_like(word, (1 << bits) - 1))

@@ -78,7 +78,7 @@ def _levels(codes: np.ndarray, lowest: np.float32) -> np.ndarray:
 
 def _buffers(low: Lowering, node: ir.Node, q: QTensor, layout: str) -> tuple[Buffer, ...]:
     codes, scale, *offset = (value for value in node.inputs[1:] if value is not None)
-    dtype = "u8" if layout == "n16t5" else "u32"
+    dtype = "i8" if layout == "n16t5" else "u32"
     buffers = [
         low.weight(codes, layout, dtype, lambda: packing.pack_codes(q.format, q.codes, layout)),
         low.weight(scale, "n16", "f16", lambda: packing.pack_blocks(q.block_scale)),
