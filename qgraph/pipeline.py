@@ -338,7 +338,7 @@ def _build(run: _Run, lowbit: Path) -> Mapping[str, str]:
         artifact = build_artifact(
             model, target=config.target, packing=config.packing, metadata=metadata, on_kernel=run.stepped
         )
-        realised = {layer.node_name: (layer.kernel, layer.compute) for layer in artifact.layers}
+        realised = {x.node_name: (x.kernel, x.compute, x.nbytes) for x in artifact.layers}
         report.set_layers(layers_of(model, realised))
         report.isas = list(artifact.isas)
         _require_realised(run)

@@ -29,6 +29,9 @@ class LayerReport:
         output_error: what rounding the weight costs at the output, E|x W - x W'|^2 / E|x W|^2 over the
             calibration data (W as the solver got it); None without.
         activations: what its input is rounded to: `float32` (not at all), `nvfp4`, `int8`.
+        onnx_bits: bits a weight that its initializers take in the low-bit ONNX file; 0 for float.
+        artifact_bits: the same of what its kernel reads in the artifact, padding counted; 0 until that is
+            built.
         kernel: the kernel that runs it, and `compute` its precision; empty until an artifact is built.
         kind: `linear` or `embedding`.
     """
@@ -45,6 +48,8 @@ class LayerReport:
     kind: str = "linear"
     output_error: float | None = None
     activations: str = "float32"
+    onnx_bits: float = 0.0
+    artifact_bits: float = 0.0
 
     @property
     def elements(self) -> int:
@@ -68,11 +73,13 @@ class LayerReport:
         return {**asdict(self), "sqnr_db": self.sqnr_db if finite else None}
 
 
-def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = None) -> list[LayerReport]:
+def layers_of(
+    model: ir.Model, kernels: Mapping[str, tuple[str, str, int]] | None = None
+) -> list[LayerReport]:
     """The linear layers and embeddings of `model` in graph order: quantized ones, MatMuls with a constant
     right operand, and lookups in a constant matrix of floats.
 
-    `kernels` maps a node's name to (kernel, compute).
+    `kernels` maps a node's name to (kernel, compute, bytes of its weight).
     """
     found = []
     for node in model.graph:
@@ -84,7 +91,7 @@ def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = N
         sqnr = props.get("qgraph.sqnr_db")
         error = props.get("qgraph.output_error")
         bits = props.get("qgraph.bits_per_weight")
-        kernel, compute = (kernels or {}).get(str(node.name), ("", ""))
+        kernel, compute, nbytes = (kernels or {}).get(str(node.name), ("", "", 0))
         rows, columns = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]
         lookup = node.op_type == "Gather" or node.op_type.startswith("QGather")
         found.append(
@@ -101,6 +108,8 @@ def layers_of(model: ir.Model, kernels: Mapping[str, tuple[str, str]] | None = N
                 compute=compute,
                 kind="embedding" if lookup else "linear",
                 activations=_activations(node),
+                onnx_bits=8 * _stored(node) / (rows * columns) if scheme else 0.0,
+                artifact_bits=8 * nbytes / (rows * columns),
             )
         )
     return found
@@ -137,6 +146,12 @@ def _bits(scheme: str, weight: ir.Value, lookup: bool) -> float:
         K, N = (int(dim) for dim in weight.shape[:: -1 if lookup else 1])  # type: ignore[index,arg-type]
         return 8 * FORMATS[scheme].nbytes(K, N) / (K * N)
     return 8.0 * weight.dtype.itemsize if weight.dtype else 32.0
+
+
+def _stored(node: ir.Node) -> int:
+    """Bytes of the constants that a low-bit operator reads."""
+    tensors = (value.const_value for value in node.inputs if value is not None)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _format(node: ir.Node) -> str:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from qgraph.report.document import CompileReport
-from qgraph.report.layers import LayerReport
+from qgraph.report.layers import LayerReport, stored_weights
 
 Row = tuple[str, str]
 
@@ -24,9 +24,8 @@ def _rows(report: CompileReport) -> Iterator[Row]:
     ):
         layers = report.of_kind(kind)
         if layers or kind == "linear":
-            formats = [layer.scheme for layer in layers if layer.scheme]
-            scheme = formats[0] if kind == "embedding" and formats else report.config["scheme"]
-            yield label, _quantized(len(formats), len(layers), thing, scheme)
+            formats = Counter(layer.scheme for layer in layers if layer.scheme)
+            yield label, _quantized(formats, len(layers), thing, report.config["scheme"])
     if quantized and report.config.get("solver"):
         yield "solver", report.config["solver"]
         yield "calibration", _calibration(report)
@@ -42,7 +41,7 @@ def _rows(report: CompileReport) -> Iterator[Row]:
             change = _before_after(sizes[f"{kind}_float"], sizes[f"{kind}_stored"])
             yield "weights", f"{change} ({things})"
     if report.bits_per_weight is not None:
-        yield "bits/weight", f"{report.bits_per_weight:.3f} of what is quantized, scales counted"
+        yield "bits/weight", _bits(report.bits_per_weight, quantized)
     worst = sorted((x for x in quantized if x.sqnr_db is not None), key=lambda x: (x.sqnr_db, x.name))[:3]
     if worst:
         yield "worst SQNR", ", ".join(f"{layer.name} {layer.sqnr_db:.2f} dB" for layer in worst)
@@ -90,13 +89,31 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _quantized(count: int, total: int, thing: str, scheme: str) -> str:
-    all_of_them = _count(total, thing)
-    if scheme == "none" or not total:
+def _bits(bits: float, quantized: list[LayerReport]) -> str:
+    """Of the format, and of the files where these take more or less."""
+    text = f"{bits:.3f} of what is quantized, scales counted"
+    stored = stored_weights(quantized)
+    elements = sum(layer.elements for layer in stored)
+    for what, total in (
+        ("the artifact", sum(layer.artifact_bits * layer.elements for layer in stored)),
+        ("the ONNX file", sum(layer.onnx_bits * layer.elements for layer in stored)),
+    ):
+        if total and abs(total / elements - bits) > 0.01 * bits:
+            text += f"; {total / elements:.3f} in {what}"
+    return text
+
+
+def _quantized(formats: Counter[str], total: int, thing: str, scheme: str) -> str:
+    all_of_them, count = _count(total, thing), sum(formats.values())
+    if not total or (scheme == "none" and not count):
         return f"{all_of_them}, none quantized"
     if not count:
         return f"{all_of_them} stay{'s' if total == 1 else ''} float"
-    return f"{count} of {all_of_them} quantized to {scheme}"
+    if len(formats) == 1:
+        (format,) = formats
+        with_activations = thing == "linear layer" and scheme.startswith(f"{format}-w")
+        return f"{count} of {all_of_them} quantized to {scheme if with_activations else format}"
+    return f"{count} of {all_of_them} quantized: " + ", ".join(f"{n} to {f}" for f, n in formats.items())
 
 
 def _before_after(before: int, after: int) -> str:
