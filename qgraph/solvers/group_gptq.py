@@ -32,7 +32,7 @@ from qgraph.solvers.group_gptq_problem import Problem
 from qgraph.solvers.group_grid import Array
 from qgraph.solvers.hessian import Matrix, check_second_moment, energy_order, one_blas_thread
 
-_COLUMNS = 512  # of a slice, at most
+_COLUMNS = 768  # of a slice, at most
 
 
 def solve(
@@ -87,8 +87,7 @@ def solve(
             if sweeps:
                 anneal(found, sweeps, seed=first)
             codes[rows, part] = found.levels - problem.low
-            scale[blocks, part] = [grid.scale for grid in found.grids]
-            offset[blocks, part] = [grid.offset for grid in found.grids]
+            scale[blocks, part], offset[blocks, part] = found.scale, found.offset
 
         map_ordered(work, range(0, N, width), threads)
     return group_grid.assemble(spec, codes, scale, offset)
