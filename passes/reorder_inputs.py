@@ -53,9 +53,9 @@ class ReorderInputs(GraphPass):
         threads: None is one for every CPU. The result does not depend on it.
         choose: the order for layers that have to share one; for tests.
 
-    `model.meta[REORDERS]` holds, for the name of every value that a quantized layer reads in another order
-    than before, that order [K]: what is channel k now was channel order[k]. Every site, reordered or not, is
-    among the refusals with its gain or the reason.
+    `model.meta[REORDERS]` holds, for the name (as it was) of every value that a quantized layer reads in
+    another order than before, that order [K]: what is channel k now was channel order[k]. Every site,
+    reordered or not, is among the refusals with its gain or the reason.
     """
 
     def __init__(
@@ -111,15 +111,15 @@ class ReorderInputs(GraphPass):
         where = _named(inputs)
         if (order := self._order(where, layers)) is None:
             return
-        for value in site.outputs:
-            _restore(graph, value, site.values[value], order)
-        site.permute(order)
         for value in inputs:
             size, name = _channels(value), str(value.name)
             index = np.arange(size)
             for digit in site.values[value]:
                 index = index[digit.index(order, size)]
             done[name] = done.get(name, np.arange(size))[index]
+        for value in site.outputs:
+            _restore(graph, value, site.values[value], order)
+        site.permute(order)
 
     def _left(
         self,
@@ -150,14 +150,13 @@ class ReorderInputs(GraphPass):
 
     def _order(self, where: str, layers: Sequence[Layer]) -> Order | None:
         """The order for these layers, None to leave them; says so."""
-        if not any(layer.moves for layer in layers):
-            self.refuse(where, "no order changes what shares a block")
-            return None
         choice = self._choose(layers)
         figures = f"weight error {100 * choice.before:.4g} %"
-        if choice.gain < self.min_gain or (choice.order == np.arange(len(choice.order))).all():
+        if not choice.name or choice.gain < self.min_gain:
             best = f", at best {100 * choice.after:.4g} % ({choice.name})" if choice.name else ""
-            self.refuse(where, f"left in order: {figures}{best}")
+            moves = any(layer.moves for layer in layers)
+            reason = f"left in order: {figures}{best}" if moves else "no order changes what shares a block"
+            self.refuse(where, reason)
             return None
         self.refuse(where, f"ordered by {choice.name}: {figures} -> {100 * choice.after:.4g} %")
         return choice.order
@@ -184,11 +183,11 @@ def _layers(site: Channels, chosen: Mapping[ir.Node, str]) -> tuple[list[Layer],
     multiply."""
     layers: dict[ir.Value, Layer] = {}
     values: dict[ir.Value, None] = {}
-    for (node, index), digits in site.constants.items():
-        if node not in chosen:
-            continue
-        weight, table = operand(node, index), is_op(node, "Gather")
-        along = [digit for digit in digits if digit.axis == (1 if table else 0)]
+    for node in chosen:
+        table = is_op(node, "Gather")
+        index, axis = (0, 1) if table else (1, 0)
+        weight = operand(node, index)
+        along = [digit for digit in site.constants.get((node, index), ()) if digit.axis == axis]
         array = constant(weight)
         if not along or array is None:
             continue

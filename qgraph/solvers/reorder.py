@@ -49,9 +49,12 @@ class Layer:
 
     @property
     def moves(self) -> bool:
-        """Whether an order can change what shares a block."""
-        blocks = self.rows // FORMATS[self.format].block
-        return bool((blocks != blocks[:, :1, :1]).any())
+        """Whether an order can change what shares a block: not where units are made of whole blocks, nor
+        where all that trade places are in one."""
+        block = FORMATS[self.format].block
+        blocks = self.rows // block
+        whole = self.rows.shape[2] % block == 0 and bool((self.rows[:, :, 0] % block == 0).all())
+        return not whole and bool((blocks != blocks[:, :1, :1]).any())
 
     def index(self, order: Order) -> Order:
         """[K]: W[index] has the units in this order."""
@@ -87,7 +90,8 @@ def choose_order(layers: Sequence[Layer], threads: int | None = None) -> Choice:
     units, `fitted_order`. They are made from, and judged on, a sample of each layer's columns (others, where
     there are enough), by what the best solver without calibration leaves.
 
-    InputError naming a weight that is not finite, or too large for its format.
+    Where no order can change what shares a block the choice is none, its errors 0. InputError naming a weight
+    that is not finite, or too large for its format.
     """
     for layer in layers:
         check = group_grid.check_group_weight if _is_group(layer.format) else check_weight
@@ -96,11 +100,13 @@ def choose_order(layers: Sequence[Layer], threads: int | None = None) -> Choice:
     if any(layer.rows.shape[1] != n for layer in layers):
         raise UsageError("layers that share an order need equally many units")
     count = max(_LEAST_COLUMNS, COLUMNS // len(layers))
+    none = np.arange(n)
+    if not any(layer.moves for layer in layers):
+        return Choice("", none, 0.0, 0.0)
     samples = [_sample(layer, count, 0.0) for layer in layers]
     judged = [_sample(layer, count, 0.5) for layer in layers]
     parts = [_features(layer) for layer in samples]
     parts = [part / size for part in parts if (size := float(np.linalg.norm(part))) > 0]
-    none = np.arange(n)
     before = _mean_error(judged, none, threads)
     best = Choice("", none, before, before)
     if not parts or not before:
