@@ -18,6 +18,7 @@ ONNX_STYLES = ("function", "qdq")
 EMBEDDINGS = ("float", "nvfp4")
 CALIBRATE_ON = ("float", "quantized", "corrected")
 ROTATE = (0, 16, 32, 64, 128)
+REORDER = ("off", "fold", "gather")
 DUAL_SCALE = ("off", "on")
 MEAN_SHIFT = ("off", "attention", "all")
 PACKINGS = ("fast", "small")
@@ -46,6 +47,9 @@ class CompileConfig:
             is `corrected` with a solver that goes by a layer's inputs, else `float`.
         smooth: strength, 0 to 1, of the migration of scales from activations to weights; 0 is none.
         rotate: size of the blocks in which inputs and weights are rotated by Hadamard matrices; 0 is none.
+        reorder: `fold` orders inputs so that those which suit each other share a block (PT2-LLM's SSR), where
+            the layers around can take the order on; `gather` also elsewhere, by an operator; `off`. Empty is
+            the scheme's default.
         dual_scale: `on` evens out the rows of weights by scales that the layers before absorb (D2Quant's
             DSQ); `off`. Empty is the scheme's default.
         mean_shift: where the mean that quantization has moved is put right (D2Quant's DAC): `attention`
@@ -78,6 +82,7 @@ class CompileConfig:
     calibrate_on: str = ""
     smooth: float = 0.0
     rotate: int = 0
+    reorder: str = ""
     dual_scale: str = ""
     mean_shift: str = ""
     packing: str = "fast"
@@ -177,6 +182,8 @@ class CompileConfig:
                 raise UsageError(f"{name}: a path cannot hold the character NUL: {getattr(self, name)!r}")
         if self.rotate not in ROTATE:
             raise UsageError(f"rotate: choose from {', '.join(map(str, ROTATE))}, got {self.rotate}")
+        if self.reorder:
+            _one_of("reorder", self.reorder, REORDER)
         if self.dual_scale:
             _one_of("dual_scale", self.dual_scale, DUAL_SCALE)
         if self.mean_shift:
@@ -231,6 +238,7 @@ class CompileConfig:
 
         scheme, solvers = get_scheme(self.scheme), self.solvers()
         found = {**asdict(self), "solver": solvers[0]}
+        found["reorder"] = self.reorder or scheme.reorder
         found["dual_scale"] = self.dual_scale or scheme.dual_scale
         if not self.mean_shift:
             measured = self.calibration and self.calibrate_on != "float"
@@ -248,7 +256,17 @@ class CompileConfig:
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the low-bit model: what an artifact records of how it was made."""
-        decisive = ["scheme", "solver", "embeddings", "include", "exclude", "layers", "rotate", "dual_scale"]
+        decisive = [
+            "scheme",
+            "solver",
+            "embeddings",
+            "include",
+            "exclude",
+            "layers",
+            "rotate",
+            "reorder",
+            "dual_scale",
+        ]
         if self.calibration:
             decisive += ["samples", "length", "calibrate_on", "smooth", "mean_shift"]
         return {key: self.resolved()[key] for key in decisive}

@@ -240,6 +240,7 @@ def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass
     from qgraph.passes.dual_scale import AbsorbDualScales
     from qgraph.passes.insert_mean_shift import InsertMeanShift
     from qgraph.passes.migrate_scales import MigrateScales
+    from qgraph.passes.reorder_inputs import ReorderInputs
     from qgraph.passes.rotate_inputs import RotateInputs
 
     config, resolved = run.config, run.config.resolved()
@@ -251,8 +252,11 @@ def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass
         passes.append(MigrateScales(amax, config.smooth, insert=True))
     if config.rotate:
         passes.append(RotateInputs(config.rotate))
+    threads = config.threads or None
+    if resolved["reorder"] != "off":
+        passes.append(ReorderInputs(config.scheme, insert=resolved["reorder"] == "gather", threads=threads))
     if resolved["dual_scale"] == "on":
-        passes.append(AbsorbDualScales(config.scheme, threads=config.threads or None))
+        passes.append(AbsorbDualScales(config.scheme, threads=threads))
     if resolved["mean_shift"] != "off":
         passes.append(InsertMeanShift(resolved["mean_shift"]))
     return passes

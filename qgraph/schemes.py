@@ -19,7 +19,8 @@ class Scheme:
         activation_format: what the inputs of the quantized layers are rounded to at run time: `nvfp4` (block
             scales at run time, a calibrated global one), `int8` (a scale a token), None for float32.
         bits_per_weight: nominal, all scales counted, for large layers.
-        dual_scale, mean_shift: the defaults of these options of `CompileConfig`, the latter with calibration.
+        reorder, dual_scale, mean_shift: the defaults of these options of `CompileConfig`, the last if there
+            are calibration data.
         solvers: names of `qgraph.solvers.SOLVERS` that can choose codes and scales, best first; empty where
             nothing is quantized. The default is the first that has what it needs.
     """
@@ -30,6 +31,7 @@ class Scheme:
     activation_format: str | None
     bits_per_weight: float
     solvers: tuple[str, ...] = ()
+    reorder: str = "off"
     dual_scale: str = "off"
     mean_shift: str = "off"
 

@@ -68,6 +68,12 @@ _QUANTIZE = (
         help="Rotate inputs and weights by Hadamard matrices of 16, 32, 64 or 128.  [default: 0, no]",
     ),
     click.option(
+        "--reorder",
+        metavar="HOW",
+        help="Order inputs so that those which suit each other share a block: fold, where the layers around "
+        "take the order on; gather, also by an operator; off.  [default: the scheme's]",
+    ),
+    click.option(
         "--dual-scale",
         metavar="MODE",
         help="on: even out rows of weights by scales that the layers before absorb; off.  "
