@@ -35,7 +35,6 @@ def channel_scales(
     *,
     channels: npt.NDArray[np.int32] | None = None,
     count: int | None = None,
-    relative: bool = False,
     rounds: int = ROUNDS,
     name: str = "",
     threads: int | None = None,
@@ -47,7 +46,6 @@ def channel_scales(
         format: one of `GROUP_FORMATS`.
         channels: [K], the channel of each row, for rows that must share their scales; by default 0..K-1.
         count: how many channels there are; by default K.
-        relative: minimise the sum of the relative errors of the columns, not of the absolute ones.
         rounds: turns at most; 0 leaves c at the start, the root mean square of the weights of each channel.
 
     Deterministic, whatever `threads`. InputError for weights that are not finite, or beyond float16;
@@ -56,8 +54,6 @@ def channel_scales(
     if format not in {spec.name for spec in group.GROUP_FORMATS}:
         raise UsageError(f"dual scales are for integer and ternary formats, not {format}")
     group_grid.check_group_weight(W, name)
-    if relative:
-        W = _relative(W)
     channels = np.arange(len(W), dtype=np.int32) if channels is None else channels
     return Alternation(W, format, channels, count or len(W), threads).run(rounds)
 
@@ -128,9 +124,3 @@ class Alternation:
     def _by_channel(self, rows: Sequence[Double]) -> Double:
         """Sums [channels] of what the rows [K] contribute."""
         return np.bincount(self.channels, np.concatenate(rows), self.count).astype(np.float64, copy=False)
-
-
-def _relative(W: Array) -> Array:
-    """Every column over its root mean square; zero ones as they are."""
-    rms = np.sqrt(np.mean(np.square(W, dtype=np.float64), axis=0))
-    return (W / np.where(rms > 0, rms, 1)).astype(np.float32)
