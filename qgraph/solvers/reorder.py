@@ -7,7 +7,7 @@ are runs of `block` rows, of which the last may be shorter.
 
 * `similarity_order` is PT2-LLM's structural similarity reordering (SSR, arXiv 2510.03267): rows by cosine.
 * `direction_order`, `magnitude_order` and `fitted_order` are ours: what sets rows apart in a real model is
-  one direction, or their size. docs/reorder.md has figures of all four.
+  one direction, or their size. benchmarks/reorder_output_error.py measures them all.
 
 `choose_order` takes the one that leaves least error in all layers that have to share an order. All of it goes
 by weights alone, is deterministic, and does not depend on threads: products are BLAS's, on one of them
@@ -168,6 +168,14 @@ def magnitude_order(parts: Sequence[Array]) -> Order:
     """
     squares = np.stack([np.square(part, dtype=np.float64).sum(axis=1) for part in parts], axis=1)
     return direction_order(np.log(squares + 1e-12 * squares.mean(axis=0)).astype(np.float32))
+
+
+def power_order(power: npt.NDArray) -> Order:
+    """By falling power of the inputs, diag(H) [K]: GPTQ's activation order, across blocks.
+
+    For comparison: needs data, and does no better than the orders by weights.
+    """
+    return np.argsort(-np.asarray(power, np.float64), kind="stable")
 
 
 def fitted_order(
