@@ -355,7 +355,8 @@ def _norm(tracer: Tracer, node: ir.Node, slot: int, digit: Digit) -> _Links:
 @_rule(*(f"Reduce{kind}" for kind in _REDUCE.split()))
 def _reduce(tracer: Tracer, node: ir.Node, slot: int, digit: Digit) -> _Links:
     rank = len(_sizes(tracer, node, 0))
-    axes = int_list(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "axes", [])
+    given = len(node.inputs) > 1 and node.inputs[1] is not None
+    axes = int_list(node.inputs[1]) if given else attribute(node, "axes", [])
     if axes is None:
         raise ObstacleError(f"{describe(node)} reduces axes that are computed")
     if not axes:

@@ -192,6 +192,48 @@ def test_tied_embeddings_stay_one():
     np.testing.assert_array_equal(table.const_value.numpy(), weights["table"].T[done["n"]])
 
 
+def test_a_quantized_table_counts_as_a_layer():
+    """Its blocks run along the channels, too."""
+    body = "r = Gather(table, ids) h = MatMul(r, up) a = Relu(h) d = MatMul(a, down) y = Add(d, bias)"
+    rng = np.random.default_rng(0)
+    shapes = {"table": (99, 64), "up": (64, 96), "down": (96, 32), "bias": (32,)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    model = chosen(parse(f"(int64[n] ids) => (float[n, 32] y) {{ {body} }}", **weights))
+    SelectLayers(embeddings="nvfp4")(model)
+    done, _, sites = reorder(model, high=99)
+    assert sites == [["table", "up"], ["down"]]
+    table = model.graph.initializers["table"].const_value.numpy()
+    np.testing.assert_array_equal(table, weights["table"][:, done["r"]])
+
+
+@pytest.mark.parametrize(
+    "body",
+    {
+        "mean": "m = ReduceMean<keepdims = 1>(r, last) c = Sub(r, m) z = Mul(c, c) h = MatMul(z, up)",
+        "window": "w = Slice(r, zero, one, zero) z = Sqrt(w) q = Abs(z) h = MatMul(q, up)",
+        "turned": "t = Transpose(r) s = Softmax<axis = 0>(t) z = Transpose(s) h = MatMul(z, up)",
+        "stacked": "u = Unsqueeze(r, one) z = Concat<axis = 1>(u, u) q = Flatten<axis = 2>(z) "
+        "h = MatMul(q, up)",
+        "sides": "m = Mul(r, scale) w = Where(positive, r, m) h = MatMul(w, up)",
+        "two axes": "g = Transpose(r) s = MatMul(r, g) z = MatMul(s, r) h = MatMul(z, up)",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_on_the_way_of_a_stream(body: tuple[str, str]):
+    text = f"r = Gather(table, ids) {body[1]} a = Relu(h) y = MatMul(a, down)"
+    rng = np.random.default_rng(0)
+    shapes = {"table": (9, 64), "up": (64, 96), "down": (96, 32), "scale": (64,)}
+    weights = {name: rng.uniform(0.1, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+    weights |= {"zero": np.array([0]), "one": np.array([1]), "last": np.array([-1])}
+    weights["positive"] = rng.integers(0, 2, (1, 64)).astype(bool)
+    used = {name: w for name, w in weights.items() if any(f"{name}{end}" in text for end in "),")}
+    model = chosen(parse(f"(int64[n] ids) => (float[m, 32] y) {{ {text} }}", **used))
+    before = ops(model)
+    done, said, sites = reorder(model, high=9)
+    assert sites == [["up"], ["down"]] and len(done) == 2, said
+    assert ops(model) == before
+
+
 def test_equal_constants_of_other_sites_stay_as_they_are():
     """A bias that two sites share, kept once: each gets its own."""
     body = """h = MatMul(x, up) i = Add(h, bu) a = Gelu(i) k = MatMul(x, gate) l = Add(k, bu) c = Gelu(l)
