@@ -4,18 +4,18 @@ That error is tr((W - W')^T H (W - W')), here with H damped. Three steps, each m
 `benchmarks/group_output_error.py`:
 
 1. *Order*: blocks by falling power of their inputs, and so inside each block (`hessian.energy_order`).
-2. *Pass* (`group_gptq_pass`): rows rounded one after another with error feedback, GPTQ's (arXiv 2210.17323),
-   and each block's grid searched with the feedback in view.
-3. *Annealing* (`group_gptq_anneal`): all levels and grids again and again, those of all other rows fixed, with
-   noise that fades. What it ends in is taken for the columns where it leaves less error.
+2. *Pass* (`group_gptq_pass`): rows rounded one after another with GPTQ's error feedback (arXiv 2210.17323),
+   each block's grid searched with the feedback in view.
+3. *Annealing* (`group_gptq_anneal`): all levels and grids again and again, each with the others fixed, and
+   with noise that fades. Its result is taken for the columns where it leaves less error.
 
 Inputs that calibration never saw (H_kk = 0) are damped like all others: their weights are rounded as they
 are, not set to 0 as GPTQ does, as other data may use them. With H = 0 every W' is as good as another, and the
 result is that of `itf`.
 
-Sums of many terms are matrix products, so the result may differ between CPU models, by which BLAS chooses its
-kernels; on one machine it is the same, byte for byte, for any number of threads, as these work on fixed slices
-of columns, each with random numbers of its own, and BLAS is held to one thread.
+Sums of many terms are matrix products in float32, so the result may differ between CPU models, by which BLAS
+chooses its kernels; on one machine it is the same, byte for byte, for any number of threads, as these work on
+fixed slices of columns, each with random numbers of its own, and BLAS is held to one thread.
 """
 
 from __future__ import annotations
@@ -46,24 +46,27 @@ def solve(
     damping: float | None = None,
     grids: str = "search",
     order: bool = True,
-    sweeps: int = 24,
+    sweeps: int = 32,
 ) -> QTensor:
     """W float32 [K, N], H float64 [K, K], the mean of x^T x, -> `format`, of small output error.
 
     Args:
         tokens: that H is the mean of; 0 where that is not known.
-        damping: in units of the mean of diag(H). None is K / (2 tokens), from 0.01 to 0.3; 0.03 where the
+        damping: in units of the mean of diag(H). None is K / (2 tokens), from 0.03 to 0.3; 0.03 where the
             tokens are not known.
         grids: how a block's grid is found in the pass, a key of `CHOICES`.
         order: whether blocks go by the power of their inputs, or from first to last.
         sweeps: of annealing; 0 leaves the pass as it is.
 
-    The keywords after `threads` are there for comparisons. Deterministic, whatever `threads`.
+    The keywords after `threads` are there for comparisons. Deterministic, whatever `threads`. Memory beyond W
+    and H: two or three times H in float64 while it is factorized, later as much once; a thread takes some
+    50 MiB, and 30 KiB more for every input.
 
-    Raises InputError for weights that are not finite or beyond float16, and for an H that is no second moment.
+    Raises InputError for weights that are not finite or beyond float16, and for an H that is no second
+    moment.
     """
     if damping is None:
-        damping = min(max(0.5 * len(W) / tokens, 0.01), 0.3) if tokens else 0.03
+        damping = min(max(0.5 * len(W) / tokens, 0.03), 0.3) if tokens else 0.03
     if grids not in CHOICES or sweeps < 0 or not 0 <= damping < np.inf:
         raise UsageError(f"gptq: grids={grids!r}, sweeps={sweeps}, damping={damping}")
     group_grid.check_group_weight(W, name)
