@@ -91,18 +91,18 @@ def steps(format: str) -> list[Step]:
             Step("+ mean shift (D2Quant's DAC)", "pt2_llm", mean_shift="attention"),
         ]
     else:
-        plain = {"scales": "rtn", "beams": 1, "rounds": 0, "order": False}
+        plain = {"grids": "rtn", "sweeps": 0, "order": False}
         paper = [
             Step("GPTQ", "group_gptq", options=plain),
             Step("+ DSQ", "group_gptq", options=plain, dual_scale=True),
             Step("+ DAC", "group_gptq", options=plain, dual_scale=True, mean_shift="attention"),
         ]
     mine = [
-        ours("ours: gptq"),
-        ours("ours: gptq, corrected", calibrate_on="corrected"),
-        ours("+ DSQ", calibrate_on="corrected", dual_scale=True),
-        ours("+ mean shift", calibrate_on="corrected", mean_shift="all"),
-        ours("+ both", calibrate_on="corrected", dual_scale=True, mean_shift="all"),
+        ours("gptq (ours)"),
+        ours("gptq, corrected", calibrate_on="corrected"),
+        ours("... and reordered", calibrate_on="corrected", reorder=True),
+        ours("... and dual scales", calibrate_on="corrected", dual_scale=True),
+        ours("... and mean shift", calibrate_on="corrected", mean_shift="all"),
     ]
     return [*weights, *paper, *mine]
 

@@ -52,10 +52,11 @@ def first_pass(problem: Problem, target: Array, choose: Choice) -> Solution:
 
 
 def fitted(problem: Problem, block: Block, target: Array, *, norm: str) -> tuple[Array, Grid]:
-    """On the grid of least weight error (`itf`), or what AGA makes of it in the norm of H'_bb (`aga`), or of
-    R_bb R_bb^T (`share`)."""
-    spec, grid = problem.spec, itf.best_grid(problem.spec, target)
-    if norm != "itf":
+    """On the grid of the extremes (`rtn`), of least weight error (`itf`), or what AGA makes of the latter in
+    the norm of H'_bb (`aga`), or of R_bb R_bb^T (`share`)."""
+    spec = problem.spec
+    grid = group_grid.initial(spec, target)[0] if norm == "rtn" else itf.best_grid(spec, target)
+    if norm in ("aga", "share"):
         M = problem.moment[block.rows, block.rows] if norm == "aga" else block.share
         levels = spec.values[group_grid.nearest(spec, target, grid)]
         grid = _fit(spec, target, levels, grid, M)
@@ -79,7 +80,7 @@ def search(problem: Problem, block: Block, target: Array) -> tuple[Array, Grid]:
     return best[0], Grid(*best[1:])
 
 
-CHOICES: dict[str, Choice] = {norm: partial(fitted, norm=norm) for norm in ("itf", "aga", "share")}
+CHOICES: dict[str, Choice] = {norm: partial(fitted, norm=norm) for norm in ("rtn", "itf", "aga", "share")}
 CHOICES["search"] = search
 
 
