@@ -71,6 +71,7 @@ FORMS: dict[str, WeightForm] = {
     )
 }
 
+TABLES = "nvfp4"  # the format, and the name of a scheme, of every table that is quantized
 # Operators -> what they read.
 LINEARS = {form.linear: form for form in FORMS.values()}
 LOOKUPS = {form.lookup: form for form in FORMS.values() if form.lookup}

@@ -21,7 +21,7 @@ from qgraph.passes.linear_groups import (
     linear_groups,
 )
 from qgraph.passes.lowbit_functions import DOMAIN
-from qgraph.passes.lowbit_weights import FORMS, from_arrays, to_arrays, to_tensors
+from qgraph.passes.lowbit_weights import FORMS, TABLES, from_arrays, to_arrays, to_tensors
 from qgraph.passes.mean_shift import install, stages
 from qgraph.passes.quantize_activations import quantize_input
 from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT
@@ -91,7 +91,7 @@ class QuantizeWeights(GraphPass):
         self.threads = threads
         self.on_layer = on_layer
         self.solver = self.resolve(self.scheme, solver)
-        of_tables = SCHEMES["nvfp4"].solvers
+        of_tables = SCHEMES[TABLES].solvers
         given = [self.solver] if self.solver in of_tables else []
         self.table_solver = default_solver([*given, *of_tables], calibrated=False)
 
@@ -160,11 +160,13 @@ class _Work:
         self._done: dict[str, QuantizedWeight] = {}
 
     def _recipe(self, name: str) -> tuple[Scheme, str]:
-        decisions = {node.meta[DECISION].scheme: node for node in self.readers[name]}
-        if len(decisions) > 1:
-            one, other, *_ = decisions.values()
+        decisions = [(node.meta[DECISION], node) for node in self.readers[name]]
+        recipes = {(decision.scheme, decision.solver): node for decision, node in decisions}
+        if len(recipes) > 1:
+            one, other, *_ = recipes.values()
             raise UsageError(
-                f"layers '{one.name}' and '{other.name}' share a weight and cannot differ in scheme"
+                f"layers '{one.name}' and '{other.name}' share a weight and cannot differ in scheme or "
+                "solver: give a pattern that matches both, or neither"
             )
         decision = self.readers[name][0].meta[DECISION]
         if not decision.scheme:
@@ -180,7 +182,8 @@ class _Work:
         """Quantize a table that rows are looked up in."""
         self._announce(name)
         W = self._float_weight(name).T
-        q = get_solver(self.options.table_solver)(W, name=name, threads=self.options.threads)
+        solver = get_solver(self.options.table_solver)
+        q = solver(W, format=TABLES, name=name, threads=self.options.threads)
         self._replace(name, q, [_relative_error(W, q.dequantize())], 0)
 
     def solve(self, group: LinearGroup, statistics: Statistics | None) -> Arrays:

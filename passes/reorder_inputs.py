@@ -19,6 +19,7 @@ from qgraph.passes.base import (
 )
 from qgraph.passes.channel_order import Channels, Digit, Order, Tracer
 from qgraph.passes.channel_sources import operand, require_selected_once
+from qgraph.passes.lowbit_weights import TABLES
 from qgraph.passes.select_layers import DECISION
 from qgraph.passes.tie_initializers import TieInitializers
 from qgraph.schemes import get_scheme
@@ -101,7 +102,8 @@ class ReorderInputs(GraphPass):
     def _format(self, node: ir.Node) -> str | None:
         """Of the weight that a chosen node reads; None where it stays in float."""
         own = node.meta[DECISION].scheme
-        return (get_scheme(own) if own else self.scheme).weight_format
+        weight_format = (get_scheme(own) if own else self.scheme).weight_format
+        return TABLES if weight_format is not None and is_op(node, "Gather") else weight_format
 
     def _fold(
         self, graph: ir.Graph, site: Channels, chosen: Mapping[ir.Node, str], done: dict[str, Order]
@@ -114,7 +116,7 @@ class ReorderInputs(GraphPass):
         for value in inputs:
             size, name = _channels(value), str(value.name)
             index = np.arange(size)
-            for digit in site.values[value]:
+            for digit in (d for d in site.values[value] if _is_last(value, d)):
                 index = index[digit.index(order, size)]
             done[name] = done.get(name, np.arange(size))[index]
         for value in site.outputs:

@@ -521,8 +521,10 @@ def test_an_override_that_can_do_nothing_is_refused():
 
 
 def test_layers_that_share_a_weight_cannot_differ():
-    with pytest.raises(UsageError, match="'up' and 'again' share a weight and cannot differ in scheme"):
+    with pytest.raises(UsageError, match="'up' and 'again' share a weight and cannot differ in scheme or"):
         mixed(mlp(), Override("again", "int4"))
+    with pytest.raises(UsageError, match="'up' and 'again' share a weight"):
+        mixed(mlp(), Override("up", "int4", "itf"), Override("again", "int4", "rtn"))
 
 
 def test_solver_of_another_format():

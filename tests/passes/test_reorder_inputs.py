@@ -31,10 +31,12 @@ class Shuffle:
 
     def __init__(self) -> None:
         self.sites: list[list[str]] = []
+        self.formats: dict[str, str] = {}
         self._rng = np.random.default_rng(0)
 
     def __call__(self, layers: Sequence[Layer]) -> Choice:
         self.sites.append([layer.name for layer in layers])
+        self.formats.update((layer.name, layer.format) for layer in layers)
         n = layers[0].rows.shape[1]
         order = np.arange(n)
         while (order == np.arange(n)).all():
@@ -192,16 +194,19 @@ def test_tied_embeddings_stay_one():
     np.testing.assert_array_equal(table.const_value.numpy(), weights["table"].T[done["n"]])
 
 
-def test_a_quantized_table_counts_as_a_layer():
-    """Its blocks run along the channels, too."""
+@pytest.mark.parametrize("scheme", ["nvfp4", "int2"])
+def test_a_quantized_table_counts_as_a_layer(scheme):
+    """Its blocks run along the channels, too; it is in NVFP4, whatever the layers are in."""
     body = "r = Gather(table, ids) h = MatMul(r, up) a = Relu(h) d = MatMul(a, down) y = Add(d, bias)"
     rng = np.random.default_rng(0)
     shapes = {"table": (99, 64), "up": (64, 96), "down": (96, 32), "bias": (32,)}
     weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     model = chosen(parse(f"(int64[n] ids) => (float[n, 32] y) {{ {body} }}", **weights))
     SelectLayers(embeddings="nvfp4")(model)
-    done, _, sites = reorder(model, high=99)
+    choose = Shuffle()
+    done, _, sites = reorder(model, scheme, high=99, choose=choose)
     assert sites == [["table", "up"], ["down"]]
+    assert choose.formats == {"table": "nvfp4", "up": scheme, "down": scheme}
     table = model.graph.initializers["table"].const_value.numpy()
     np.testing.assert_array_equal(table, weights["table"][:, done["r"]])
 
