@@ -100,6 +100,13 @@ def shape_of(value: ir.Value | None) -> tuple[int | ir.SymbolicDim, ...] | None:
     return None if value is None or value.shape is None else value.shape.dims
 
 
+def input_dims(graph: ir.Graph) -> list[str]:
+    """The names of all dims that the graph's inputs have, sorted."""
+    dims = [dim for value in graph.inputs for dim in shape_of(value) or ()]
+    named = [dim for dim in dims if isinstance(dim, ir.SymbolicDim) and dim.value is not None]
+    return sorted({name for dim in named for name in dim.free_symbols()})
+
+
 def same_shape(a: ir.Value, b: ir.Value) -> bool:
     """Whether two values are known to have the same shape; dims without a name equal nothing."""
     left, right = shape_of(a), shape_of(b)

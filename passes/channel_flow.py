@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph.passes.base import attribute, constant, describe, int_list, is_op, scalar, shape_of
+from qgraph.passes.base import attribute, constant, describe, input_dims, int_list, is_op, scalar, shape_of
 
 Labels = npt.NDArray[np.int32]  # of a value: the channel that each of its elements is a multiple of
 
@@ -89,8 +89,7 @@ class Tracer:
     """Follows channels through one graph, in which shapes have been inferred."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        names = sorted({n for v in graph.inputs for d in shape_of(v) or () for n in _names(d)})
-        self._sizes = {name: _SIZES[i % len(_SIZES)] for i, name in enumerate(names)}
+        self._sizes = {name: _SIZES[i % len(_SIZES)] for i, name in enumerate(input_dims(graph))}
         self._place = {node: i for i, node in enumerate(graph)}
 
     def flow(self, value: ir.Value) -> Flow:
@@ -171,10 +170,6 @@ class Tracer:
 
 class _ObstacleError(Exception):
     """Why channels cannot be followed through a node."""
-
-
-def _names(dim: int | ir.SymbolicDim) -> Iterable[str]:
-    return dim.free_symbols() if isinstance(dim, ir.SymbolicDim) and dim.value is not None else ()
 
 
 def _block(flow: Flow, labels: Labels, why: str) -> None:

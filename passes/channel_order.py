@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph.passes.base import add_initializer, attribute, describe, int_list, is_op, shape_of
+from qgraph.passes.base import add_initializer, attribute, describe, input_dims, int_list, is_op, shape_of
 
 Order = npt.NDArray[np.intp]  # p [n]: channel c is from now on what channel p[c] was
 Sizes = tuple[int, ...]
@@ -100,7 +100,7 @@ class Tracer:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        names = sorted({n for v in graph.inputs for dim in shape_of(v) or () for n in _names(dim)})
+        names = input_dims(graph)
         self._sizes = dict(zip(names, _primes(len(names)), strict=True))
 
     def channels(self, value: ir.Value, digit: Digit | None = None) -> Channels:
@@ -218,10 +218,6 @@ class _SplitError(ObstacleError):
 
 def _at(node: ir.Node, slot: int) -> ir.Value | None:
     return node.outputs[~slot] if slot < 0 else node.inputs[slot]
-
-
-def _names(dim: int | ir.SymbolicDim) -> Iterable[str]:
-    return dim.free_symbols() if isinstance(dim, ir.SymbolicDim) and dim.value is not None else ()
 
 
 def _primes(count: int) -> list[int]:
