@@ -44,7 +44,8 @@ class CompileConfig:
         length: tokens a sample: text is cut into windows of so many; 0 takes its lines as they are.
         calibrate_on: what a layer's inputs are measured in: the `float` model; the model whose earlier layers
             are `quantized` already; or that, with weights `corrected` for what the earlier layers did. Empty
-            is `corrected` with a solver that goes by a layer's inputs, else `float`.
+            is `corrected` with a solver that goes by a layer's inputs; else `quantized` with `mean_shift`, or
+            `float`.
         smooth: strength, 0 to 1, of the migration of scales from activations to weights; 0 is none.
         rotate: size of the blocks in which inputs and weights are rotated by Hadamard matrices; 0 is none.
         reorder: `fold` orders inputs so that those which suit each other share a block (PT2-LLM's SSR), where

@@ -134,8 +134,7 @@ class FrozenGraph:
     def separate(self, layers: Iterable[str], *, rounds: bool) -> None:
         """Lets these nodes of two inputs, the second a weight, read one of their own, `own(weight)`, which
         may be replaced while other readers of the weight, such as a lookup that is tied to them, keep the old
-        one. With `rounds` they
-        read `rounded(x)` in the place of x, wherever that is at hand."""
+        one. With `rounds` they read `rounded(x)` in the place of x, wherever that is at hand."""
         wanted = set(layers)
         for node in self.nodes:
             if node.name in wanted:

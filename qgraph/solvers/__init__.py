@@ -1,10 +1,10 @@
 """Solvers: float weights -> `QTensor`. Pure functions of arrays, one file each, none knows of graphs.
 
 A solver is `solve(W, *, H=None, tokens=0, name="", threads=None) -> QTensor`, with `format` (a name of
-`GROUP_FORMATS`) if it serves these, with W float32 [K, N] and H
-float64 [K, K], the second moment of the layer's inputs (`Statistics.second_moment`) over so many tokens (0:
-unknown), which only calibrated solvers read. `name` is for messages only; the result does not depend on
-`threads` (None: every CPU this process may use). InputError for weights, or an H, that are not finite.
+`GROUP_FORMATS`) if it serves these, with W float32 [K, N] and H float64 [K, K], the second moment of the
+layer's inputs (`Statistics.second_moment`) over so many tokens (0: unknown), which only calibrated solvers
+read. `name` is for messages only; the result does not depend on `threads` (None: every CPU this process may
+use). InputError for weights, or an H, that are not finite.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qgraph.formats import QTensor
 
 
-# Integer and ternary formats: all served by the same solvers. (`qgraph.formats.group` has numpy to load.)
+# The names of `formats.group.GROUP_FORMATS`, once more since that table loads numpy; a test holds them equal.
 GROUP_FORMATS = ("ternary", "int2", "int3", "int4", "int4-sym", "int8")
 
 
