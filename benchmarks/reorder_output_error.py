@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from nvfp4_output_error import DATA, Subject, llama4m, minilm, stories260k
+from output_error import DATA, Subject, llama4m, minilm, stories260k
 
 from qgraph.calibration import collect, model_inputs, open_data
 from qgraph.formats import FORMATS

@@ -1,0 +1,88 @@
+"""Relative output error E|xW - xW'|^2 / E|xW|^2 of integer and ternary weights, on inputs not calibrated on.
+
+    python benchmarks/group_output_error.py [minilm stories260K tinystories-llama-4m] [--format ternary int2]
+        [--samples 512] [--captions | --padding]
+    python benchmarks/group_output_error.py --speed [--format ternary] [--size 4096] [--threads 2]
+
+Models, texts, columns and options are those of nvfp4_output_error.py; in brackets the weight error |W - W'|^2
+/ |W|^2, all in percent. First what PT2-LLM (arXiv 2510.03267) is made of: ITF, AGA, and GPTQ's feedback from
+block to block. Then feedback inside blocks too, on grids found in several ways, and the solver `gptq` step by
+step; the last row but one is the solver as it is.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from output_error import Array, Matrix, Quantize, arguments, print_speed, subjects, table
+
+from qgraph.formats import FORMATS
+from qgraph.solvers import GROUP_FORMATS, SOLVERS, group_gptq, pt2_llm
+
+_SOLVERS = ("rtn", "itf", "pt2-llm", "gptq")
+
+
+def variants(format: str, tokens: int) -> dict[str, Quantize]:
+    """Row of the table -> how to quantize, after so many tokens of calibration."""
+
+    def solver(name: str, W: Array, H: Matrix) -> Array:
+        return SOLVERS[name](W, format=format, H=H, tokens=tokens).dequantize()
+
+    def paper(W: Array, H: Matrix, **options) -> Array:
+        return pt2_llm.solve(W, format=format, H=H, **options).dequantize()
+
+    def ours(W: Array, H: Matrix, **options) -> Array:
+        return group_gptq.solve(W, format=format, H=H, tokens=tokens, **options).dequantize()
+
+    plain = {"order": False, "sweeps": 0}
+    rows: dict[str, Quantize] = {}
+    if format == "ternary":
+        rows["symmetric threshold (TWN)"] = symmetric_threshold
+    rows |= {name: partial(solver, name) for name in ("rtn", "itf")}
+    rows |= {
+        "itf + AGA": partial(paper, compensate=False),
+        "itf, feedback from block to block": partial(paper, aga=False),
+        "pt2-llm: itf + AGA, feedback from block to block": paper,
+    }
+    grids = {"rtn": "rtn", "itf": "itf", "aga": "itf + AGA", "share": "itf + AGA for the block's share"}
+    rows |= {f"feedback inside, {text}": partial(ours, grids=key, **plain) for key, text in grids.items()}
+    rows["feedback inside, grids searched"] = partial(ours, **plain)
+    rows["+ order by power"] = partial(ours, sweeps=0)
+    rows |= {f"+ annealing, {n} of 32 sweeps": partial(ours, sweeps=n) for n in (4, 12)}
+    rows["gptq"] = ours
+    rows["gptq, 128 sweeps"] = partial(ours, sweeps=128)
+    return rows
+
+
+def symmetric_threshold(W: Array, H: Matrix) -> Array:
+    """Ternary Weight Networks (arXiv 1605.04711): +-alpha beyond 0.75 mean|w| of a block, else 0. No mean."""
+    result, block = np.empty_like(W), FORMATS["ternary"].block
+    for start in range(0, len(W), block):
+        w = W[start : start + block]
+        size = np.abs(w)
+        chosen = size > 0.75 * size.mean(axis=0)
+        alpha = (size * chosen).sum(axis=0) / np.maximum(chosen.sum(axis=0), 1)
+        result[start : start + block] = np.sign(w) * chosen * alpha
+    return result
+
+
+def main() -> None:
+    """Print a table for every format and model, or of speed."""
+    parser = arguments(__doc__)
+    parser.add_argument("--format", nargs="+", default=["ternary"], choices=GROUP_FORMATS)
+    options = parser.parse_args()
+    if options.speed:
+        for format in options.format:
+            print(f"\n### {format}")
+            chosen = [(name, format) for name in _SOLVERS if format in SOLVERS[name].modules]
+            print_speed(chosen, options.size, options.threads)
+        return
+    for found in subjects(parser, options):
+        for format in options.format:
+            print(f"\n{format}")
+            table(found, variants(format, found[0].tokens), weight_error=True)
+
+
+if __name__ == "__main__":
+    main()
