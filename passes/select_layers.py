@@ -115,7 +115,13 @@ class SelectLayers(GraphPass):
         excluded = _matched(self.exclude, candidates, "exclude")
         own: dict[int, Override] = {}
         for later in self.overrides:
-            own.update(dict.fromkeys(_matched([later.pattern], candidates, "layer"), later))
+            hits = _matched([later.pattern], candidates, "layer")
+            if all(is_op(candidates[i].node, "Gather") for i in hits):
+                raise UsageError(
+                    f"layer pattern '{later.pattern}' matches only embeddings, whose format 'embeddings' "
+                    "says: leave them in float by 'exclude'"
+                )
+            own.update(dict.fromkeys(hits, later))
         decisions = []
         modified = False
         for i, candidate in enumerate(candidates):

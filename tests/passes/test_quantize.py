@@ -518,6 +518,8 @@ def test_an_override_that_can_do_nothing_is_refused():
         SelectLayers(overrides=[Override("dwon", "int4")])(mlp())
     with pytest.raises(UsageError, match="layer pattern 'scores' matches only layers that cannot be"):
         SelectLayers(overrides=[Override("scores", "int4")])(mlp())
+    with pytest.raises(UsageError, match="layer pattern 'embed' matches only embeddings"):
+        SelectLayers(embeddings="nvfp4", overrides=[Override("embed", "none")])(mlp())
 
 
 def test_layers_that_share_a_weight_cannot_differ():
