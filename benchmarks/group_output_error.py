@@ -18,7 +18,7 @@ import numpy as np
 from output_error import Array, Matrix, Quantize, arguments, print_speed, subjects, table
 
 from qgraph.formats import FORMATS
-from qgraph.solvers import GROUP_FORMATS, SOLVERS, group_gptq, pt2_llm
+from qgraph.solvers import GROUP_NAMES, SOLVERS, group_gptq, pt2_llm
 
 _SOLVERS = ("rtn", "itf", "pt2-llm", "gptq")
 
@@ -70,7 +70,7 @@ def symmetric_threshold(W: Array, H: Matrix) -> Array:
 def main() -> None:
     """Print a table for every format and model, or of speed."""
     parser = arguments(__doc__)
-    parser.add_argument("--format", nargs="+", default=["ternary"], choices=GROUP_FORMATS)
+    parser.add_argument("--format", nargs="+", default=["ternary"], choices=GROUP_NAMES)
     options = parser.parse_args()
     if options.speed:
         for format in options.format:

@@ -94,7 +94,7 @@ def unpack_blocks(packed: npt.NDArray, columns: int) -> npt.NDArray:
 
 
 def pack_nibbles(values: Codes) -> Codes:
-    """Zero points [B, N] below 16 to `n16b4`: u8 [ceil(N/16), ceil(B/2), 16]; that of an even b in the low
+    """Zero points [B, N] below 16 to `n16z4`: u8 [ceil(N/16), ceil(B/2), 16]; that of an even b in the low
     half of byte [n//16, b//2, n%16], of an odd one in the high half."""
     if values.size and values.max() > 15:
         raise QGraphError(f"zero point {values.max()} does not fit 4 bits")

@@ -11,7 +11,7 @@ from qgraph.passes.channel_sources import chosen_matmuls
 from qgraph.passes.scale_channels import ScaleChannels, Site, Vector
 from qgraph.passes.select_layers import DECISION
 from qgraph.schemes import get_scheme
-from qgraph.solvers import GROUP_FORMATS
+from qgraph.solvers import GROUP_NAMES
 from qgraph.solvers.dual_scale import channel_scales
 
 DUAL_SCALES = "qgraph.dual_scales"  # key of model.meta: dict[str, float32 [K]], see ScaleChannels
@@ -45,7 +45,7 @@ class AbsorbDualScales(ScaleChannels):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = {self._format(node) for node in chosen_matmuls(model)}
-        if found and not found & set(GROUP_FORMATS):
+        if found and not found & set(GROUP_NAMES):
             raise UsageError(
                 f"dual scales are for integer and ternary formats, not {' and '.join(sorted(found))}"
             )
@@ -57,7 +57,7 @@ class AbsorbDualScales(ScaleChannels):
     def strength(self, site: Site) -> Vector | None:
         """1 / c."""
         format, *others = sorted({self._format(node) for node in site.nodes})
-        if others or format not in GROUP_FORMATS:
+        if others or format not in GROUP_NAMES:
             self.refuse(site.where, f"{site.shown}: no dual scales for {' and '.join([format, *others])}")
             return None
         if site.source is not None and is_op(site.source.node, "LayerNormalization", "RMSNormalization"):

@@ -118,6 +118,8 @@ class CompileConfig:
             _one_of("solver", self.solver, scheme.solvers)
         schemes = [scheme, *self._check_layers(scheme)]
         self._check_calibration(schemes)
+        if self.dual_scale == "on":
+            _check_dual_scale(schemes)
         _one_of("embeddings", self.embeddings, EMBEDDINGS)
         if self.embeddings != "float" and scheme.weight_format is None:
             raise UsageError(
@@ -150,6 +152,10 @@ class CompileConfig:
         schemes = []
         for pattern, name, solver in self.overrides():
             own = get_scheme(name)
+            if solver and not own.solvers:
+                raise UsageError(
+                    f"layers: scheme '{name}' of '{pattern}' quantizes nothing and takes no solver"
+                )
             if solver:
                 _one_of("solver", solver, own.solvers)
             if own.weight_format is not None and own.activation_format != scheme.activation_format:
@@ -284,6 +290,17 @@ def _one_of(field: str, value: str, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise UsageError(f"unknown {field} '{value}'{did_you_mean(value, known)}")
+
+
+def _check_dual_scale(schemes: Iterable[Scheme]) -> None:
+    """UsageError where none of these schemes is one that they are for."""
+    from qgraph.schemes import SCHEMES
+    from qgraph.solvers import GROUP_FORMATS
+
+    if not any(scheme.weight_format in GROUP_FORMATS for scheme in schemes):
+        suitable = [name for name, scheme in SCHEMES.items() if scheme.weight_format in GROUP_FORMATS]
+        names = " and ".join(sorted({f"'{scheme.name}'" for scheme in schemes}))
+        raise UsageError(f"dual_scale 'on' is for the schemes {', '.join(suitable)}, not {names}")
 
 
 def _items(value: Any) -> list[Any]:

@@ -88,5 +88,5 @@ def _buffers(low: Lowering, node: ir.Node, q: QTensor, layout: str) -> tuple[Buf
         if FORMATS[q.format].offset == "mean":
             buffers.append(low.weight(offset[0], "n16", "f16", lambda: packing.pack_blocks(values)))
         else:
-            buffers.append(low.weight(offset[0], "n16b4", "u8", lambda: packing.pack_nibbles(values)))
+            buffers.append(low.weight(offset[0], "n16z4", "u8", lambda: packing.pack_nibbles(values)))
     return tuple(buffers)

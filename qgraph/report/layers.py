@@ -93,6 +93,7 @@ def layers_of(
         bits = props.get("qgraph.bits_per_weight")
         kernel, compute, nbytes = (kernels or {}).get(str(node.name), ("", "", 0))
         rows, columns = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]
+        elements = max(1, rows * columns)  # one without elements stays in float
         lookup = node.op_type == "Gather" or node.op_type.startswith("QGather")
         found.append(
             LayerReport(
@@ -108,8 +109,8 @@ def layers_of(
                 compute=compute,
                 kind="embedding" if lookup else "linear",
                 activations=_activations(node),
-                onnx_bits=8 * _stored(node) / (rows * columns) if scheme else 0.0,
-                artifact_bits=8 * nbytes / (rows * columns),
+                onnx_bits=8 * _stored(node) / elements if scheme else 0.0,
+                artifact_bits=8 * nbytes / elements,
             )
         )
     return found

@@ -133,7 +133,8 @@ def size(nbytes: float) -> str:
 
 
 def _percent(part: float | None) -> str:
-    return f"{100 * (part or 0):.2g} %"
+    percent = 100 * (part or 0)
+    return f"{percent:.0f} %" if percent >= 99.5 else f"{percent:.2g} %"
 
 
 def _some(names: list[str], limit: int = 3) -> str:

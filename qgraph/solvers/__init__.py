@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 # The names of `formats.group.GROUP_FORMATS`, once more since that table loads numpy; a test holds them equal.
-GROUP_FORMATS = ("ternary", "int2", "int3", "int4", "int4-sym", "int8")
+GROUP_NAMES = ("ternary", "int2", "int3", "int4", "int4-sym", "int8")
 
 
 def _groups(module: str) -> dict[str, str]:
-    return dict.fromkeys(GROUP_FORMATS, module)
+    return dict.fromkeys(GROUP_NAMES, module)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Solver:
         if format not in self.modules:
             raise UsageError(f"solver '{self.name}' is not for {format}; it is for {', '.join(self.modules)}")
         solve = import_module(f"qgraph.solvers.{self.modules[format]}").solve
-        if format in GROUP_FORMATS:
+        if format in GROUP_NAMES:
             solve = partial(solve, format=format)
         if not self.calibrated:
             return solve(W, name=name, threads=threads)

@@ -67,7 +67,8 @@ def check_weight(
         )
     if amax > largest:
         raise InputError(
-            f"{what} reaches {amax:.3g}, beyond the {largest:.3g} that {numbers} can represent safely"
+            f"{what} reaches {amax:.3g}, beyond the {largest:.3g} that {numbers} can represent safely; "
+            "exclude the layer or repair the model"
         )
     return amax
 

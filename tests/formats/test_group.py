@@ -12,7 +12,7 @@ from qgraph.errors import InputError
 from qgraph.formats import FORMATS, BlockFormat, QTensor
 from qgraph.formats.group import GROUP_FORMATS, SMALLEST_SCALE
 from qgraph.formats.packing import pack_bits
-from qgraph.solvers import GROUP_FORMATS as NAMES
+from qgraph.solvers import GROUP_NAMES
 
 SHAPES = [
     (1, 1),
@@ -150,7 +150,7 @@ def test_bits_per_weight_of_a_real_layer():
 
 
 def test_the_names_that_load_no_numpy_are_the_formats():
-    assert tuple(spec.name for spec in GROUP_FORMATS) == NAMES
+    assert tuple(spec.name for spec in GROUP_FORMATS) == GROUP_NAMES
     assert all(FORMATS[spec.name] is spec for spec in GROUP_FORMATS)
     assert np.float16(SMALLEST_SCALE) > 0 and np.float16(SMALLEST_SCALE / 2.1) == 0
 

@@ -7,7 +7,7 @@ import pytest
 
 from qgraph.errors import InputError, UsageError
 from qgraph.formats import FORMATS
-from qgraph.solvers import GROUP_FORMATS, get_solver
+from qgraph.solvers import GROUP_NAMES, get_solver
 from qgraph.solvers.balance import LIMIT, balanced
 from qgraph.solvers.dual_scale import Alternation, channel_scales
 
@@ -26,7 +26,7 @@ def error(W: np.ndarray, c: np.ndarray, format: str) -> float:
     return float(np.square(W - c[:, None] * back).sum() / np.square(W).sum())
 
 
-@pytest.mark.parametrize("format", GROUP_FORMATS)
+@pytest.mark.parametrize("format", GROUP_NAMES)
 @pytest.mark.parametrize("shape", [(172, 64), (200, 33), (128, 16), (5, 40)])
 def test_no_turn_raises_the_error(format: str, shape: tuple[int, int]):
     W = uneven(*shape)

@@ -11,7 +11,7 @@ from weights import awkward, block_errors, relative_error
 
 from qgraph.errors import InputError, UsageError
 from qgraph.formats import FORMATS, QTensor, group
-from qgraph.solvers import GROUP_FORMATS, SOLVERS, get_solver
+from qgraph.solvers import GROUP_NAMES, SOLVERS, get_solver
 
 CALIBRATED = ("sweep-diagonal", "pt2-llm")
 PAIRS = [
@@ -21,9 +21,9 @@ PAIRS = [
     for format in solver.modules
 ]
 FP4 = [pair for pair in PAIRS if pair[1].endswith("fp4")]
-GROUPS = [pair for pair in PAIRS if pair[1] in GROUP_FORMATS]
+GROUPS = [pair for pair in PAIRS if pair[1] in GROUP_NAMES]
 
-SMALLEST_SCALE = {"nvfp4": 2.0**-9, "mxfp4": 2.0**-127} | dict.fromkeys(GROUP_FORMATS, group.SMALLEST_SCALE)
+SMALLEST_SCALE = {"nvfp4": 2.0**-9, "mxfp4": 2.0**-127} | dict.fromkeys(GROUP_NAMES, group.SMALLEST_SCALE)
 
 # Relative weight error, on normal and t(4) weights. FP4: of 8 draws [256, 1024] together; the prototypes'
 # figures, in docs and issues, are of one draw. Groups: of the first two of them.
