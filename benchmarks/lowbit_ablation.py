@@ -2,8 +2,8 @@
 
     python benchmarks/lowbit_ablation.py [minilm stories260K tinystories-llama-4m] [--scheme ternary int2]
 
-The rows are cumulative where they begin with `+`, in the order of the papers' own tables; those below are
-ours. Figures of a model with its weights rounded, as ONNX Runtime computes it in float32:
+The rows are cumulative where they begin with `+`, in the order of the papers' own tables, on a model whose
+earlier layers are quantized; those below are ours. Figures of a model with its weights rounded, as ONNX Runtime computes it in float32:
 
 * weight: |W - W'|^2 / |W|^2, output: E|x W - x W'|^2 / E|x W|^2 with x of the float model on text that
   nothing was calibrated on; means over all layers. Steps that make up for the errors of earlier layers
@@ -45,6 +45,7 @@ from qgraph.passes.reorder_inputs import ReorderInputs
 from qgraph.passes.select_layers import SelectLayers
 from qgraph.solvers import SOLVERS, Solver
 from qgraph.solvers.hessian import relative_output_error
+from qgraph.solvers.reorder import KINDS, choose_order
 
 NAME = "variant"  # of the solver of a row
 
@@ -60,7 +61,7 @@ class Step:
     module: str
     calibrate_on: str = "quantized"
     options: Mapping[str, Any] = field(default_factory=dict)
-    reorder: bool = False
+    reorder: tuple[str, ...] = ()  # kinds of orders
     dual_scale: bool = False
     mean_shift: str = ""
 
@@ -87,8 +88,8 @@ def steps(format: str) -> list[Step]:
             Step("GPTQ in blocks", "pt2_llm", options={"fit": False, "aga": False}),
             Step("+ ITF", "pt2_llm", options={"aga": False}),
             Step("+ AGA", "pt2_llm"),
-            Step("+ SSR", "pt2_llm", reorder=True),
-            Step("+ mean shift (D2Quant's DAC)", "pt2_llm", mean_shift="attention"),
+            Step("+ SSR", "pt2_llm", reorder=("similarity",)),
+            Step("+ DAC (D2Quant)", "pt2_llm", reorder=("similarity",), mean_shift="attention"),
         ]
     else:
         plain = {"grids": "rtn", "sweeps": 0, "order": False}
@@ -100,9 +101,10 @@ def steps(format: str) -> list[Step]:
     mine = [
         ours("gptq (ours)"),
         ours("gptq, corrected", calibrate_on="corrected"),
-        ours("... and reordered", calibrate_on="corrected", reorder=True),
-        ours("... and dual scales", calibrate_on="corrected", dual_scale=True),
-        ours("... and mean shift", calibrate_on="corrected", mean_shift="all"),
+        ours("gptq, corrected, reordered", calibrate_on="corrected", reorder=KINDS),
+        ours("gptq, corrected, dual scales", calibrate_on="corrected", dual_scale=True),
+        ours("gptq, corrected, both", calibrate_on="corrected", reorder=KINDS, dual_scale=True),
+        ours("gptq, corrected, mean shift", calibrate_on="corrected", mean_shift="all"),
     ]
     return [*weights, *paper, *mine]
 
@@ -112,7 +114,7 @@ def quantize(subject: Subject, step: Step, format: str, samples: int) -> tuple[i
     model = prepare_model(load_model(subject.model))
     SelectLayers()(model)
     if step.reorder:
-        ReorderInputs(format)(model)
+        ReorderInputs(format, choose=partial(choose_order, kinds=step.reorder))(model)
     if step.dual_scale:
         AbsorbDualScales(format)(model)
     before = model.clone()

@@ -202,6 +202,10 @@ class CompileConfig:
             )
         if not 0 <= self.smooth <= 1:
             raise UsageError(f"smooth: must be from 0 to 1, got {self.smooth:g}")
+        if all(scheme.weight_format is None for scheme in schemes):
+            for name in ("smooth", "rotate", "reorder", "dual_scale", "mean_shift"):
+                if getattr(self, name) not in (0, "", "off"):
+                    raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no {name}")
         if self.calibration:
             if all(scheme.weight_format is None for scheme in schemes):
                 raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no calibration data")

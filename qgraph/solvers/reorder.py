@@ -16,7 +16,7 @@ by weights alone, is deterministic, and does not depend on threads: products are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,7 @@ Order = npt.NDArray[np.intp]
 COLUMNS = 512  # of all layers that share an order; what an order costs them is told by a sample of these
 _LEAST_COLUMNS = 16  # of one layer
 ROUNDS = 6  # of fitted_order
+KINDS = ("similarity", "direction", "magnitude", "fitted")  # of orders that choose_order tries
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +84,13 @@ def plain(W: Array, format: str, name: str = "") -> Layer:
     return Layer(W, format, np.arange(len(W))[None, :, None], name)
 
 
-def choose_order(layers: Sequence[Layer], threads: int | None = None) -> Choice:
+def choose_order(
+    layers: Sequence[Layer], threads: int | None = None, kinds: Collection[str] = KINDS
+) -> Choice:
     """The best order of the units that these layers have in common.
 
-    Tried are the three orders above; and from the best of them, where all layers have one group format and no
-    units, `fitted_order`. They are made from, and judged on, a sample of each layer's columns (others, where
+    Tried are the three orders above, or those of `kinds`; and from the best of them, where all layers have
+    one group format and no units, `fitted_order`. They are made from, and judged on, a sample of each layer's columns (others, where
     there are enough), by what the best solver without calibration leaves.
 
     Where no order can change what shares a block the choice is none, its errors 0. InputError naming a weight
@@ -113,8 +116,10 @@ def choose_order(layers: Sequence[Layer], threads: int | None = None) -> Choice:
         return best
     features = np.concatenate(parts, axis=1) * np.float32(np.sqrt(parts[0].size))
     for name, order in _orders(features, parts, min(_units(layer) for layer in layers)):
+        if name not in kinds:
+            continue
         best = min(best, Choice(name, order, before, _mean_error(judged, order, threads)), key=_after)
-    if (format := _common_format(layers)) is not None:
+    if "fitted" in kinds and (format := _common_format(layers)) is not None:
         order = fitted_order(features, format, best.order, threads=threads)
         name = f"{best.name}, fitted" if best.name else "fitted"
         best = min(best, Choice(name, order, before, _mean_error(judged, order, threads)), key=_after)
