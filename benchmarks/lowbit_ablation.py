@@ -3,7 +3,8 @@
     python benchmarks/lowbit_ablation.py [minilm stories260K tinystories-llama-4m] [--scheme ternary int2]
 
 The rows are cumulative where they begin with `+`, in the order of the papers' own tables, on a model whose
-earlier layers are quantized; those below are ours. Figures of a model with its weights rounded, as ONNX Runtime computes it in float32:
+earlier layers are quantized; those below are ours. Figures of a model with its weights rounded, as ONNX
+Runtime computes it in float32:
 
 * weight: |W - W'|^2 / |W|^2, output: E|x W - x W'|^2 / E|x W|^2 with x of the float model on text that
   nothing was calibrated on; means over all layers. Steps that make up for the errors of earlier layers

@@ -299,10 +299,10 @@ def _one_of(field: str, value: str, known: Iterable[str]) -> None:
 def _check_dual_scale(schemes: Iterable[Scheme]) -> None:
     """UsageError where none of these schemes is one that they are for."""
     from qgraph.schemes import SCHEMES
-    from qgraph.solvers import GROUP_FORMATS
+    from qgraph.solvers import GROUP_NAMES
 
-    if not any(scheme.weight_format in GROUP_FORMATS for scheme in schemes):
-        suitable = [name for name, scheme in SCHEMES.items() if scheme.weight_format in GROUP_FORMATS]
+    if not any(scheme.weight_format in GROUP_NAMES for scheme in schemes):
+        suitable = [name for name, scheme in SCHEMES.items() if scheme.weight_format in GROUP_NAMES]
         names = " and ".join(sorted({f"'{scheme.name}'" for scheme in schemes}))
         raise UsageError(f"dual_scale 'on' is for the schemes {', '.join(suitable)}, not {names}")
 

@@ -90,8 +90,8 @@ def choose_order(
     """The best order of the units that these layers have in common.
 
     Tried are the three orders above, or those of `kinds`; and from the best of them, where all layers have
-    one group format and no units, `fitted_order`. They are made from, and judged on, a sample of each layer's columns (others, where
-    there are enough), by what the best solver without calibration leaves.
+    one group format and no units, `fitted_order`. They are made from, and judged on, a sample of each
+    layer's columns (others, where there are enough), by what the best solver without calibration leaves.
 
     Where no order can change what shares a block the choice is none, its errors 0. InputError naming a weight
     that is not finite, or too large for its format.
