@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.errors import UsageError
 from qgraph.passes.base import is_op
-from qgraph.passes.channel_sources import chosen_matmuls
 from qgraph.passes.scale_channels import ScaleChannels, Site, Vector
 from qgraph.passes.select_layers import DECISION
 from qgraph.schemes import get_scheme
@@ -32,8 +30,7 @@ class AbsorbDualScales(ScaleChannels):
         scheme: of all layers that have none of their own.
         threads: None is one for every CPU; the result does not depend on it.
 
-    Raises InputError for weights that are not finite, or beyond float16; UsageError when no layer gets a
-    format with groups.
+    Raises InputError for weights that are not finite, or beyond float16.
     """
 
     mark = DUAL_SCALES
@@ -42,14 +39,6 @@ class AbsorbDualScales(ScaleChannels):
         super().__init__()
         self.scheme = get_scheme(scheme).name
         self.threads = threads
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        found = {self._format(node) for node in chosen_matmuls(model)}
-        if found and not found & set(GROUP_NAMES):
-            raise UsageError(
-                f"dual scales are for integer and ternary formats, not {' and '.join(sorted(found))}"
-            )
-        return super().call(model)
 
     def _format(self, node: ir.Node) -> str:
         return str(get_scheme(node.meta[DECISION].scheme or self.scheme).weight_format)

@@ -51,8 +51,8 @@ _NVFP4_SOLVERS = ("gptq", "sweep-diagonal", "sweep", "soar", "four-over-six", "r
 _GROUP_SOLVERS = ("gptq", "itf", "rtn")
 
 
-def _integers(name: str, bits_per_weight: float, summary: str) -> Scheme:
-    return Scheme(name, summary, name, None, bits_per_weight, _GROUP_SOLVERS)
+def _integers(name: str, bits_per_weight: float, summary: str, **defaults: str) -> Scheme:
+    return Scheme(name, summary, name, None, bits_per_weight, _GROUP_SOLVERS, **defaults)
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -96,9 +96,22 @@ SCHEMES: dict[str, Scheme] = {
             activation_format=None,
             bits_per_weight=2.25,
             solvers=("gptq", "pt2-llm", "itf", "rtn"),
+            reorder="fold",
         ),
-        _integers("int2", 2.25, "2-bit integers with a float16 scale and mean every 128, float activations"),
-        _integers("int3", 3.25, "3-bit integers with a float16 scale and mean every 128, float activations"),
+        _integers(
+            "int2",
+            2.25,
+            "2-bit integers with a float16 scale and mean every 128, float activations",
+            reorder="fold",
+            dual_scale="on",
+        ),
+        _integers(
+            "int3",
+            3.25,
+            "3-bit integers with a float16 scale and mean every 128, float activations",
+            reorder="fold",
+            dual_scale="on",
+        ),
         _integers("int4", 4.625, "4-bit integers with a float16 scale and a zero point every 32"),
         _integers("int4-sym", 4.5, "4-bit integers with a float16 scale every 32, symmetric"),
         _integers("int8", 8.125, "8-bit integers with a float16 scale every 128, symmetric"),
