@@ -22,8 +22,7 @@ class RecognizeLowbit(GraphPass):
     of 16 along K, or along the rows of a table) compiles to the same kernels as one with functions. `codes`
     must be a FLOAT4E2M1 matrix and `block_scale` FLOAT8E4M3FN, both constant, dequantized to float32 without
     a zero point; anything else stays and is refused with the reason. So is a rounding to FLOAT4E2M1 and
-    back that is not ours, and a weight of 2-bit integers. Other integers stay without a word, since their
-    operators run as they are written, in float32.
+    back that is not ours, and a weight of integers: no kernel dequantizes it by itself.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -65,16 +64,18 @@ class RecognizeLowbit(GraphPass):
 
     def _try_linear(self, node: ir.Node, op_types: list[str], opset: int) -> bool:
         """Whether `node` ends the body of one of these operators, whose codes have the type of its weight."""
-        reason = ""
+        reasons: dict[str, str] = {}
         for op_type in op_types:
             inputs = match_body(node, op_type, opset)
             if isinstance(inputs, str):
-                reason = inputs
+                reasons[op_type] = inputs
                 continue
             layer = ir.node(op_type, inputs, domain=DOMAIN, name=node.name)
             if any(v.const_value is None or v.is_graph_input() for v in inputs[1:]):
-                reason = "its weight is not constant"
-            elif not (reason := _misfit(layer)):
+                reasons[op_type] = "its weight is not constant"
+            elif misfit := _misfit(layer):
+                reasons[op_type] = misfit
+            else:
                 layer.doc_string = node.doc_string
                 body = tuple(node.inputs)
                 replace_node(node, [layer])
@@ -82,8 +83,9 @@ class RecognizeLowbit(GraphPass):
                 return True
             for i in range(len(layer.inputs)):  # undo the uses
                 layer.replace_input_with(i, None)
-        if all(LINEARS[op_type].code_bits == 2 for op_type in op_types):
-            self.refuse(node, f"it has 2-bit weights, but not as {' or '.join(op_types)}: {reason}")
+        bits = LINEARS[op_types[0]].code_bits
+        found = " or ".join(f"{op_type} ({reason})" for op_type, reason in reasons.items())
+        self.refuse(node, f"it has {bits}-bit weights, but not as {found}")
         return False
 
     def _try_rounding(self, node: ir.Node, op_type: str, opset: int) -> bool:

@@ -121,12 +121,22 @@ def find(model: ir.Model, op_type: str) -> ir.Node:
     return next(node for node in model.graph if node.op_type == op_type)
 
 
-@pytest.mark.parametrize("format", ["ternary", "int2"])
-@pytest.mark.parametrize("spoiled", ["block_size", "axis", "mean"])
-def test_other_2_bit_weights_stay_and_are_refused(format: str, spoiled: str):
+@pytest.mark.parametrize(
+    ("format", "bits"), [("ternary", 2), ("int2", 2), ("int3", 4), ("int4", 4), ("int4-sym", 4), ("int8", 8)]
+)
+@pytest.mark.parametrize("spoiled", ["block_size", "axis", "mean", "scale"])
+def test_other_integer_weights_stay_and_are_refused(format: str, bits: int, spoiled: str):
     model = layer(random_weight(format, (172, 5)))
     InlineLowbitFunctions()(model)
-    if spoiled == "mean":  # of other inputs than the scales
+    if spoiled == "mean" and FORMATS[format].offset != "mean":
+        return
+    reason = "is not its"
+    if spoiled == "scale":
+        scale = model.graph.initializers["w.block_scale"]
+        assert scale.const_value is not None
+        scale.const_value = ir.tensor(np.full_like(scale.const_value.numpy(), np.nan))
+        reason = "block_scale holds a number that is negative or not finite"
+    elif spoiled == "mean":  # of other inputs than the scales
         numbers = find(model, "Div").inputs[1]
         numbers.producer().attributes.add(ir.AttrTensor("value", ir.tensor(np.array([64]))))
     else:
@@ -135,7 +145,7 @@ def test_other_2_bit_weights_stay_and_are_refused(format: str, spoiled: str):
     recognize = RecognizeLowbit()
     assert not recognize(model).modified and [node.op_type for node in model.graph] == before
     (refusal,) = recognize.refusals
-    assert "2-bit weights, but not as QLinear" in refusal.reason
+    assert f"{bits}-bit weights, but not as QLinear" in refusal.reason and reason in refusal.reason
 
 
 def test_a_weight_that_a_caller_gives_stays():
