@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import onnx_ir as ir
+
 from qgraph.evaluate.verify import Comparison, Verification
 from qgraph.report import CompileReport, LayerReport
+from qgraph.report.layers import layers_of
 from qgraph.report.text import size, summary
 
 LAYERS = [
@@ -104,3 +108,19 @@ def test_sizes_for_readers() -> None:
         "45.8 MB",
         "7.31 GB",
     ]
+
+
+def test_a_weight_without_elements() -> None:
+    """It stays in float, and nothing is divided by its size."""
+    weight = ir.Value(name="w", shape=ir.Shape((0, 8)), const_value=ir.tensor(np.zeros((0, 8), np.float32)))
+    product = ir.node("MatMul", [ir.Value(name="x"), weight], name="layer")
+    graph = ir.Graph([], product.outputs, nodes=[product], initializers=[weight])
+    (found,) = layers_of(ir.Model(graph, ir_version=10))
+    assert found.shape == (0, 8) and not found.scheme and found.nbytes == 0
+
+
+def test_an_error_of_a_hundred_percent() -> None:
+    lost = LayerReport("a", "a.w", (64, 32), "int4", "", 4.6, 0.0, output_error=1.0)
+    report = make_report()
+    report.set_layers([lost])
+    assert ("worst output", "a 100 %") in summary(report)
