@@ -25,8 +25,8 @@ _PANEL = 128  # rows, or a block if that is larger
 _VISITS = 4  # of a panel in a sweep
 
 # Temperatures, in units of a column's error a row after the first pass. By measurement, whatever the layer:
-# at 1 the error stays what it is, at 2 it rises by a tenth, at 4 it doubles. Starting at 1 or 2.5, or ending
-# at 0.3, is about 1 % worse.
+# at 1 the error stays what it is, at 2 it rises by a tenth, at 4 it nearly doubles. Starting at 1 or 2.5, or
+# ending at 0.3, is about 1 % worse.
 _START, _END = 1.5, 0.5
 _FIT = 2  # sweeps from one fit of the grids to the next
 _COLD = 2  # sweeps at temperature 0 at the end, each with a fit
