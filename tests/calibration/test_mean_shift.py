@@ -139,7 +139,11 @@ def stop() -> None:
     raise InterruptedRunError
 
 
-@pytest.mark.parametrize("options", [{}, {"corrected": True}, {"rounding": rounding}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"corrected": True}, {"rounding": rounding}],
+    ids=["quantized", "corrected", "rounded"],
+)
 def test_interrupted_and_resumed(options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a site, before and after: the same records, byte for byte, and nothing is solved twice."""
     model, found = shifted(1)
