@@ -35,6 +35,8 @@ from qgraph.solvers.statistics import Statistics
 # MiniLM and stories260K: all the way is worse than not at all behind the noise of 4-bit activations.
 _STRENGTH = {"nvfp4": 0.5}
 
+_LOST = 0.9  # relative error of a weight from which on the report calls it lost
+
 QUANTIZED = "qgraph.quantized"  # key of model.meta: list[QuantizedWeight], one a weight, in graph order
 
 
@@ -277,6 +279,10 @@ class _Work:
         assert isinstance(graph, ir.Graph) and tensor is not None
         lookup = is_op(nodes[0], "Gather")
         sqnr_db = -10 * float(np.log10(relative_error)) if relative_error else float("inf")
+        if relative_error > _LOST:
+            self.options.refuse(
+                nodes[0], f"{relative_error:.0%} of its weight is lost in {q.format}: exclude the layer"
+            )
         parts = _initializers(graph, name, q, turned=lookup)
         for node in nodes:
             lowbit = ir.node(

@@ -244,19 +244,19 @@ def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass
     from qgraph.passes.rotate_inputs import RotateInputs
 
     config, resolved = run.config, run.config.resolved()
+    threads = config.threads or None
     passes: list[GraphPass] = []
     if config.smooth and data is not None:
         from qgraph.calibration import channel_amax
 
-        amax = channel_amax(model, data, threads=config.threads or None)
-        passes.append(MigrateScales(amax, config.smooth, insert=True))
-    if config.rotate:
-        passes.append(RotateInputs(config.rotate))
-    threads = config.threads or None
+        passes.append(MigrateScales(channel_amax(model, data, threads=threads), config.smooth, insert=True))
+    # Orders go first: a rotation makes parts of its own size of what could be ordered as a whole.
     if resolved["reorder"] != "off":
         passes.append(ReorderInputs(config.scheme, insert=resolved["reorder"] == "gather", threads=threads))
     if resolved["dual_scale"] == "on":
         passes.append(AbsorbDualScales(config.scheme, threads=threads))
+    if config.rotate:
+        passes.append(RotateInputs(config.rotate))
     if resolved["mean_shift"] != "off":
         passes.append(InsertMeanShift(resolved["mean_shift"]))
     return passes

@@ -534,3 +534,17 @@ def test_solver_of_another_format():
         mixed(mlp(), Override("down", "int4", "pt2-llm"))
     with pytest.raises(UsageError, match="scheme 'ternary' with solver 'gptq' needs calibration data"):
         mixed(mlp(), Override("down", "ternary", "gptq"))
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "int4"])
+def test_weights_too_small_for_the_format_are_called_lost(scheme: str):
+    model = mlp()
+    for name in ("w_up", "w_down"):
+        value = model.graph.initializers[name]
+        value.const_value = ir.Tensor(value.const_value.numpy() * np.float32(1e-10), name=name)
+    SelectLayers()(model)
+    quantize = QuantizeWeights(scheme, "rtn")
+    quantize(model)
+    reasons = [refusal.reason for refusal in quantize.refusals]
+    assert reasons == [f"100% of its weight is lost in {scheme}: exclude the layer"] * 2
+    assert run(AddLowbitFunctions()(model).model, FEEDS)["z"].max() == 0
