@@ -18,7 +18,7 @@ from qgraph.passes.base import (
 from qgraph.passes.channel_sources import change_constant
 from qgraph.passes.lowbit_functions import DOMAIN
 from qgraph.passes.lowbit_weights import from_node
-from qgraph.passes.mean_shift import SHIFTS, is_linear, marked, width
+from qgraph.passes.mean_shift import is_linear, marked, width
 
 Vector = npt.NDArray[np.float32]
 
@@ -34,13 +34,11 @@ class FuseMeanShift(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
-        found = {shift.node: shift for shift in model.meta.get(SHIFTS, ())}
         for add in tuple(marked(model.graph)):
             reason = _fold(add)
             modified |= not reason
-            shift = found.get(str(add.name))
-            what = "" if shift is None else f": {shift.share:.2%} of an error of {shift.relative_error:.2%}"
-            self.refuse(add, f"the mean set right{what}" + (f"; the Add stays: {reason}" if reason else ""))
+            if reason:
+                self.refuse(add, f"stays: {reason}")
         return ir.passes.PassResult(model, modified)
 
 

@@ -22,7 +22,7 @@ from qgraph.passes.linear_groups import (
 )
 from qgraph.passes.lowbit_functions import DOMAIN
 from qgraph.passes.lowbit_weights import FORMS, TABLES, from_arrays, to_arrays, to_tensors
-from qgraph.passes.mean_shift import install, stages
+from qgraph.passes.mean_shift import SHIFTS, install, stages
 from qgraph.passes.quantize_activations import quantize_input
 from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT
 from qgraph.schemes import SCHEMES, Scheme, get_scheme
@@ -130,6 +130,9 @@ class QuantizeWeights(GraphPass):
                 work.install(group, work.solve(group, None))
         self.on_layer(len(work.order), len(work.order), "")
         model.meta[QUANTIZED] = work.done()
+        for shift in model.meta.get(SHIFTS, ()):
+            gain = f"{shift.share:.2%} of an error of {shift.relative_error:.2%}"
+            self.refuse(shift.node, f"the mean set right, which is {gain}")
         return ir.passes.PassResult(model, bool(work.order))
 
     def ensures(self, model: ir.Model) -> None:
