@@ -14,7 +14,7 @@ rotation of the inputs in blocks of 16 would add to that. In percent.
 Padding tokens do not count. `--captions` shows how much the figures hang on the data: MiniLM calibrated and
 measured on short captions alone (alternate sentences of the first 1000 of the dev set). Such inputs are much
 alike, and what second-order methods leave is two to four times less than on mixed text. `--padding` takes the
-same sentences in batches of 32 and counts the padding.
+first 512 of these in batches of 8 and counts the padding.
 
 `--speed` times a square layer, each solver in a process of its own; `memory` is what it needed at its peak
 beyond W and H. Downloads nothing; see end_to_end.py for the models.

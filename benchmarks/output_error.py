@@ -116,7 +116,7 @@ def table(found: list[Layer], rows: Mapping[str, Quantize], weight_error: bool =
         print(f"| {row} | {' | '.join(cells)} | {seconds:.1f} |", flush=True)
 
 
-def padded(text: Path, tokenizer: Path, size: int = 32) -> Data:
+def padded(text: Path, tokenizer: Path, size: int = 8) -> Data:
     """The sentences of a file in batches, padded to the longest of each."""
     tokenize, lines = SentenceTokenizer(tokenizer), text.read_text(encoding="utf-8").splitlines()
     parts = [lines[i : i + size] for i in range(0, len(lines), size)]
@@ -134,7 +134,7 @@ def minilm(data: Path, work: Path, model: Path | None, captions: bool, padding: 
     texts = {part: sentences(part) for part in ("train", "dev")}
     texts["train"] = {s: None for s in texts["train"] if s not in texts["dev"]}
     if captions or padding:
-        alike = list(texts["dev"])[:1000]
+        alike = list(texts["dev"])[: 512 if padding else 1000]
         texts = {"train": dict.fromkeys(alike[::2]), "dev": dict.fromkeys(alike[1::2])}
     for part, lines in texts.items():
         (work / f"{part}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
