@@ -35,7 +35,6 @@ from qgraph.codegen.isa import Isa  # noqa: E402
 from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8  # noqa: E402
 from qgraph.codegen.packing_group import (  # noqa: E402
     code_layout,
-    kernel_name,
     pack_blocks,
     pack_codes,
     pack_nibbles,
@@ -71,7 +70,7 @@ def packed_weights(K: int, N: int, rng: np.random.Generator) -> dict[str, Packed
         "matmul_ternary base3": packed_group(TERNARY, K, N, rng, "base3"),
     }
     for spec in GROUP_FORMATS:
-        found[kernel_name(spec.name)] = packed_group(spec, K, N, rng, "2bit")
+        found[spec.kernel] = packed_group(spec, K, N, rng, "2bit")
     return found
 
 
@@ -85,7 +84,7 @@ def packed_group(spec: BlockFormat, K: int, N: int, rng: np.random.Generator, pa
     elif spec.offset == "mean":
         weights.append(pack_blocks(rng.standard_normal((blocks, N)).astype(np.float16)))
     params = {"block": spec.block} | ({"packing": packing} if spec is TERNARY else {})
-    return Packed(kernel_name(spec.name), weights, params, spec.offset == "mean")
+    return Packed(spec.kernel, weights, params, spec.offset == "mean")
 
 
 def kernel_call(

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from qgraph.codegen.packing import LANES
 from qgraph.errors import QGraphError
-from qgraph.formats import FORMATS
-from qgraph.formats.block import BlockFormat
+from qgraph.formats import FORMATS, group
 
 Codes = npt.NDArray[np.uint8]
 Trits = npt.NDArray[np.int8]
@@ -23,11 +22,6 @@ TRITS = 5  # digits of a base-3 byte: 3^5 = 243
 # middle word that brings down its high bit, and before that two bits that the low ones are xored with).
 _LEFT = ((30, 0, 29), (31, 2, 28))
 TERNARY_LAYOUTS = {"2bit": "n16b2", "base3": "n16t5"}
-
-
-def kernel_name(weight_format: str) -> str:
-    """The kernel that multiplies by a weight of a group format: `matmul_int4sym` of `int4-sym`."""
-    return f"matmul_{weight_format.replace('-', '')}"
 
 
 def code_layout(weight_format: str, packing: str = "2bit") -> str:
@@ -68,8 +62,7 @@ def pack_codes(weight_format: str, codes: Codes, layout: str) -> Words | Trits:
         return _pack_trits(codes, spec.block)
     if layout == "n16b3":
         return _pack_threes(codes)
-    bits = spec.code_bits
-    return _pack_fields((codes + _bias(spec)) & np.uint8((1 << bits) - 1), bits)
+    return _pack_fields(group.to_fields(spec, codes, spec.code_bits), spec.code_bits)
 
 
 def unpack_codes(weight_format: str, packed: npt.NDArray, layout: str, shape: tuple[int, int]) -> Codes:
@@ -79,8 +72,7 @@ def unpack_codes(weight_format: str, packed: npt.NDArray, layout: str, shape: tu
         return _unpack_trits(packed, spec.block, shape)
     if layout == "n16b3":
         return _unpack_threes(packed, shape)
-    fields = _unpack_fields(packed, spec.code_bits, shape)
-    return (fields - _bias(spec)) & np.uint8((1 << spec.code_bits) - 1)
+    return group.from_fields(spec, _unpack_fields(packed, spec.code_bits, shape), spec.code_bits)
 
 
 def pack_blocks(values: npt.NDArray) -> npt.NDArray:
@@ -107,11 +99,6 @@ def unpack_nibbles(packed: Codes, shape: tuple[int, int]) -> Codes:
     bytes_ = unpack_blocks(packed, shape[1])
     both = np.stack([bytes_ & np.uint8(15), bytes_ >> np.uint8(4)], axis=1)
     return np.ascontiguousarray(both.reshape(-1, shape[1])[: shape[0]])
-
-
-def _bias(spec: BlockFormat) -> np.uint8:
-    """What makes a level the stored field, modulo 2^bits."""
-    return np.uint8(int(spec.values[0]) % 256)
 
 
 def _tiles(a: npt.NDArray, rows: int | None = None) -> npt.NDArray:

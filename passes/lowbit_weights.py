@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph.formats import FORMATS, QTensor
+from qgraph.formats import FORMATS, QTensor, group
 from qgraph.formats.packing import pack_bits, unpack_bits
 
 Arrays = dict[str, npt.NDArray]
@@ -21,19 +21,25 @@ class WeightForm:
 
     Attributes:
         format: a key of FORMATS.
-        linear: the operator (x, *parts) -> x @ W.
-        lookup: the operator (ids, *parts) -> rows of a table; empty where there is none.
         code_type: the element type of codes and zero points.
         code_bits: that such an element takes. ONNX has no 3-bit type.
         opset: the first that has the type.
     """
 
     format: str
-    linear: str
     code_type: ir.DataType
     code_bits: int
     opset: int
-    lookup: str = ""
+
+    @property
+    def linear(self) -> str:
+        """The operator (x, *parts) -> x @ W."""
+        return f"QLinear{FORMATS[self.format].title}"
+
+    @property
+    def lookup(self) -> str:
+        """The operator (ids, *parts) -> rows of a table, for the format of tables (`TABLES`)."""
+        return f"QGather{FORMATS[self.format].title}"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -61,20 +67,20 @@ _INT = ir.DataType
 FORMS: dict[str, WeightForm] = {
     form.format: form
     for form in (
-        WeightForm("nvfp4", "QLinearNVFP4", _INT.FLOAT4E2M1, 4, 23, lookup="QGatherNVFP4"),
-        WeightForm("ternary", "QLinearTernary", _INT.INT2, 2, 25),
-        WeightForm("int2", "QLinearInt2", _INT.UINT2, 2, 25),
-        WeightForm("int3", "QLinearInt3", _INT.UINT4, 4, 23),
-        WeightForm("int4", "QLinearInt4", _INT.UINT4, 4, 23),
-        WeightForm("int4-sym", "QLinearInt4Sym", _INT.INT4, 4, 23),
-        WeightForm("int8", "QLinearInt8", _INT.INT8, 8, 23),
+        WeightForm("nvfp4", _INT.FLOAT4E2M1, 4, 23),
+        WeightForm("ternary", _INT.INT2, 2, 25),
+        WeightForm("int2", _INT.UINT2, 2, 25),
+        WeightForm("int3", _INT.UINT4, 4, 23),
+        WeightForm("int4", _INT.UINT4, 4, 23),
+        WeightForm("int4-sym", _INT.INT4, 4, 23),
+        WeightForm("int8", _INT.INT8, 8, 23),
     )
 }
 
 TABLES = "nvfp4"  # the format, and the name of a scheme, of every table that is quantized
 # Operators -> what they read.
 LINEARS = {form.linear: form for form in FORMS.values()}
-LOOKUPS = {form.lookup: form for form in FORMS.values() if form.lookup}
+LOOKUPS = {FORMS[TABLES].lookup: FORMS[TABLES]}
 
 
 def to_tensors(q: QTensor, name: str, turned: bool = False) -> list[ir.TensorProtocol]:
@@ -148,8 +154,7 @@ def _packed(form: WeightForm, codes: npt.NDArray[np.uint8], name: str) -> ir.Ten
     """Codes as elements of the form's type, whose bits are those of the value that a code stands for (E2M1:
     of the code)."""
     if form.code_type != ir.DataType.FLOAT4E2M1:
-        lowest = int(FORMATS[form.format].values[0])
-        codes = (codes + np.uint8(lowest % 256)) & np.uint8((1 << form.code_bits) - 1)
+        codes = group.to_fields(FORMATS[form.format], codes, form.code_bits)
     if form.code_bits == 8:
         return ir.Tensor(np.ascontiguousarray(codes).view(np.int8), name=name)
     return ir.PackedTensor(pack_bits(codes, form.code_bits), form.code_type, shape=codes.shape, name=name)
@@ -159,5 +164,4 @@ def _codes(form: WeightForm, tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]
     """The inverse: codes, uint8."""
     if form.code_type == ir.DataType.FLOAT4E2M1:
         return tensor.numpy().view(np.uint8) & np.uint8(15)
-    lowest = int(FORMATS[form.format].values[0])
-    return (tensor.numpy().astype(np.int16) - lowest).astype(np.uint8)
+    return group.from_integers(FORMATS[form.format], tensor.numpy())

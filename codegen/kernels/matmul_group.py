@@ -10,7 +10,6 @@ from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.matmul import matmul
 from qgraph.codegen.kernels.weights_group import GroupReader
-from qgraph.codegen.packing_group import kernel_name
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats.group import GROUP_FORMATS
 
@@ -30,4 +29,4 @@ def _matmul_group(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) -
 
 
 for _format in GROUP_FORMATS:
-    kernel(kernel_name(_format.name))(partial(_matmul_group, _format.name))
+    kernel(_format.kernel)(partial(_matmul_group, _format.name))

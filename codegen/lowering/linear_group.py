@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from qgraph.codegen import packing_group as packing
@@ -12,13 +11,9 @@ from qgraph.codegen.lowering.context import Linear, Lowering, lowers, unsupporte
 from qgraph.codegen.memory import Buffer
 from qgraph.errors import InputError
 from qgraph.formats import FORMATS, QTensor
-from qgraph.formats.group import GROUP_FORMATS
+from qgraph.formats.group import GROUP_FORMATS, from_integers
 
-# Operator -> its format: QLinearInt4Sym of `int4-sym`.
-_OPERATORS = {
-    "QLinear" + "".join(word.capitalize() for word in spec.name.split("-")): spec.name
-    for spec in GROUP_FORMATS
-}
+_OPERATORS = {f"QLinear{spec.title}": spec for spec in GROUP_FORMATS}
 _TERNARY = {"fast": "2bit", "small": "base3"}  # how `Lowering.packing` has ternary codes
 
 
@@ -38,7 +33,7 @@ def qlinear_group(low: Lowering, node: ir.Node) -> None:
         params["packing"] = _TERNARY[low.packing]
     linear = Linear(
         node,
-        packing.kernel_name(q.format),
+        spec.kernel,
         low.dense(x),
         k,
         n,
@@ -52,28 +47,23 @@ def qlinear_group(low: Lowering, node: ir.Node) -> None:
 
 def _weight(low: Lowering, node: ir.Node) -> QTensor:
     """The weight of a node, its parts checked: InputError says which node they are wrong in."""
-    spec = FORMATS[_OPERATORS[node.op_type]]
+    spec = _OPERATORS[node.op_type]
     parts = [low.constant(value) for value in node.inputs[1:]]
     if len(parts) != (2 if spec.offset == "none" else 3) or any(part is None for part in parts):
         raise unsupported(node, "codes, scales and offsets must be initializers")
     codes, scale, *offset = (part for part in parts if part is not None)
     if offset and spec.offset == "zero_point":
-        offset = [_levels(offset[0], spec.values[0])]
+        offset = [from_integers(spec, offset[0])]
     try:
         return QTensor(
             spec.name,
             (codes.shape[0], codes.shape[1]),
-            _levels(codes, spec.values[0]),
+            from_integers(spec, codes),
             scale,
             block_offset=offset[0] if offset else None,
         )
     except InputError as error:
         raise InputError(f"{node.op_type} node '{node.name}': {error}") from error
-
-
-def _levels(codes: np.ndarray, lowest: np.float32) -> np.ndarray:
-    """Levels from the lowest up; a value below it becomes one that no format has."""
-    return (codes.astype(np.int16) - int(lowest)).astype(np.uint8)
 
 
 def _buffers(low: Lowering, node: ir.Node, q: QTensor, layout: str) -> tuple[Buffer, ...]:

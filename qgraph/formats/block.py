@@ -22,6 +22,7 @@ class BlockFormat:
     """
 
     name: str
+    title: str  # in the names of its operators, `QLinear<title>`; in those of its kernels in lower case
     block: int  # elements of K that share a block scale
     code_bits: int  # bits that a stored code, or zero point, takes
     values: npt.NDArray[np.float32]  # what each code stands for
@@ -39,6 +40,11 @@ class BlockFormat:
         codes, blocks = -(-K * N * self.code_bits // 8), self.blocks(K) * N
         offsets = {"none": 0, "zero_point": -(-blocks * self.code_bits // 8), "mean": 2 * blocks}[self.offset]
         return codes + blocks * self.scale_dtype.itemsize + offsets + 4 * self.has_global_scale
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that multiplies by a weight of it: `matmul_int4sym` of `int4-sym`."""
+        return f"matmul_{self.title.lower()}"
 
     @property
     def offset_dtype(self) -> np.dtype:

@@ -25,7 +25,8 @@ LARGEST = float(np.finfo(np.float16).max)
 
 def _format(name: str, block: int, bits: int, lowest: int, levels: int, offset: Offset) -> BlockFormat:
     values = np.arange(lowest, lowest + levels, dtype=np.float32)
-    return BlockFormat(name, block, bits, values, SCALE_DTYPE, has_global_scale=False, offset=offset)
+    title = "".join(word.capitalize() for word in name.split("-"))
+    return BlockFormat(name, title, block, bits, values, SCALE_DTYPE, has_global_scale=False, offset=offset)
 
 
 TERNARY = _format("ternary", 128, 2, -1, 3, "mean")
@@ -37,6 +38,27 @@ GROUP_FORMATS = (
     _format("int4-sym", 32, 4, -8, 16, "none"),
     _format("int8", 128, 8, -128, 256, "none"),
 )
+
+
+def to_fields(spec: BlockFormat, codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Codes as the integers that they stand for, in two's complement of so many bits: uint8 of any shape."""
+    return (codes + _lowest(spec)) & np.uint8((1 << bits) - 1)
+
+
+def from_fields(spec: BlockFormat, fields: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Inverse of `to_fields`."""
+    return (fields - _lowest(spec)) & np.uint8((1 << bits) - 1)
+
+
+def from_integers(spec: BlockFormat, integers: npt.NDArray) -> npt.NDArray[np.uint8]:
+    """The codes of integers of any type, uint8 of any shape. Of one below the lowest: a code that no format
+    has."""
+    return (integers.astype(np.int16) - int(spec.values[0])).astype(np.uint8)
+
+
+def _lowest(spec: BlockFormat) -> np.uint8:
+    """The lowest value in two's complement."""
+    return np.uint8(int(spec.values[0]) % 256)
 
 
 def dequantize(

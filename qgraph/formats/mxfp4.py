@@ -14,6 +14,7 @@ from qgraph.formats.block import BlockFormat, divide_blocks
 BLOCK = 32
 MXFP4 = BlockFormat(
     name="mxfp4",
+    title="MXFP4",
     block=BLOCK,
     code_bits=4,
     values=e2m1.VALUES,

@@ -14,7 +14,9 @@ from qgraph.formats import e2m1, e4m3
 from qgraph.formats.block import BlockFormat, divide_blocks
 
 BLOCK = 16
-NVFP4 = BlockFormat(name="nvfp4", block=BLOCK, code_bits=4, values=e2m1.VALUES, scale_dtype=e4m3.DTYPE)
+NVFP4 = BlockFormat(
+    name="nvfp4", title="NVFP4", block=BLOCK, code_bits=4, values=e2m1.VALUES, scale_dtype=e4m3.DTYPE
+)
 
 # Weights beyond this have no NVFP4 form whose float32 products are sure not to overflow.
 MAX_WEIGHT = 2.0**125

@@ -65,7 +65,9 @@ class LayerReport:
     def realised(self) -> bool:
         """Whether the kernel reads the low-bit weight itself: kernels are named after the format they
         read."""
-        return bool(self.scheme) and self.scheme.replace("-", "") in self.kernel.split("_")
+        from qgraph.formats import FORMATS
+
+        return bool(self.scheme) and FORMATS[self.scheme].title.lower() in self.kernel.split("_")
 
     def to_json(self) -> dict[str, Any]:
         """All fields; a float or exact layer has no SQNR that JSON could say."""
@@ -160,10 +162,10 @@ def _format(node: ir.Node) -> str:
     nodes."""
     from qgraph.formats import FORMATS
 
-    kind, format = node.op_type[:7], node.op_type[7:]
+    kind, title = node.op_type[:7], node.op_type[7:]
     if node.domain != "ai.qgraph" or kind not in ("QLinear", "QGather"):
         return ""
-    return next((name for name in FORMATS if name.replace("-", "") == format.lower()), "")
+    return next((spec.name for spec in FORMATS.values() if spec.title == title), "")
 
 
 def _weight(node: ir.Node) -> ir.Value | None:

@@ -8,7 +8,7 @@ import numpy as np
 from kernel_harness import Kernel, aligned, compile_kernel
 
 from qgraph.codegen.isa import Isa
-from qgraph.codegen.packing_group import code_layout, kernel_name, pack_blocks, pack_codes, pack_nibbles
+from qgraph.codegen.packing_group import code_layout, pack_blocks, pack_codes, pack_nibbles
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats import FORMATS, QTensor
 from qgraph.formats.group import GROUP_FORMATS
@@ -46,7 +46,7 @@ def packed(q: QTensor, packing: str) -> list[np.ndarray]:
 def make_spec(weight_format: str, packing: str, K: int, N: int, **params: Any) -> KernelSpec:
     given = {"n_block": 32, "m_block": 128, "epilogue": (), "block": FORMATS[weight_format].block}
     given |= {"packing": packing} if packing else {}
-    return KernelSpec.make(kernel_name(weight_format), k=K, n=N, **(given | params))
+    return KernelSpec.make(FORMATS[weight_format].kernel, k=K, n=N, **(given | params))
 
 
 class GroupMatMul:
