@@ -198,6 +198,25 @@ def replace_value(old: ir.Value, new: ir.Value) -> bool:
     return True
 
 
+def add_behind(value: ir.Value, addend: ir.Value, name: str, before: str) -> ir.Node:
+    """Lets every reader of `value`, and every output of the graph that it is, have value + addend.
+
+    The sum takes over name, type, shape and `meta`: the value is `<its name>/<before>` from then on. Returns
+    the Add, `name`, which stands right behind the value's producer.
+    """
+    producer = value.producer()
+    assert producer is not None and producer.graph is not None
+    add = ir.node("Add", [value, addend], name=name)
+    total = add.outputs[0]
+    total.name, total.type, total.shape = value.name, value.type, value.shape
+    total.meta.update(value.meta)
+    value.replace_all_uses_with(total, replace_graph_outputs=True)
+    add.replace_input_with(0, value)
+    value.name = f"{value.name}/{before}"
+    producer.graph.insert_after(producer, add)
+    return add
+
+
 def fresh_name(graph: ir.Graph, wanted: str) -> str:
     """`wanted`, or `wanted_2`, ... : not the name of an initializer or input of `graph`.
 

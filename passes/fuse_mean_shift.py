@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qgraph.passes.base import (
     GraphPass,
+    add_behind,
     add_initializer,
     constant,
     describe,
@@ -118,14 +119,8 @@ def _add_bias(layer: ir.Node, bias: Vector) -> None:
         if old is not None and old.shape == bias.shape:
             change_constant(add, 1, old + bias)
             return
-    add = ir.node("Add", [y, add_initializer(graph, bias, f"{layer.name}.bias")], name=f"{layer.name}/bias")
-    result = add.outputs[0]
-    result.name, result.type, result.shape = y.name, y.type, y.shape
-    result.meta.update(y.meta)
-    y.replace_all_uses_with(result, replace_graph_outputs=True)
-    add.replace_input_with(0, y)
-    y.name = f"{y.name}/unbiased"
-    graph.insert_after(layer, add)
+    held = add_initializer(graph, bias, f"{layer.name}.bias")
+    add_behind(y, held, f"{layer.name}/bias", "unbiased")
 
 
 def _remove(add: ir.Node) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import UsageError
-from qgraph.passes.base import GraphPass, add_initializer, is_op
+from qgraph.passes.base import GraphPass, add_behind, add_initializer, is_op
 from qgraph.passes.channel_sources import chosen_matmuls
 from qgraph.passes.mean_shift import MARK, is_linear, marked, width
 from qgraph.passes.select_layers import DECISIONS
@@ -92,17 +92,9 @@ def _mixes_tokens(node: ir.Node) -> bool:
 
 
 def _insert(graph: ir.Graph, norm: ir.Node, names: set[str | None]) -> None:
-    value = norm.outputs[0]
     shift = add_initializer(graph, np.zeros(width(norm), np.float32), f"{norm.name}.mean_shift")
     name, count = str(shift.name), 2
     while name in names:
         name, count = f"{shift.name}_{count}", count + 1
     names.add(name)
-    add = ir.node("Add", [value, shift], name=name, metadata_props={MARK: ""})
-    total = add.outputs[0]
-    total.name, total.type, total.shape = value.name, value.type, value.shape
-    total.meta.update(value.meta)
-    value.replace_all_uses_with(total, replace_graph_outputs=True)
-    add.replace_input_with(0, value)
-    value.name = f"{value.name}/unshifted"
-    graph.insert_after(norm, add)
+    add_behind(norm.outputs[0], shift, name, "unshifted").metadata_props[MARK] = ""
