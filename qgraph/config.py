@@ -7,12 +7,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qgraph.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from qgraph.schemes import Scheme
+from qgraph.schemes import PACKINGS, SCHEMES, Scheme, get_scheme
 
 ONNX_STYLES = ("function", "qdq")
 EMBEDDINGS = ("float", "nvfp4")
@@ -21,7 +19,6 @@ ROTATE = (0, 16, 32, 64, 128)
 REORDER = ("off", "fold", "gather")
 DUAL_SCALE = ("off", "on")
 MEAN_SHIFT = ("off", "attention", "all")
-PACKINGS = ("fast", "small")
 FROM_PYTHON = "<from Python>"  # as `calibration`: the data are an argument of `compile`
 MAX_THREADS = 1024
 
@@ -109,7 +106,6 @@ class CompileConfig:
             elif type(value) is not type(default):
                 raise UsageError(f"{field.name}: expected {type(default).__name__}, got {value!r}")
         from qgraph.codegen.isa import TARGETS
-        from qgraph.schemes import get_scheme
 
         scheme = get_scheme(self.scheme)
         if self.solver and not scheme.solvers:
@@ -117,9 +113,8 @@ class CompileConfig:
         if self.solver:
             _one_of("solver", self.solver, scheme.solvers)
         schemes = [scheme, *self._check_layers(scheme)]
+        self._check_transforms(schemes)
         self._check_calibration(schemes)
-        if self.dual_scale == "on":
-            _check_dual_scale(schemes)
         _one_of("embeddings", self.embeddings, EMBEDDINGS)
         if self.embeddings != "float" and scheme.weight_format is None:
             raise UsageError(
@@ -147,8 +142,6 @@ class CompileConfig:
 
     def _check_layers(self, scheme: Scheme) -> list[Scheme]:
         """The schemes of `layers`, each of which `scheme` can stand beside."""
-        from qgraph.schemes import get_scheme
-
         schemes = []
         for pattern, name, solver in self.overrides():
             own = get_scheme(name)
@@ -168,7 +161,6 @@ class CompileConfig:
 
     def solvers(self) -> list[str]:
         """The solvers of all linear layers, that of `scheme` first; defaults resolved."""
-        from qgraph.schemes import get_scheme
         from qgraph.solvers import default_solver
 
         recipes = [(self.scheme, self.solver), *((scheme, solver) for _, scheme, solver in self.overrides())]
@@ -176,6 +168,32 @@ class CompileConfig:
         return [
             solver or default_solver(get_scheme(scheme).solvers, calibrated) for scheme, solver in recipes
         ]
+
+    def _check_transforms(self, schemes: list[Scheme]) -> None:
+        """`smooth`, `rotate`, `reorder`, `dual_scale` and `mean_shift`; not whether they have data."""
+        from qgraph.solvers import GROUP_NAMES
+
+        if self.rotate not in ROTATE:
+            raise UsageError(f"rotate: choose from {', '.join(map(str, ROTATE))}, got {self.rotate}")
+        choices = {"reorder": REORDER, "dual_scale": DUAL_SCALE, "mean_shift": MEAN_SHIFT}
+        for name, known in choices.items():
+            if getattr(self, name):
+                _one_of(name, getattr(self, name), known)
+        if self.mean_shift not in ("", "off") and self.calibrate_on == "float":
+            raise UsageError(
+                "mean_shift is measured behind layers that are quantized already: it needs calibrate_on "
+                "'quantized' or 'corrected'"
+            )
+        if not 0 <= self.smooth <= 1:
+            raise UsageError(f"smooth: must be from 0 to 1, got {self.smooth:g}")
+        if all(scheme.weight_format is None for scheme in schemes):
+            for name in ("smooth", "rotate", "reorder", "dual_scale", "mean_shift"):
+                if getattr(self, name) not in (0, "", "off"):
+                    raise UsageError(f"scheme '{schemes[0].name}' quantizes nothing and takes no {name}")
+        if self.dual_scale == "on" and not any(scheme.weight_format in GROUP_NAMES for scheme in schemes):
+            suitable = [name for name, scheme in SCHEMES.items() if scheme.weight_format in GROUP_NAMES]
+            names = " and ".join(sorted({f"'{scheme.name}'" for scheme in schemes}))
+            raise UsageError(f"dual_scale 'on' is for the schemes {', '.join(suitable)}, not {names}")
 
     def _check_calibration(self, schemes: list[Scheme]) -> None:
         from qgraph.solvers import get_solver
@@ -187,25 +205,6 @@ class CompileConfig:
         for name in ("calibration", "tokenizer"):
             if "\0" in getattr(self, name):
                 raise UsageError(f"{name}: a path cannot hold the character NUL: {getattr(self, name)!r}")
-        if self.rotate not in ROTATE:
-            raise UsageError(f"rotate: choose from {', '.join(map(str, ROTATE))}, got {self.rotate}")
-        if self.reorder:
-            _one_of("reorder", self.reorder, REORDER)
-        if self.dual_scale:
-            _one_of("dual_scale", self.dual_scale, DUAL_SCALE)
-        if self.mean_shift:
-            _one_of("mean_shift", self.mean_shift, MEAN_SHIFT)
-        if self.mean_shift not in ("", "off") and self.calibrate_on == "float":
-            raise UsageError(
-                "mean_shift is measured behind layers that are quantized already: it needs calibrate_on "
-                "'quantized' or 'corrected'"
-            )
-        if not 0 <= self.smooth <= 1:
-            raise UsageError(f"smooth: must be from 0 to 1, got {self.smooth:g}")
-        if all(scheme.weight_format is None for scheme in schemes):
-            for name in ("smooth", "rotate", "reorder", "dual_scale", "mean_shift"):
-                if getattr(self, name) not in (0, "", "off"):
-                    raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no {name}")
         if self.calibration:
             if all(scheme.weight_format is None for scheme in schemes):
                 raise UsageError(f"scheme '{scheme.name}' quantizes nothing and takes no calibration data")
@@ -220,10 +219,9 @@ class CompileConfig:
             raise UsageError(f"scheme '{scheme.name}' needs {data}")
         if needy:
             raise UsageError(f"solver '{needy[0]}' needs {data}")
-        if self.smooth:
-            raise UsageError(f"smooth needs {data}")
-        if self.mean_shift not in ("", "off"):
-            raise UsageError(f"mean_shift needs {data}")
+        for name in ("smooth", "mean_shift"):
+            if getattr(self, name) not in (0, "", "off"):
+                raise UsageError(f"{name} needs {data}")
         for name in ("tokenizer", "samples", "length", "calibrate_on"):
             if getattr(self, name):
                 raise UsageError(f"{name} is for {data}")
@@ -244,7 +242,6 @@ class CompileConfig:
     def resolved(self) -> dict[str, Any]:
         """All fields, with what empty ones stand for: the scheme's first solver that has what it needs, and
         how that is calibrated best."""
-        from qgraph.schemes import get_scheme
         from qgraph.solvers import get_solver
 
         scheme, solvers = get_scheme(self.scheme), self.solvers()
@@ -294,17 +291,6 @@ def _one_of(field: str, value: str, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise UsageError(f"unknown {field} '{value}'{did_you_mean(value, known)}")
-
-
-def _check_dual_scale(schemes: Iterable[Scheme]) -> None:
-    """UsageError where none of these schemes is one that they are for."""
-    from qgraph.schemes import SCHEMES
-    from qgraph.solvers import GROUP_NAMES
-
-    if not any(scheme.weight_format in GROUP_NAMES for scheme in schemes):
-        suitable = [name for name, scheme in SCHEMES.items() if scheme.weight_format in GROUP_NAMES]
-        names = " and ".join(sorted({f"'{scheme.name}'" for scheme in schemes}))
-        raise UsageError(f"dual_scale 'on' is for the schemes {', '.join(suitable)}, not {names}")
 
 
 def _items(value: Any) -> list[Any]:

@@ -7,6 +7,8 @@ from difflib import get_close_matches
 
 from qgraph.errors import UsageError
 
+PACKINGS = ("fast", "small")  # how an artifact holds ternary weights: 2 bits each, or 1.625
+
 
 @dataclass(frozen=True)
 class Scheme:

@@ -19,10 +19,11 @@ from qgraph.codegen.lowering import (  # noqa: F401
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attributes, data_inputs
 from qgraph.codegen.memory import Buffer, View
 from qgraph.errors import InputError, UnsupportedError, UsageError
+from qgraph.schemes import PACKINGS
 
 MAX_RANK = 8  # of inputs and outputs (runtime/FORMAT.md)
 
-__all__ = ["PACKINGS", "Lowering", "Step", "lower", "supported_ops"]
+__all__ = ["Lowering", "Step", "lower", "supported_ops"]
 
 
 def supported_ops() -> list[str]:
@@ -72,9 +73,6 @@ def _check_ports(low: Lowering) -> None:
             rank = len(low.shape(value))
             if rank > MAX_RANK:
                 raise UnsupportedError(f"{kind} {name!r} has {rank} dimensions; up to {MAX_RANK} work")
-
-
-PACKINGS = ("fast", "small")
 
 
 def lower(graph: ir.Graph, packing: str = "fast") -> Lowering:
