@@ -49,6 +49,12 @@ def tiles(K: int, N: int, block: int, size: int = _BLOCKS_PER_TILE) -> Iterator[
             )
 
 
+def column_slices(N: int, most: int) -> list[slice]:
+    """Slices of 0..N-1, of about one size and at most `most`: the same whatever the number of threads."""
+    width = -(-N // -(-N // most))
+    return [slice(n, min(n + width, N)) for n in range(0, N, width)]
+
+
 def check_weight(
     W: npt.NDArray[np.float32], name: str, largest: float = MAX_WEIGHT, numbers: str = "4-bit floats"
 ) -> float:

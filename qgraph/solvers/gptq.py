@@ -35,11 +35,12 @@ from qgraph.errors import UsageError
 from qgraph.formats import QTensor, e2m1, e4m3, nvfp4
 from qgraph.formats.nvfp4 import BLOCK
 from qgraph.solvers import gptq_search, sweep
-from qgraph.solvers._tiles import check_weight, map_ordered
+from qgraph.solvers._tiles import check_weight, column_slices, map_ordered
 from qgraph.solvers.gptq_search import SCALE, Array, Candidates, Codes, block_factor, nearest
 from qgraph.solvers.hessian import (
     Matrix,
     check_second_moment,
+    default_damping,
     energy_order,
     factorize,
     one_blas_thread,
@@ -55,6 +56,7 @@ SCALES: dict[str, Candidates] = {
 
 _PANEL = 256  # rows; paths are followed inside one
 _COLUMNS = 256  # of a slice, at most: the arrays of a step then fit the caches, and a thread is busy
+_LEAST_DAMPING = 0.01  # by default
 _MIN_GAIN = np.float32(1e-5)  # share of a block's error below which a change is rounding noise
 
 
@@ -89,7 +91,7 @@ def solve(
     Raises InputError for weights, or an H, that are not finite, and for an H that is no second moment.
     """
     if damping is None:
-        damping = min(max(0.5 * len(W) / tokens, 0.01), 0.3) if tokens else 0.03
+        damping = default_damping(len(W), tokens, _LEAST_DAMPING)
     if scales not in SCALES or beams < 1 or rounds < 0 or not 0 <= damping < np.inf:
         raise UsageError(f"gptq: scales={scales!r}, beams={beams}, rounds={rounds}, damping={damping}")
     a = nvfp4.global_scale(check_weight(W, name), top=256)
@@ -100,13 +102,11 @@ def solve(
     rows = energy_order(H, BLOCK) if order else np.arange(K)
     blocks = rows[::BLOCK] // BLOCK
     codes, block_scale = np.empty((K, N), np.uint8), np.empty((-(-K // BLOCK), N), np.uint8)
-    width = -(-N // -(-N // _COLUMNS))  # of slices of about one size
 
     with one_blas_thread():
         problem = _Problem(H[np.ix_(rows, rows)], damping, name)
 
-        def work(first: int) -> None:
-            part = slice(first, min(first + width, N))
+        def work(part: slice) -> None:
             X = W[rows, part] / a
             values, scale = _pass(problem, X, SCALES[scales], beams)
             for _ in range(rounds):
@@ -116,7 +116,7 @@ def solve(
             scale[~_any_in_block(q)] = e4m3.ONE_CODE
             block_scale[blocks, part] = scale
 
-        map_ordered(work, range(0, N, width), threads)
+        map_ordered(work, column_slices(N, _COLUMNS), threads)
     return QTensor("nvfp4", (K, N), codes, e4m3.from_codes(block_scale), a)
 
 

@@ -25,14 +25,15 @@ import numpy as np
 from qgraph.errors import UsageError
 from qgraph.formats import FORMATS, QTensor
 from qgraph.solvers import group_grid, itf
-from qgraph.solvers._tiles import map_ordered
+from qgraph.solvers._tiles import column_slices, map_ordered
 from qgraph.solvers.group_gptq_anneal import anneal
 from qgraph.solvers.group_gptq_pass import CHOICES, first_pass
 from qgraph.solvers.group_gptq_problem import Problem
 from qgraph.solvers.group_grid import Array
-from qgraph.solvers.hessian import Matrix, check_second_moment, energy_order, one_blas_thread
+from qgraph.solvers.hessian import Matrix, check_second_moment, default_damping, energy_order, one_blas_thread
 
 _COLUMNS = 768  # of a slice, at most
+_LEAST_DAMPING = 0.03  # by default
 
 
 def solve(
@@ -66,7 +67,7 @@ def solve(
     moment.
     """
     if damping is None:
-        damping = min(max(0.5 * len(W) / tokens, 0.03), 0.3) if tokens else 0.03
+        damping = default_damping(len(W), tokens, _LEAST_DAMPING)
     if grids not in CHOICES or sweeps < 0 or not 0 <= damping < np.inf:
         raise UsageError(f"gptq: grids={grids!r}, sweeps={sweeps}, damping={damping}")
     group_grid.check_group_weight(W, name)
@@ -79,18 +80,16 @@ def solve(
     blocks = rows[:: spec.block] // spec.block
     codes = np.empty((K, N), np.uint8)
     scale, offset = np.empty((2, len(blocks), N), np.float32)
-    width = -(-N // -(-N // _COLUMNS))  # of slices of about one size
 
     with one_blas_thread():
         problem = Problem(spec, H[np.ix_(rows, rows)], damping, name)
 
-        def work(first: int) -> None:
-            part = slice(first, min(first + width, N))
+        def work(part: slice) -> None:
             found = first_pass(problem, W[rows, part], CHOICES[grids])
             if sweeps:
-                anneal(found, sweeps, seed=first)
+                anneal(found, sweeps, seed=part.start)
             codes[rows, part] = found.levels - problem.low
             scale[blocks, part], offset[blocks, part] = found.scale, found.offset
 
-        map_ordered(work, range(0, N, width), threads)
+        map_ordered(work, column_slices(N, _COLUMNS), threads)
     return group_grid.assemble(spec, codes, scale, offset)

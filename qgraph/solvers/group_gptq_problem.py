@@ -8,7 +8,7 @@ import numpy as np
 
 from qgraph.formats import BlockFormat
 from qgraph.solvers.group_grid import Array, Moments
-from qgraph.solvers.hessian import Matrix, factorize
+from qgraph.solvers.hessian import Matrix, block_feedback, factorize
 
 
 class Block(NamedTuple):
@@ -18,7 +18,7 @@ class Block(NamedTuple):
     share: Array  # R_bb R_bb^T: what errors cost that later blocks make up for as far as they can
     factor: Array  # R_jk / R_kk inside the block
     weight: Array  # R_kk^2
-    feedback: Array  # (R_jb R_bb^-1)^T for all rows j before the block: [rows of it, start of it]
+    feedback: Array  # of `block_feedback`: [rows of it, start of it]
 
 
 class Problem:
@@ -44,14 +44,14 @@ class Problem:
 
 
 def _block(damped: Matrix, R: Matrix, rows: slice) -> Block:
-    own, before = R[rows, rows], R[: rows.start, rows]
+    own = R[rows, rows]
     diagonal = own.diagonal()
     return Block(
         rows,
         (own @ own.T).astype(np.float32),
         (own / diagonal).astype(np.float32),
         np.square(diagonal).astype(np.float32),
-        np.linalg.solve(own.T, before.T).astype(np.float32),
+        block_feedback(R, rows),
     )
 
 

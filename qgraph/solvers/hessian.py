@@ -29,6 +29,7 @@ _COLUMNS = 256  # at a time
 _ASYMMETRY = 1e-6  # of the largest element; what sums in another order may leave
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1.0
 _LEAST_COMPENSATION = 0.03
+_UNKNOWN_DAMPING, _MOST_DEFAULT_DAMPING = 0.03, 0.3  # of `default_damping`
 
 
 class _BlasLimit:
@@ -98,6 +99,14 @@ def damp(H: Matrix, damping: float) -> Matrix:
     return damped
 
 
+def default_damping(K: int, tokens: int, least: float) -> float:
+    """The damping of GPTQ for K inputs: K / (2 tokens), from `least` to 0.3; 0.03 where `tokens` is 0, not
+    known."""
+    if not tokens:
+        return _UNKNOWN_DAMPING
+    return min(max(0.5 * K / tokens, least), _MOST_DEFAULT_DAMPING)
+
+
 def factorize(H: Matrix, damping: float, name: str = "") -> tuple[Matrix, Matrix]:
     """(H', R): the damped H' = H / m + damping I = R R^T, with R upper triangular, its diagonal positive.
 
@@ -121,6 +130,14 @@ def factorize(H: Matrix, damping: float, name: str = "") -> tuple[Matrix, Matrix
 def reversed_cholesky(H: Matrix) -> Matrix:
     """R with H = R R^T, upper triangular, its diagonal positive. LinAlgError where H is not definite."""
     return np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1].astype(np.float64, copy=False)
+
+
+def block_feedback(R: Matrix, rows: slice) -> Array:
+    """(R_jb R_bb^-1)^T for block b of `rows` and all rows j before it, float32 [rows of b, start of b].
+
+    Times the errors of earlier rows it is what GPTQ adds to a block's target. R [K, K] is of `factorize`.
+    """
+    return np.linalg.solve(R[rows, rows].T, R[: rows.start, rows].T).astype(np.float32)
 
 
 def output_error(D: npt.NDArray, H: Matrix) -> float:

@@ -23,9 +23,9 @@ import numpy as np
 from qgraph.errors import UsageError
 from qgraph.formats import FORMATS, QTensor
 from qgraph.solvers import group_grid, itf
-from qgraph.solvers._tiles import map_ordered
+from qgraph.solvers._tiles import column_slices, map_ordered
 from qgraph.solvers.group_grid import Array
-from qgraph.solvers.hessian import Matrix, check_second_moment, factorize, one_blas_thread
+from qgraph.solvers.hessian import Matrix, block_feedback, check_second_moment, factorize, one_blas_thread
 
 _COLUMNS = 256  # of a slice, at most
 
@@ -77,16 +77,14 @@ def solve(
     blocks = [slice(k, min(k + spec.block, K)) for k in range(0, K, spec.block)]
     codes = np.empty((K, N), np.uint8)
     scale, offset = np.empty((2, len(blocks), N), np.float32)
-    width = -(-N // -(-N // _COLUMNS))  # of slices of about one size
 
     with one_blas_thread():
         damped, R = factorize(H, damping, name)
-        feedback = [_feedback(R, rows) for rows in blocks]
+        feedback = [block_feedback(R, rows) for rows in blocks]
         norms = [R[rows, rows] @ R[rows, rows].T if conditional else damped[rows, rows] for rows in blocks]
 
-        def work(first: int) -> None:
-            part = slice(first, min(first + width, N))
-            error = np.empty((K, part.stop - first), np.float32)
+        def work(part: slice) -> None:
+            error = np.empty((K, part.stop - part.start), np.float32)
             for b, rows in enumerate(blocks):
                 target = np.ascontiguousarray(W[rows, part])
                 if b and compensate:
@@ -101,10 +99,5 @@ def solve(
                 codes[rows, part], scale[b, part], offset[b, part] = found, *grid
                 error[rows] = W[rows, part] - group_grid.values(spec, found, grid)
 
-        map_ordered(work, range(0, N, width), threads)
+        map_ordered(work, column_slices(N, _COLUMNS), threads)
     return group_grid.assemble(spec, codes, scale, offset)
-
-
-def _feedback(R: Matrix, rows: slice) -> Array:
-    """(R_jb R_bb^-1)^T for all rows j before block b, float32 [rows of b, start of b]."""
-    return np.linalg.solve(R[rows, rows].T, R[: rows.start, rows].T).astype(np.float32)
