@@ -115,9 +115,7 @@ def choose_order(
     if not parts or not before:
         return best
     features = np.concatenate(parts, axis=1) * np.float32(np.sqrt(parts[0].size))
-    for name, order in _orders(features, parts, min(_units(layer) for layer in layers)):
-        if name not in kinds:
-            continue
+    for name, order in _orders(kinds, features, parts, min(_units(layer) for layer in layers)):
         best = min(best, Choice(name, order, before, _mean_error(judged, order, threads)), key=_after)
     if "fitted" in kinds and (format := _common_format(layers)) is not None:
         order = fitted_order(features, format, best.order, threads=threads)
@@ -240,10 +238,16 @@ def _exchange(cost: npt.NDArray[np.float64], label: Order) -> bool:
     return changed
 
 
-def _orders(features: Array, parts: Sequence[Array], block: int) -> Iterator[tuple[str, Order]]:
-    yield "similarity", similarity_order(features, block)
-    yield "direction", direction_order(features)
-    yield "magnitude", magnitude_order(parts)
+def _orders(
+    kinds: Collection[str], features: Array, parts: Sequence[Array], block: int
+) -> Iterator[tuple[str, Order]]:
+    """Those of `kinds`, but `fitted`."""
+    if "similarity" in kinds:
+        yield "similarity", similarity_order(features, block)
+    if "direction" in kinds:
+        yield "direction", direction_order(features)
+    if "magnitude" in kinds:
+        yield "magnitude", magnitude_order(parts)
 
 
 def _after(choice: Choice) -> float:
