@@ -14,6 +14,7 @@ from qgraph.schemes import PACKINGS, SCHEMES, Scheme, get_scheme
 
 ONNX_STYLES = ("function", "qdq")
 EMBEDDINGS = ("float", "nvfp4")
+KV_CACHE = ("float", "int8")
 CALIBRATE_ON = ("float", "quantized", "corrected")
 ROTATE = (0, 16, 32, 64, 128)
 REORDER = ("off", "fold", "gather")
@@ -31,6 +32,8 @@ class CompileConfig:
         scheme: a name of `qgraph.schemes.SCHEMES`.
         solver: how the scheme's codes and scales are chosen; empty is the scheme's default.
         embeddings: how tables that rows are looked up in are stored: `float` or `nvfp4`.
+        kv_cache: how the keys and values of a decoder's cache are stored: `float` or `int8`, with a scale for
+            every token and head.
         include: patterns (shell wildcards) of the layers to quantize; empty is all that suit.
         exclude: patterns of the layers to leave in float; stronger than `include`.
         layers: `PATTERN=SCHEME` or `PATTERN=SCHEME:SOLVER`, the scheme of the layers that match, in place of
@@ -70,6 +73,7 @@ class CompileConfig:
     scheme: str = "nvfp4"
     solver: str = ""
     embeddings: str = "float"
+    kv_cache: str = "float"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
@@ -120,6 +124,7 @@ class CompileConfig:
             raise UsageError(
                 f"embeddings '{self.embeddings}': scheme '{scheme.name}' quantizes nothing, not even tables"
             )
+        _one_of("kv_cache", self.kv_cache, KV_CACHE)
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("packing", self.packing, PACKINGS)
         _one_of("target", self.target, TARGETS)
@@ -268,6 +273,7 @@ class CompileConfig:
             "scheme",
             "solver",
             "embeddings",
+            "kv_cache",
             "include",
             "exclude",
             "layers",
@@ -277,7 +283,8 @@ class CompileConfig:
         ]
         if self.calibration:
             decisive += ["samples", "length", "calibrate_on", "smooth", "mean_shift"]
-        return {key: self.resolved()[key] for key in decisive}
+        resolved = self.resolved()
+        return {key: resolved[key] for key in decisive}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -153,6 +153,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     from qgraph.passes.fuse_mean_shift import FuseMeanShift
     from qgraph.passes.lowbit_functions import AddLowbitFunctions
     from qgraph.passes.pipeline import PrepareOptions
+    from qgraph.passes.quantize_cache import QuantizeCache
     from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights, check_weights
     from qgraph.passes.select_layers import Override, SelectLayers
 
@@ -181,14 +182,17 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
         with run.phase("transform"):
             run_passes(model, transforms, options)
     with run.phase("quantize"):
+        recipe = _recipe(config, data)
         quantize = QuantizeWeights(
             config.scheme,
             config.solver,
-            calibrator=None if data is None else _calibrator(run, data),
+            calibrator=None if data is None else _calibrator(run, data, recipe),
             threads=config.threads or None,
             on_layer=run.stepped,
         )
-        run_passes(model, [quantize, FuseMeanShift(), AddLowbitFunctions()], options)
+        # Caches last: no layer's inputs are measured behind the rounding, which costs next to nothing.
+        caches = [QuantizeCache()] if config.kv_cache == "int8" else []
+        run_passes(model, [quantize, FuseMeanShift(), *caches, AddLowbitFunctions()], options)
         if data is not None:
             report.calibration = {
                 "source": Path(data.name).name,
@@ -201,7 +205,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
             {
                 "qgraph.version": __version__,
                 "qgraph.scheme": config.scheme,
-                "qgraph.config": json.dumps(_recipe(config, data), sort_keys=True),
+                "qgraph.config": json.dumps(recipe, sort_keys=True),
                 "qgraph.model_sha256": report.model["sha256"],
             }
         )
@@ -262,12 +266,12 @@ def _transforms(run: _Run, model: ir.Model, data: Data | None) -> list[GraphPass
     return passes
 
 
-def _calibrator(run: _Run, data: Data) -> Calibrator:
+def _calibrator(run: _Run, data: Data, recipe: dict[str, Any]) -> Calibrator:
     """Leads from layer to layer, and keeps a journal so that a run that was killed can go on."""
     from qgraph.calibration import Journal, StreamingCalibrator
 
     config = run.config
-    journal = Journal({"model": run.report.model["sha256"], "recipe": _recipe(config, data)})
+    journal = Journal({"model": run.report.model["sha256"], "recipe": recipe})
     calibrate_on = config.resolved()["calibrate_on"]
     return StreamingCalibrator(
         data,

@@ -90,6 +90,11 @@ _QUANTIZE = (
         metavar="FORMAT",
         help="How lookup tables are stored: float or nvfp4.  [default: float]",
     ),
+    click.option(
+        "--kv-cache",
+        metavar="FORMAT",
+        help="How a decoder's cache of keys and values is stored: float or int8.  [default: float]",
+    ),
     click.option("--include", multiple=True, metavar="PATTERN", help=f"Quantize only {_PATTERN}"),
     click.option("--exclude", multiple=True, metavar="PATTERN", help=f"Leave in float {_PATTERN}"),
     click.option(
