@@ -12,9 +12,9 @@ from qgraph.passes.quantize_activations import quantize_input
 class QuantizeCache(GraphPass):
     """Rounds what goes into a cache to int8, with a scale for every token and head.
 
-    Rules: `k` and `v` of every Attention with a past go through a `DynamicQDQInt8` (along head_dim) first. What
-    comes back as past has gone through it already. Codegen stores the codes and scales instead of the values
-    that they stand for.
+    Rules: `k` and `v` of every Attention with a past go through a `DynamicQDQInt8` (along head_dim) first.
+    What comes back as past has gone through it already. Codegen stores the codes and scales instead of the
+    values that they stand for.
 
     Raises UsageError for a graph without such an Attention.
     """
@@ -23,8 +23,8 @@ class QuantizeCache(GraphPass):
         found = [node for node in model.graph if is_op(node, "Attention") and _past(node)]
         if not found:
             raise UsageError(
-                "kv_cache 'int8': the model has no cache of keys and values (inputs past_key_values.*, outputs "
-                "present.*): export it with one"
+                "kv_cache 'int8': the model has no cache of keys and values (inputs past_key_values.*, "
+                "outputs present.*): export it with one"
             )
         for node in found:
             for index in (1, 2):
