@@ -3,11 +3,14 @@ graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
+
+_F = TypeVar("_F")  # a function
 
 MAX_NAME = 120  # characters of a model's name that a message shows
 
@@ -52,6 +55,16 @@ def describe(item: ir.Node | ir.Value) -> str:
         op = f"{item.domain}::{item.op_type}" if item.domain else item.op_type
         return f"node '{printable(item.name)}' ({printable(op)})"
     return f"'{printable(item.name)}'"
+
+
+def register(table: dict[str, _F], *op_types: str) -> Callable[[_F], _F]:
+    """A decorator that enters a function into `table` under these operators of the default domain."""
+
+    def enter(function: _F) -> _F:
+        table.update(dict.fromkeys(op_types, function))
+        return function
+
+    return enter
 
 
 def top_graphs(model: ir.Model) -> list[ir.Graph | ir.Function]:

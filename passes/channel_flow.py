@@ -6,6 +6,7 @@ that read them, however many transposes, heads and shared key-value groups lie b
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Callable
@@ -15,7 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph.passes.base import attribute, constant, describe, input_dims, int_list, is_op, scalar, shape_of
+from qgraph.passes.base import (
+    attribute,
+    constant,
+    describe,
+    input_dims,
+    int_list,
+    is_op,
+    register,
+    scalar,
+    shape_of,
+)
 
 Labels = npt.NDArray[np.int32]  # of a value: the channel that each of its elements is a multiple of
 
@@ -233,14 +244,7 @@ def block_of(rows: Labels) -> int:
 _Shapes = list[tuple[int, ...]]
 _Rule = Callable[[Flow, ir.Node, int, Labels, _Shapes], list[Labels]]
 _RULES: dict[str, _Rule] = {}
-
-
-def _rule(*op_types: str) -> Callable[[_Rule], _Rule]:
-    def register(function: _Rule) -> _Rule:
-        _RULES.update(dict.fromkeys(op_types, function))
-        return function
-
-    return register
+_rule = functools.partial(register, _RULES)
 
 
 @_rule("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")

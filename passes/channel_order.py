@@ -9,6 +9,7 @@ layer the columns by head of query, key and value and the rows of the output pro
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph.passes.base import add_initializer, attribute, describe, input_dims, int_list, is_op, shape_of
+from qgraph.passes.base import (
+    add_initializer,
+    attribute,
+    describe,
+    input_dims,
+    int_list,
+    is_op,
+    register,
+    shape_of,
+)
 
 Order = npt.NDArray[np.intp]  # p [n]: channel c is from now on what channel p[c] was
 Sizes = tuple[int, ...]
@@ -272,14 +282,7 @@ def _reads_all(value: ir.Value, places: list[Place]) -> bool:
 _Links = Iterable[tuple[int, Digit]]
 _Rule = Callable[[Tracer, ir.Node, int, Digit], _Links]
 _RULES: dict[str, _Rule] = {}
-
-
-def _rule(*op_types: str) -> Callable[[_Rule], _Rule]:
-    def register(function: _Rule) -> _Rule:
-        _RULES.update(dict.fromkeys(op_types, function))
-        return function
-
-    return register
+_rule = functools.partial(register, _RULES)
 
 
 def _slots(node: ir.Node) -> list[int]:

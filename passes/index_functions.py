@@ -16,7 +16,7 @@ import onnx_ir as ir
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from qgraph.passes.base import attribute, constant, scalar
+from qgraph.passes.base import attribute, constant, register, scalar
 from qgraph.passes.infer_shapes import CONTENT
 from qgraph.passes.shapes.dims import Dim, from_ir, tidy
 
@@ -155,14 +155,7 @@ def _renumber(formula: Formula, places: dict[int, int]) -> Formula:
 
 _Rule = Callable[[ir.Node, _Found, tuple[Dim, ...]], "Formula | None"]
 _RULES: dict[str, _Rule] = {}
-
-
-def _rule(*ops: str) -> Callable[[_Rule], _Rule]:
-    def register(function: _Rule) -> _Rule:
-        _RULES.update(dict.fromkeys(ops, function))
-        return function
-
-    return register
+_rule = functools.partial(register, _RULES)
 
 
 @_rule("Range")
