@@ -165,19 +165,21 @@ class _Work:
         self._done: dict[str, QuantizedWeight] = {}
 
     def _recipe(self, name: str) -> tuple[Scheme, str]:
-        decisions = [(node.meta[DECISION], node) for node in self.readers[name]]
-        recipes = {(decision.scheme, decision.solver): node for decision, node in decisions}
+        """The scheme and the solver that all readers of a weight were given; UsageError where they differ."""
+        recipes: dict[tuple[str, str], ir.Node] = {}  # with one of the readers
+        for node in self.readers[name]:
+            recipes[node.meta[DECISION].scheme, node.meta[DECISION].solver] = node
         if len(recipes) > 1:
             one, other, *_ = recipes.values()
             raise UsageError(
                 f"layers '{one.name}' and '{other.name}' share a weight and cannot differ in scheme or "
                 "solver: give a pattern that matches both, or neither"
             )
-        decision = self.readers[name][0].meta[DECISION]
-        if not decision.scheme:
+        ((scheme_name, solver),) = recipes
+        if not scheme_name:
             return self.options.scheme, self.options.solver
-        scheme = get_scheme(decision.scheme)
-        return scheme, self.options.resolve(scheme, decision.solver)
+        scheme = get_scheme(scheme_name)
+        return scheme, self.options.resolve(scheme, solver)
 
     def done(self) -> list[QuantizedWeight]:
         """What was done, in graph order."""
