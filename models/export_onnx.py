@@ -51,7 +51,7 @@ def export_module(
     """
     import torch
 
-    with contextlib.nullcontext() if verbose else _quiet():
+    with contextlib.nullcontext() if verbose else quiet():
         program = torch.onnx.export(
             module,
             tuple(example),
@@ -88,8 +88,8 @@ def _strip(model: ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences warnings, logging and prints of the exporter. Errors still come out as exceptions."""
+def quiet() -> Iterator[None]:
+    """Silences warnings, logging and prints, as of the exporter. Errors still come out as exceptions."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     progress = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")

@@ -4,9 +4,7 @@ tied embeddings. And that files are as large as their bits per weight say."""
 from __future__ import annotations
 
 import json
-import logging
 import os
-import warnings
 from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -19,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 import qgraph
 from qgraph.evaluate.runners import ReferenceRunner
 from qgraph.evaluate.similarity import relative_error
+from qgraph.models.export_onnx import quiet
 from qgraph.pipeline import CompileResult
 from qgraph.schemes import SCHEMES
 
@@ -53,14 +52,9 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,
         tie_word_embeddings=True,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
-            return open_model(str(folder / "hf")).export(folder / "llama.onnx")
-        finally:
-            logging.disable(logging.NOTSET)
+    with quiet():
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
+        return open_model(str(folder / "hf")).export(folder / "llama.onnx")
 
 
 def compiled(model: Path, folder: Path, name: str, **options: object) -> CompileResult:

@@ -4,9 +4,7 @@ are."""
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
-import warnings
 from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -22,6 +20,7 @@ from qgraph.evaluate.similarity import relative_error
 from qgraph.evaluate.tokenizer import leading_tokens, load_tokenizer, read_documents
 from qgraph.models import get_model, open_model
 from qgraph.models.causal_lm import CausalLM
+from qgraph.models.export_onnx import quiet
 
 DATA = Path(os.environ.get("QGRAPH_DATA", Path(__file__).parents[3] / "shared" / "data"))
 STORIES = DATA / "stories260K"
@@ -52,13 +51,8 @@ def llama(folder: Path) -> Path:
         max_position_embeddings=300,
         tie_word_embeddings=True,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            LlamaForCausalLM(config).save_pretrained(folder)
-        finally:
-            logging.disable(logging.NOTSET)
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

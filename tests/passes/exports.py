@@ -6,19 +6,16 @@ Nothing is downloaded. An export takes seconds to tens of seconds; each is made 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
-import io
-import logging
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 
+from qgraph.models.export_onnx import quiet
 from qgraph.passes import load_model
 
 # name, opset: tens of seconds on a busy machine. Tests of these are marked `slow`.
@@ -153,37 +150,28 @@ def _export(name: str, opset: int, dynamo: bool, path: Path) -> None:
     module, names = MODELS[name]()
     wrapped = _first_output(module.eval(), names)
     axes = {0: "batch"} if names == ["pixel_values"] else {0: "batch", 1: "sequence"}
-    logging.disable(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            if dynamo:
-                dims = {axis: torch.export.Dim(dim, min=1, max=64) for axis, dim in axes.items()}
-                torch.onnx.export(
-                    wrapped,
-                    _example(names),
-                    str(path),
-                    dynamo=True,
-                    external_data=False,
-                    opset_version=opset,
-                    input_names=names,
-                    output_names=["y"],
-                    dynamic_shapes=(tuple(dims for _ in names),),
-                )
-            else:
-                torch.onnx.export(
-                    wrapped,
-                    _example(names),
-                    str(path),
-                    dynamo=False,
-                    opset_version=opset,
-                    input_names=names,
-                    output_names=["y"],
-                    dynamic_axes=dict.fromkeys(names, axes),
-                )
-    finally:
-        logging.disable(logging.NOTSET)
+    with quiet():
+        if dynamo:
+            dims = {axis: torch.export.Dim(dim, min=1, max=64) for axis, dim in axes.items()}
+            torch.onnx.export(
+                wrapped,
+                _example(names),
+                str(path),
+                dynamo=True,
+                external_data=False,
+                opset_version=opset,
+                input_names=names,
+                output_names=["y"],
+                dynamic_shapes=(tuple(dims for _ in names),),
+            )
+        else:
+            torch.onnx.export(
+                wrapped,
+                _example(names),
+                str(path),
+                dynamo=False,
+                opset_version=opset,
+                input_names=names,
+                output_names=["y"],
+                dynamic_axes=dict.fromkeys(names, axes),
+            )
