@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_options import STORIES, arguments, chosen
+
 import qgraph
 from qgraph.config import CompileConfig
 from qgraph.evaluate.perplexity import PerplexityResult, Window, compare, perplexity, split_windows
@@ -41,10 +43,8 @@ from qgraph.models import get_model, open_model
 from qgraph.schemes import SCHEMES
 from qgraph.solvers import SOLVERS
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 BASELINE = "rtn"
 SEPARATOR = "<|endoftext|>"
-STORIES = "text/tinystories_v2_gpt4_train_first10k_lines.txt"
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,13 @@ def llama4m(data: Path, work: Path) -> Decoder:
     )
 
 
+SUBJECTS: dict[str, Callable[[argparse.Namespace, Path], Subject]] = {
+    "minilm": lambda o, work: Encoder(o.data, work, o.minilm),
+    "stories260K": lambda o, work: stories260k(o.data, work),
+    "tinystories-llama-4m": lambda o, work: llama4m(o.data, work),
+}
+
+
 def variants(schemes: Sequence[str], solvers: Sequence[str], measured_on: Sequence[str]) -> list[Variant]:
     """What to run, rounding to nearest first in every scheme. Solvers that a scheme does not take are left
     out."""
@@ -251,15 +258,7 @@ def _number(value: float) -> str:
 
 def main() -> None:
     """Print a table for every model."""
-    known: dict[str, Callable[[argparse.Namespace, Path], Subject]] = {
-        "minilm": lambda o, work: Encoder(o.data, work, o.minilm),
-        "stories260K": lambda o, work: stories260k(o.data, work),
-        "tinystories-llama-4m": lambda o, work: llama4m(o.data, work),
-    }
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(known)}; default: all")
+    parser = arguments(__doc__, SUBJECTS)
     parser.add_argument("--scheme", nargs="+", default=["nvfp4"], choices=[s for s in SCHEMES if s != "none"])
     parser.add_argument("--solver", nargs="+", default=["sweep", "gptq"], choices=list(SOLVERS))
     parser.add_argument(
@@ -271,20 +270,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=CompileConfig.samples)
     parser.add_argument("--smooth", type=float, default=0.0, help="of all calibrated runs")
     parser.add_argument("--rotate", type=int, default=0, help="of all calibrated runs")
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--minilm", type=Path, help="an exported MiniLM, to save the export")
     parser.add_argument("--work", type=Path, help="where files go; default: a temporary folder")
     options = parser.parse_args()
-    unknown = [name for name in options.models if name not in known]
-    if unknown:
-        parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(known)}")
+    names = chosen(parser, options, SUBJECTS)
     calibrated = {name: getattr(options, name) for name in ("samples", "smooth", "rotate")}
     runs = variants(options.scheme, options.solver, options.calibrate_on)
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        for name in options.models or known:
-            table(known[name](options, work), runs, work, calibrated)
+        for name in names:
+            table(SUBJECTS[name](options, work), runs, work, calibrated)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ Downloads nothing; see end_to_end.py for the models.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -30,7 +29,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from end_to_end import DATA, Encoder, Subject, llama4m, stories260k
+from end_to_end import SUBJECTS, Subject
+from model_options import arguments, chosen
 
 from qgraph.calibration import Data, StreamingCalibrator, collect, model_inputs, open_data
 from qgraph.formats import QTensor
@@ -203,27 +203,15 @@ def row(cells: list[str]) -> None:
 
 def main() -> None:
     """Print the tables."""
-    known: dict[str, Callable[[argparse.Namespace, Path], Subject]] = {
-        "minilm": lambda o, work: Encoder(o.data, work, o.minilm),
-        "stories260K": lambda o, work: stories260k(o.data, work),
-        "tinystories-llama-4m": lambda o, work: llama4m(o.data, work),
-    }
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(known)}; default: all")
+    parser = arguments(__doc__, SUBJECTS)
     parser.add_argument("--scheme", nargs="+", default=["ternary", "int2"])
     parser.add_argument("--samples", type=int, default=0, help="of calibration; default as `qgraph compile`")
     parser.add_argument("--only", default="", help="rows whose name has this in it")
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--minilm", type=Path, help="an exported MiniLM, to save the export")
     options = parser.parse_args()
-    unknown = [name for name in options.models if name not in known]
-    if unknown:
-        parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(known)}")
+    names = chosen(parser, options, SUBJECTS)
     with tempfile.TemporaryDirectory() as temporary:
-        for name in options.models or known:
-            subject = known[name](options, Path(temporary))
+        for name in names:
+            subject = SUBJECTS[name](options, Path(temporary))
             for scheme in options.scheme:
                 table(subject, scheme, options.samples, options.only, Path(temporary))
 

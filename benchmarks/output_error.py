@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import model_options
 import numpy as np
 import numpy.typing as npt
 
@@ -21,8 +22,6 @@ from qgraph.passes import load_model, prepare_model
 from qgraph.passes.select_layers import DECISIONS, SelectLayers
 from qgraph.solvers import SOLVERS, hessian
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-STORIES = "text/tinystories_v2_gpt4_train_first10k_lines.txt"
 WINDOW = 256
 SHOWN = {
     "encoder.layer.2.attention.self.query": "query",
@@ -144,7 +143,7 @@ def minilm(data: Path, work: Path, model: Path | None, captions: bool, padding: 
 
 def decoder(model: Path, tokenizer: Path, data: Path, work: Path) -> Subject:
     """The first 60 % of the stories, and the last 20 %."""
-    text = (data / STORIES).read_text(encoding="utf-8").replace("<|endoftext|>", "")
+    text = (data / model_options.STORIES).read_text(encoding="utf-8").replace("<|endoftext|>", "")
     for name, part in (("calibration", text[: len(text) * 3 // 5]), ("held-out", text[len(text) * 4 // 5 :])):
         (work / f"{name}.txt").write_text(part, encoding="utf-8")
     return Subject(model, tokenizer, work / "calibration.txt", work / "held-out.txt", WINDOW)
@@ -199,13 +198,10 @@ def _status(field: str) -> float:
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
     """The options that all these benchmarks have; `doc` is the module's docstring."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(_SUBJECTS)}; default: all")
+    parser = model_options.arguments(doc, SUBJECTS)
     parser.add_argument("--samples", type=int, default=512, help="sentences or windows, of each text")
     parser.add_argument("--captions", action="store_true", help="MiniLM only")
     parser.add_argument("--padding", action="store_true", help="MiniLM only")
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--minilm", type=Path, help="an exported MiniLM, to save the export")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--size", type=int, default=4096, help="of the layer of --speed")
     parser.add_argument("--threads", type=int, default=2, help="of --speed")
@@ -214,15 +210,13 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 
 def subjects(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Iterator[list[Layer]]:
     """The layers of every model asked for, each under a heading of its own."""
-    unknown = [name for name in options.models if name not in _SUBJECTS]
-    if unknown:
-        parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(_SUBJECTS)}")
+    names = model_options.chosen(parser, options, SUBJECTS)
     if (options.captions or options.padding) and options.models != ["minilm"]:
         parser.error("--captions and --padding are for minilm alone")
-    for name in options.models or _SUBJECTS:
+    for name in names:
         with tempfile.TemporaryDirectory() as work:
             print(f"\n### {name}: ", end="")
-            found = layers(_SUBJECTS[name](options, Path(work)), options.samples)
+            found = layers(SUBJECTS[name](options, Path(work)), options.samples)
         yield found
 
 
@@ -233,7 +227,7 @@ def print_speed(solvers: Sequence[tuple[str, str]], size: int, threads: int) -> 
         print(f"| {name} | {seconds:.2f} | {size**2 / seconds / 1e6:.1f} | {memory:.0f} |", flush=True)
 
 
-_SUBJECTS: dict[str, Callable[[argparse.Namespace, Path], Subject]] = {
+SUBJECTS: dict[str, Callable[[argparse.Namespace, Path], Subject]] = {
     "minilm": lambda o, work: minilm(o.data, work, o.minilm, o.captions, o.padding),
     "stories260K": lambda o, work: stories260k(o.data, work),
     "tinystories-llama-4m": lambda o, work: llama4m(o.data, work),

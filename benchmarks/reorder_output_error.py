@@ -16,7 +16,6 @@ inputs fit in one block are left out. Downloads nothing.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from output_error import DATA, Subject, llama4m, minilm, stories260k
+from model_options import arguments, chosen
+from output_error import SUBJECTS, Subject
 
 from qgraph.calibration import collect, model_inputs, open_data
 from qgraph.formats import FORMATS
@@ -158,29 +158,18 @@ def table(found: list[Layer], scheme: str, solvers: list[str]) -> None:
 
 def main() -> None:
     """Print a table for every model."""
-    known: dict[str, Callable[[argparse.Namespace, Path], Subject]] = {
-        "minilm": lambda o, work: minilm(o.data, work, o.minilm, False, False),
-        "stories260K": lambda o, work: stories260k(o.data, work),
-        "tinystories-llama-4m": lambda o, work: llama4m(o.data, work),
-    }
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(known)}; default: all")
+    parser = arguments(__doc__, SUBJECTS)
+    parser.set_defaults(captions=False, padding=False)
     parser.add_argument("--scheme", default="ternary")
     parser.add_argument("--solver", nargs="+", default=["itf", "pt2-llm", "gptq"])
     parser.add_argument("--samples", type=int, default=128, help="sentences or windows, of each text")
     parser.add_argument("--columns", type=int, default=128, help="of each layer")
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--minilm", type=Path, help="an exported MiniLM, to save the export")
     options = parser.parse_args()
-    unknown = [name for name in options.models if name not in known]
-    if unknown:
-        parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(known)}")
-    for name in options.models or known:
+    for name in chosen(parser, options, SUBJECTS):
         with tempfile.TemporaryDirectory() as work:
             print(f"\n### {name}\n")
-            found = layers(known[name](options, Path(work)), options.scheme, options.samples, options.columns)
+            subject = SUBJECTS[name](options, Path(work))
+            found = layers(subject, options.scheme, options.samples, options.columns)
         table(found, options.scheme, options.solver)
 
 
