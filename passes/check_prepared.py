@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.errors import InputError, UnsupportedError
 from qgraph.formats.activations import SMALLEST_NORMAL
-from qgraph.passes.base import GraphPass, describe, is_op, printable, scalar
+from qgraph.passes.base import GraphPass, describe, input_dims, is_op, printable, scalar
 from qgraph.passes.fuse_gelu import match_gelu
 from qgraph.passes.fuse_layer_norm import match_layer_norm
 from qgraph.passes.inline_functions import KEPT_DOMAIN
@@ -41,7 +41,7 @@ def violations(model: ir.Model) -> Iterator[InputError | UnsupportedError]:
     if not graph.outputs:
         yield InputError("the graph has no outputs: there is nothing to compile")
     yield from _imports(model)
-    names = {d.value for v in graph.inputs for d in (v.shape or ()) if isinstance(d, ir.SymbolicDim)}
+    names = set(input_dims(graph))
     for value in (*graph.inputs, *graph.initializers.values()):
         yield from _typed(value, names)
     seen: set[str] = set()
@@ -77,7 +77,7 @@ def _imports(model: ir.Model) -> Iterator[InputError]:
             yield InputError(f"function '{printable(key[1])}' is left")
 
 
-def _typed(value: ir.Value, names: set[str | None]) -> Iterator[InputError]:
+def _typed(value: ir.Value, names: set[str]) -> Iterator[InputError]:
     if value.dtype is None or value.shape is None:
         yield InputError(f"{describe(value)} has no shape or type")
         return

@@ -75,6 +75,10 @@ class InferShapes(GraphPass):
                 if isinstance(dim, ir.SymbolicDim) and dim.value and dim.value.isidentifier():
                     names.setdefault(symbol(dim.value), len(names))
         for value in graph.inputs:
+            for dim in value.shape or ():
+                if isinstance(dim, ir.SymbolicDim) and (told := _told(dim, names)) is not None:
+                    names.setdefault(told, len(names))
+        for value in graph.inputs:
             assert value.shape is not None
             if any(isinstance(dim, int) and dim < 0 for dim in value.shape):
                 raise InputError(f"input {describe(value)} has a negative dimension")
@@ -126,11 +130,30 @@ def _known_checks(graph: ir.Graph) -> list[tuple[Dim, Dim, str]]:
 
 def _is_bound(dim: ir.SymbolicDim, names: Iterable[sympy.Symbol]) -> bool:
     """Whether `dim` is an expression over names that other dimensions bind."""
+    value = _expression(dim)
+    return value is not None and value.free_symbols <= set(names)
+
+
+def _told(dim: ir.SymbolicDim, names: Iterable[sympy.Symbol]) -> sympy.Symbol | None:
+    """The name that no dimension has for itself, but that `dim` tells, being that name less others: the length
+    `total - sequence` of a cache. It is at least 1, as `dim` is at least 0 and `sequence` at least 1."""
+    value = _expression(dim)
+    new = set() if value is None else value.free_symbols - set(names)
+    if value is None or len(new) != 1:
+        return None
+    (name,) = new
+    rest = tidy(name - value)
+    known = isinstance(rest, int) or name not in rest.free_symbols
+    return name if known and World().greater_equal(rest, 1) else None
+
+
+def _expression(dim: ir.SymbolicDim) -> sympy.Expr | None:
+    """`dim` where it is arithmetic over names."""
     try:
         value = from_ir(dim)
     except (ValueError, ZeroDivisionError, TypeError):
-        return False
-    return value is not None and not isinstance(value, int) and value.free_symbols <= set(names)
+        return None
+    return None if isinstance(value, int) else value
 
 
 def _fresh_name(wanted: str, names: Iterable[sympy.Symbol]) -> str:

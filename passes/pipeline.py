@@ -33,6 +33,7 @@ from qgraph.passes.recognize_lowbit import RecognizeLowbit
 from qgraph.passes.remove_unused import RemoveUnused
 from qgraph.passes.simplify_reshape import SimplifyReshape
 from qgraph.passes.tie_initializers import TieInitializers
+from qgraph.passes.unify_cache import UnifyCache
 
 Pass = ir.passes.InPlacePass
 
@@ -55,6 +56,7 @@ def prepare(options: PrepareOptions) -> list[Pass]:
         RaiseOpset(),
         InlineFunctions(),
         LiftConstants(),
+        UnifyCache(),
         RecognizeLowbit(),
         ExpandContrib(),
         RemoveUnused(),

@@ -56,8 +56,14 @@ def from_ir(dim: int | ir.SymbolicDim) -> Dim | None:
 
 
 def to_ir(dim: Dim) -> int | ir.SymbolicDim:
-    """`dim` for an `onnx_ir.Shape`."""
-    return dim if isinstance(dim, int) else ir.SymbolicDim(dim)
+    """`dim` for an `onnx_ir.Shape`. What is subtracted is written last: `total - sequence`."""
+    if isinstance(dim, int):
+        return dim
+    added = [t for t in dim.as_ordered_terms() if not t.could_extract_minus_sign()] if dim.is_Add else []
+    if not added or not str(dim).startswith("-"):
+        return ir.SymbolicDim(dim)
+    taken = [t for t in dim.as_ordered_terms() if t.could_extract_minus_sign()]
+    return ir.SymbolicDim(" - ".join([" + ".join(map(str, added)), *(str(-t) for t in taken)]))
 
 
 def floordiv(a: Dim, b: Dim) -> Dim:
