@@ -169,6 +169,8 @@ def build_artifact(
     weights = [package.Tensor(b.name, b.dtype, b.data) for b in plan.weights]
     tensors = [package.raw_tensor("qgraph.plan", document), *code, *weights]
     full = {"qgraph.target": target, **(metadata or {})}
+    if low.cache:
+        full["qgraph.cache"] = json.dumps([[pair.past.name, pair.present.name] for pair in low.cache.pairs])
     return Artifact(
         tensors,
         full,

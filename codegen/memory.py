@@ -30,12 +30,13 @@ ITEM_SIZE = {
 
 @dataclass(eq=False)
 class Buffer:
-    """A dense region of memory: a graph input or output, a weight, or a temporary."""
+    """A dense region of memory: a graph input or output, a weight, a temporary, or state, which the session
+    keeps from run to run."""
 
-    kind: str  # input | output | weight | temp
+    kind: str  # input | output | weight | temp | state
     dtype: str
     shape: tuple[Dim, ...]
-    name: str = ""  # of the input, output or weight tensor
+    name: str = ""  # of the input, output or weight tensor; of the input that a state stands for
     index: int = -1  # in the plan's list of values
     data: Any = field(default=None, repr=False)  # of a weight: array as stored
 

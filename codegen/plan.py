@@ -7,15 +7,18 @@ from typing import Any
 
 import sympy
 
-from qgraph.codegen.dims import Dim, estimate, plan_expr, product
+from qgraph.codegen.dims import Dim, estimate, plan_expr, product, size
 from qgraph.codegen.lowering import Lowering
+from qgraph.codegen.lowering.state import CAPACITY
 from qgraph.codegen.memory import Buffer
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError, UnsupportedError
+from qgraph.passes.cache import Cache
 
 # Sizes are int64 and checked at run time; this bound only catches nonsense early.
 MAX_DIM = 1 << 24
 MAX_BYTES = 1 << 47
+CACHE_CAPACITY = 2048  # tokens that a session has room for, unless it is asked for another number
 
 
 @dataclass
@@ -70,9 +73,13 @@ def _assign_slots(steps: list[list[Buffer]], temps: list[Buffer]) -> tuple[dict[
     return slot, len(capacity)
 
 
-def _dims(inputs: list[Buffer], checks: list[tuple[Dim, Dim, str]]) -> list[dict[str, Any]]:
-    """The symbolic dims with their bounds, as far as a check bounds one of them by a number."""
+def _dims(
+    inputs: list[Buffer], checks: list[tuple[Dim, Dim, str]], cache: Cache | None = None
+) -> list[dict[str, Any]]:
+    """The symbolic dims with their bounds, as far as a check bounds one of them by a number. What the inputs
+    do not bind of them is the session's: the tokens that its state holds, and has room for."""
     names = dict.fromkeys(str(d.name) for buffer in inputs for d in buffer.shape if d.is_Symbol)
+    names |= dict.fromkeys([cache.total, str(CAPACITY)] if cache else [])
     used = {str(s.name) for buffer in inputs for d in buffer.shape for s in d.free_symbols}
     free = used - set(names)
     if free:
@@ -83,6 +90,8 @@ def _dims(inputs: list[Buffer], checks: list[tuple[Dim, Dim, str]]) -> list[dict
             high[b.name] = min(high[b.name], int(a))
         if a.is_Symbol and b.is_Integer and a.name in low:
             low[a.name] = max(low[a.name], int(b))
+    if cache:  # what no run can fill needs no room
+        high[str(CAPACITY)] = high[cache.total]
     for name in names:
         if low[name] > high[name]:
             raise UnsupportedError(
@@ -99,7 +108,7 @@ def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
         checks: (a, b, message): a >= b must hold at run time.
     """
     per_step = [[arg[1] for arg in step.args if arg[0] == "v"] for step in low.steps]
-    outputs = [low.outputs[v] for v in low.graph.outputs]
+    outputs = list(low.outputs.values())
     order = dict.fromkeys([*low.inputs, *outputs, *(b for buffers in per_step for b in buffers)])
     temps = [b for b in order if b.kind == "temp"]
     slot, slots = _assign_slots(per_step, temps)
@@ -132,10 +141,12 @@ def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
         }
         for step in low.steps
     ]
+    dims = _dims(low.inputs, checks, low.cache)
     document = {
         "version": 1,
-        "dims": _dims(low.inputs, checks),
+        "dims": dims,
         "checks": [{"ge": [plan_expr(a), plan_expr(b)], "message": message} for a, b, message in checks],
+        **({"state": _state(low.cache, dims)} if low.cache else {}),
         "inputs": [{"name": b.name, "value": b.index} for b in low.inputs],
         "outputs": [{"name": b.name, "value": b.index} for b in outputs],
         "values": values,
@@ -144,6 +155,16 @@ def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
         "steps": steps,
     }
     return Plan(document, kernels, [b for b in order if b.kind == "weight"])
+
+
+def _state(cache: Cache, dims: list[dict[str, Any]]) -> dict[str, Any]:
+    longest = next(dim["max"] for dim in dims if dim["name"] == str(CAPACITY))
+    return {
+        "total": cache.total,
+        "new": plan_expr(size(cache.sequence)),
+        "capacity": str(CAPACITY),
+        "default": min(CACHE_CAPACITY, longest),
+    }
 
 
 def _arg(arg: tuple[Any, ...]) -> list[Any]:

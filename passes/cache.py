@@ -79,7 +79,7 @@ def _lengths(
     if present is None or present not in graph.outputs:
         raise refuse("what it becomes is no output of the model")
     if present.uses():
-        raise refuse(f"what it becomes, '{present.name}', is read by node '{present.uses()[0].node.name}'")
+        raise refuse(f"what it becomes, '{present.name}', is read by node '{present.consumers()[0].name}'")
     shapes = [None if v is None else v.shape for v in (past, present, new)]
     if shapes[0] is None or shapes[1] is None or shapes[2] is None:
         raise refuse("its shape is not known")

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"passes", "solvers", "evaluate", "formats"} | BASE,
     "evaluate": {"formats", "runtime"} | BASE,
     "passes": {"formats", "solvers", "schemes"} | BASE,
-    "codegen": {"formats", "schemes"} | BASE,
+    "codegen": {"formats", "schemes", "passes.cache"} | BASE,
     "solvers": {"formats"} | BASE,
     "formats": BASE,
     "schemes": {"errors"},

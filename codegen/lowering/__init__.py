@@ -17,6 +17,7 @@ from qgraph.codegen.lowering import (  # noqa: F401
     rotary,
 )
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attributes, data_inputs
+from qgraph.codegen.lowering.state import find_places, find_states
 from qgraph.codegen.memory import Buffer, View
 from qgraph.errors import InputError, UnsupportedError, UsageError
 from qgraph.schemes import PACKINGS
@@ -75,6 +76,17 @@ def _check_ports(low: Lowering) -> None:
                 raise UnsupportedError(f"{kind} {name!r} has {rank} dimensions; up to {MAX_RANK} work")
 
 
+def _check_lengths(low: Lowering) -> None:
+    """The length of a past is a difference, which no input can bind: who has one must have become state."""
+    for value in low.graph.inputs:
+        for dim in low.shape(value) if value not in low.states else ():
+            if dim.is_Add and any(term.could_extract_minus_sign() for term in dim.args):
+                raise UnsupportedError(
+                    f"input '{value.name}' of length '{dim}' looks like a cache, but no Attention has it as "
+                    "its past: the layer was not recognised, or its output is not asked for"
+                )
+
+
 def lower(graph: ir.Graph, packing: str = "fast") -> Lowering:
     """Lower a prepared graph.
 
@@ -94,15 +106,23 @@ def lower(graph: ir.Graph, packing: str = "fast") -> Lowering:
         check_attributes(node, graph.opset_imports.get("", 0))
         low.uses.update(data_inputs(node))
     low.uses.update(graph.outputs)
+    low.cache, low.states = find_states(graph)
+    _check_lengths(low)
     for value in graph.inputs:
+        if value in low.states:
+            continue
         buffer = Buffer("input", low.dtype(value), low.shape(value), name=value.name or "")
         low.inputs.append(buffer)
         low.values[value] = View.of(buffer)
+    held = {pair.present for pair in low.cache.pairs} if low.cache else set()
     for value in dict.fromkeys(graph.outputs):
+        if value in held:
+            continue
         low.outputs[value] = Buffer("output", low.dtype(value), low.shape(value), name=value.name or "")
     for value in graph.inputs:
         if value in low.outputs:
             low.deliver(value)
+    low.places = find_places(low)
     for node in nodes:
         HANDLERS[node.domain, node.op_type](low, node)
     for value in low.outputs:

@@ -9,6 +9,7 @@ import sympy
 
 from qgraph.codegen.dims import Dim, ceildiv, equal, is_one, product, static
 from qgraph.codegen.lowering.context import Arg, Lowering, lowers, unsupported
+from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec
 
@@ -40,6 +41,13 @@ def _heads_of_copy(low: Lowering, view: View, heads: int, value: ir.Value) -> Vi
     return split.transpose((0, 2, 1, 3))
 
 
+def _append(low: Lowering, state: State, new: View, name: str) -> View:
+    """All that `state` holds, the new tokens written behind the others if they are not yet there."""
+    if new.buffer is not state.buffer:
+        low.copy(new, name, state.window)
+    return state.held
+
+
 def _mask(low: Lowering, node: ir.Node, value: ir.Value, scores: tuple[Dim, ...]) -> View:
     """The mask broadcast to the scores' shape."""
     view = low.view(value)
@@ -64,17 +72,24 @@ def attention(low: Lowering, node: ir.Node) -> None:
     q_value, k_value, v_value, mask_value = inputs[:4]
     if q_value is None or k_value is None or v_value is None:
         raise unsupported(node, "Q, K and V are needed")
-    if any(v is not None for v in inputs[4:]):
-        raise unsupported(node, "past key and value inputs are not supported yet")
-    for extra in node.outputs[1:]:
-        if low.uses[extra]:
-            raise unsupported(node, f"output '{extra.name}' is not supported yet")
+    states = [low.states[v] for v in inputs[4:6] if v is not None]
+    if not states and any(low.uses[v] for v in node.outputs[1:3]):
+        raise unsupported(node, "present key and value without a past")
+    if any(low.uses[v] for v in node.outputs[3:]):
+        raise unsupported(node, f"output '{node.outputs[3].name}' is not supported yet")
     if low.dtype(q_value) != "f32":
         raise unsupported(node, f"data type {low.dtype(q_value)}; supported is f32")
     flat = len(low.shape(q_value)) == 3
     q = _heads(low, node, q_value, attrs.get_int("q_num_heads", 0))
     k = _heads(low, node, k_value, attrs.get_int("kv_num_heads", 0))
     v = _heads(low, node, v_value, attrs.get_int("kv_num_heads", 0))
+    past: Dim = sympy.Integer(0)
+    if states:
+        past = states[0].past
+        k, v = (
+            _append(low, state, new, f"{value.name}/append")
+            for state, new, value in zip(states, (k, v), (k_value, v_value), strict=True)
+        )
     batch, heads, sq, head_dim = q.shape
     kv_heads, sk, value_dim = k.shape[1], k.shape[2], v.shape[3]
     d, dv, h, hkv = static(head_dim), static(value_dim), static(heads), static(kv_heads)
@@ -117,7 +132,7 @@ def attention(low: Lowering, node: ir.Node) -> None:
         softcap=float(attrs.get_float("softcap", 0.0)),
         q_block=_Q_BLOCK,
     )
-    args = [by_head, q, k, v, *mask, h, h // hkv, sq, sk, 0]
+    args = [by_head, q, k, v, *mask, h, h // hkv, sq, sk, past]
     args += [*q.strides[:3], *k.strides[:3], *v.strides[:3], *mask_strides, *by_head.strides[:3]]
     step = low.emit(node.name or "Attention", spec, args, product((batch, heads)) * ceildiv(sq, _Q_BLOCK))
     low.layers.append((node, step))

@@ -12,9 +12,11 @@ import onnx_ir as ir
 import sympy
 
 from qgraph.codegen.dims import Dim, ceildiv, equal, is_one, product, size, static
+from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import ITEM_SIZE, Buffer, View, collapse
 from qgraph.codegen.spec import ELEMENTWISE_BLOCK, KernelSpec
 from qgraph.errors import QGraphError, UnsupportedError
+from qgraph.passes.cache import Cache
 
 DTYPES = {
     ir.DataType.FLOAT: "f32",
@@ -141,6 +143,9 @@ class Lowering:
         steps: in order of execution.
         layers: (node, step) of every node that became a step of its own kernel, for the report.
         packing: `fast` | `small`, where a weight can be stored in more than one way.
+        cache: that of the graph, if it has one.
+        states: the memory of the session that stands for an input of the graph, and the output it becomes.
+        places: where to compute a value that only its place is read from (`allocate` with `strided`).
     """
 
     graph: ir.Graph
@@ -152,6 +157,9 @@ class Lowering:
     inputs: list[Buffer] = field(default_factory=list)
     outputs: dict[ir.Value, Buffer] = field(default_factory=dict)
     layers: list[tuple[ir.Node, Step]] = field(default_factory=list)
+    cache: Cache | None = None
+    states: dict[ir.Value, State] = field(default_factory=dict)
+    places: dict[ir.Value, View] = field(default_factory=dict)
     _dense: dict[ir.Value, View] = field(default_factory=dict)
     _block_sums: dict[tuple[ir.Value, int], View] = field(default_factory=dict)
 
@@ -218,7 +226,7 @@ class Lowering:
         if isinstance(lazy, Linear):
             lazy = self.emit_linear(lazy, self.allocate(value))
         elif isinstance(lazy, Pointwise):
-            lazy = self.emit_pointwise(lazy, self.allocate(value))
+            lazy = self.emit_pointwise(lazy, self.allocate(value, strided=True))
         self.values[value] = lazy
         return lazy
 
@@ -246,8 +254,13 @@ class Lowering:
         """A dense copy of `view`, or a copy into `out`."""
         return self.emit_pointwise(Pointwise(("in", 0), (view,), (), view.shape, view.dtype, name), out)
 
-    def allocate(self, value: ir.Value) -> View:
-        """Memory for a value: the caller's where it is an output of the graph, else a temporary."""
+    def allocate(self, value: ir.Value, strided: bool = False) -> View:
+        """Memory for a value: the caller's where it is an output of the graph, else a temporary.
+
+        With `strided`, for who writes any strides, its place if it has one.
+        """
+        if strided and value in self.places:
+            return self.places[value]
         if value in self.outputs:
             return View.of(self.outputs[value])
         return self.temp(self.dtype(value), self.shape(value))

@@ -65,6 +65,11 @@ def qlinear_nvfp4(low: Lowering, node: ir.Node) -> None:
     low.bind(node, Linear(node, "matmul_nvfp4", low.dense(x), k, n, weights, low.shape(node.outputs[0])))
 
 
+def f32_weight(low: Lowering, value: ir.Value, array: np.ndarray) -> Buffer:
+    """A float32 weight [K, N], packed for its kernels."""
+    return low.weight(value, "f32_n16", "f32", lambda: packing.pack_f32_n16(array))
+
+
 @lowers("MatMul")
 def matmul(low: Lowering, node: ir.Node) -> None:
     """MatMul: by a constant matrix through packed weights, else the general product of two tensors."""
@@ -73,9 +78,9 @@ def matmul(low: Lowering, node: ir.Node) -> None:
         raise unsupported(node, "an input is missing")
     w = low.constant(b)
     if w is not None and w.ndim == 2 and w.size and len(low.shape(a)) >= 2 and low.dtype(a) == "f32":
-        weight = low.weight(b, "f32_n16", "f32", lambda: packing.pack_f32_n16(w))
         k, n = w.shape
-        low.bind(node, Linear(node, "matmul_f32", low.dense(a), k, n, (weight,), low.shape(node.outputs[0])))
+        weights = (f32_weight(low, b, w),)
+        low.bind(node, Linear(node, "matmul_f32", low.dense(a), k, n, weights, low.shape(node.outputs[0])))
         return
     if low.dtype(a) != "f32":
         raise unsupported(node, f"operands of type {low.dtype(a)}; supported is f32")

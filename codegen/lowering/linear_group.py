@@ -10,14 +10,14 @@ from qgraph.codegen import packing_group as packing
 from qgraph.codegen.lowering.context import Linear, Lowering, lowers, unsupported
 from qgraph.codegen.memory import Buffer
 from qgraph.errors import InputError
-from qgraph.formats import FORMATS, QTensor
+from qgraph.formats import FORMATS, BlockFormat, QTensor
 from qgraph.formats.group import GROUP_FORMATS, from_integers
 
-_OPERATORS = {f"QLinear{spec.title}": spec for spec in GROUP_FORMATS}
+OPERATORS = {spec.title: spec for spec in GROUP_FORMATS}  # by the end of their operators' names
 _TERNARY = {"fast": "2bit", "small": "base3"}  # how `Lowering.packing` has ternary codes
 
 
-@lowers(*_OPERATORS, domain="ai.qgraph", data=(0,))
+@lowers(*(f"QLinear{title}" for title in OPERATORS), domain="ai.qgraph", data=(0,))
 def qlinear_group(low: Lowering, node: ir.Node) -> None:
     """`QLinear<Format>(x, codes, block_scale[, zero_point | mean])`: the weight stays packed."""
     x = node.inputs[0]
@@ -25,19 +25,16 @@ def qlinear_group(low: Lowering, node: ir.Node) -> None:
         raise unsupported(node, "an input is missing")
     if low.dtype(x) != "f32":
         raise unsupported(node, f"an input of type {low.dtype(x)}; supported is f32")
-    q = _weight(low, node)
-    spec = FORMATS[q.format]
+    spec = OPERATORS[node.op_type.removeprefix("QLinear")]
+    q, weights, params = group_weight(low, node, spec)
     k, n = q.shape
-    params: dict[str, Any] = {"block": spec.block}
-    if q.format == "ternary":
-        params["packing"] = _TERNARY[low.packing]
     linear = Linear(
         node,
         spec.kernel,
         low.dense(x),
         k,
         n,
-        _buffers(low, node, q, packing.code_layout(q.format, params.get("packing", ""))),
+        weights,
         low.shape(node.outputs[0]),
         params=tuple(params.items()),
         sums=low.block_sums(x, k, spec.block) if spec.offset == "mean" else None,
@@ -45,9 +42,20 @@ def qlinear_group(low: Lowering, node: ir.Node) -> None:
     low.bind(node, linear)
 
 
-def _weight(low: Lowering, node: ir.Node) -> QTensor:
+def group_weight(
+    low: Lowering, node: ir.Node, spec: BlockFormat
+) -> tuple[QTensor, tuple[Buffer, ...], dict[str, Any]]:
+    """The weight of a low-bit node in a group format, its buffers packed for kernels, and what of the layout
+    these have to know."""
+    q = _weight(low, node, spec)
+    params: dict[str, Any] = {"block": spec.block}
+    if q.format == "ternary":
+        params["packing"] = _TERNARY[low.packing]
+    return q, _buffers(low, node, q, packing.code_layout(q.format, params.get("packing", ""))), params
+
+
+def _weight(low: Lowering, node: ir.Node, spec: BlockFormat) -> QTensor:
     """The weight of a node, its parts checked: InputError says which node they are wrong in."""
-    spec = _OPERATORS[node.op_type]
     parts = [low.constant(value) for value in node.inputs[1:]]
     if len(parts) != (2 if spec.offset == "none" else 3) or any(part is None for part in parts):
         raise unsupported(node, "codes, scales and offsets must be initializers")

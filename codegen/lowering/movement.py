@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import sympy
 
 from qgraph.codegen.dims import Dim, product, static
 from qgraph.codegen.lowering.context import Lowering, Pointwise, lowers, unsupported
+from qgraph.codegen.lowering.embedding import gather_columns
 from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec
 
@@ -95,7 +97,7 @@ def split(low: Lowering, node: ir.Node) -> None:
 @lowers("Concat", attributes="axis")
 def concat(low: Lowering, node: ir.Node) -> None:
     """Each input is copied (or computed) into its window of the result."""
-    out = low.allocate(node.outputs[0])
+    out = low.allocate(node.outputs[0], strided=True)
     axis = node.attributes.get_int("axis") % out.rank
     at: Dim = sympy.Integer(0)
     for i, value in enumerate(node.inputs):
@@ -118,9 +120,12 @@ def gather(low: Lowering, node: ir.Node) -> None:
     data, indices = node.inputs
     if data is None or indices is None:
         raise unsupported(node, "an input is missing")
+    axis = node.attributes.get_int("axis", 0) % len(low.shape(data))
+    table, constant = low.constant(data), low.constant(indices)
+    if table is not None and table.ndim == 2 and axis == 1 and table.dtype == np.float32:
+        gather_columns(low, node, data, table)
+        return
     view = low.view(data)
-    axis = node.attributes.get_int("axis", 0) % view.rank
-    constant = low.constant(indices)
     length = static(view.shape[axis])
     if constant is not None and constant.size == 1:
         index = int(constant.reshape(-1)[0])

@@ -56,7 +56,7 @@ def rotary_embedding(low: Lowering, node: ir.Node) -> None:
     if len(low.shape(value)) == 3 and not heads:
         raise unsupported(node, "3-D input needs the attribute num_heads")
     x = _by_head(low.view(value), heads) or _by_head(low.dense(value), heads)
-    out = low.allocate(result)
+    out = low.allocate(result, strided=True)
     y = _by_head(out, heads)
     assert x is not None and y is not None, "a dense view takes any shape"
     size = static(x.shape[-1])
