@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qgraph.errors import InputError, UnsupportedError, UsageError
 from qgraph.evaluate.files import existing_file
+from qgraph.evaluate.samples import InputSpec, input_specs
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
 
+    from qgraph.runtime import Model, Session
+
 Feeds = Mapping[str, "np.ndarray"]
+Shape = tuple[int | str, ...]
 
 
 class Runner(Protocol):
@@ -23,6 +27,8 @@ class Runner(Protocol):
     name: str  # for tables: the engine
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    specs: tuple[InputSpec, ...]  # of the inputs
+    output_shapes: dict[str, Shape]
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """All outputs. `feeds` holds exactly the inputs; InputError says what is missing or wrong."""
@@ -57,8 +63,10 @@ class OnnxRuntimeRunner:
             ) from error
         except Exception as error:  # ONNX Runtime's classes share no base
             raise InputError(f"{self._path}: ONNX Runtime refuses it: {_first_line(error)}") from error
-        self.inputs = tuple(i.name for i in self._session.get_inputs())
-        self.outputs = tuple(o.name for o in self._session.get_outputs())
+        self.specs = tuple(_ort_spec(i) for i in self._session.get_inputs())
+        self.output_shapes: dict[str, Shape] = {o.name: tuple(o.shape) for o in self._session.get_outputs()}
+        self.inputs = tuple(spec.name for spec in self.specs)
+        self.outputs = tuple(self.output_shapes)
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """See `Runner.run`."""
@@ -68,6 +76,22 @@ class OnnxRuntimeRunner:
         except Exception as error:
             raise InputError(f"{self._path}: ONNX Runtime: {_first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
+
+    def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        """Some outputs, as ONNX Runtime holds them (`.numpy()` shows one): fed again they are not copied.
+        Otherwise as `run`."""
+        from onnxruntime import OrtValue
+
+        _check_names(self._path, self.inputs, feeds)
+        try:
+            given = {
+                name: value if isinstance(value, OrtValue) else OrtValue.ortvalue_from_numpy(value)
+                for name, value in feeds.items()
+            }
+            values = self._session.run_with_ort_values(list(outputs), given)
+        except Exception as error:
+            raise InputError(f"{self._path}: ONNX Runtime: {_first_line(error)}") from error
+        return dict(zip(outputs, values, strict=True))
 
 
 class ReferenceRunner:
@@ -94,18 +118,47 @@ class ReferenceRunner:
             raise InputError(
                 f"{self._path}: ONNX's reference evaluator refuses it: {_first_line(error)}"
             ) from error
-        initializers = {t.name for t in self._evaluator.proto_.graph.initializer}
+        graph = self._evaluator.proto_.graph
+        initializers = {t.name for t in graph.initializer}
+        self.specs = tuple(
+            _onnx_spec(v) for v in graph.input if v.name not in initializers and v.name not in given
+        )
+        self.output_shapes: dict[str, Shape] = {v.name: _onnx_shape(v) for v in graph.output}
         self.inputs = tuple(n for n in self._evaluator.input_names if n not in initializers)
         self.outputs = tuple(self._evaluator.output_names)
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """See `Runner.run`."""
+        return self.run_values(feeds, self.outputs)
+
+    def run_values(self, feeds: Feeds, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """Some outputs. Otherwise as `run`."""
         _check_names(self._path, self.inputs, feeds)
         try:
-            values = self._evaluator.run(None, dict(feeds))
+            values = self._evaluator.run(list(outputs), dict(feeds))
         except Exception as error:
             raise InputError(f"{self._path}: ONNX's reference evaluator: {_first_line(error)}") from error
-        return dict(zip(self.outputs, values, strict=True))
+        return dict(zip(outputs, values, strict=True))
+
+
+def _ort_spec(info: Any) -> InputSpec:
+    """An input as ONNX Runtime describes it."""
+    kind = info.type.removeprefix("tensor(").removesuffix(")")
+    names = {"float": "float32", "double": "float64"}
+    return InputSpec(info.name, names.get(kind, kind), tuple("?" if d is None else d for d in info.shape))
+
+
+def _onnx_spec(info: onnx.ValueInfoProto) -> InputSpec:
+    """An input as the file describes it."""
+    from onnx import helper
+
+    kind = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type).name
+    return InputSpec(info.name, kind, _onnx_shape(info))
+
+
+def _onnx_shape(info: onnx.ValueInfoProto) -> Shape:
+    dims = info.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
 
 
 def _cut(path: str, given: Sequence[str], shown: Sequence[str]) -> onnx.ModelProto:
@@ -129,31 +182,58 @@ def _cut(path: str, given: Sequence[str], shown: Sequence[str]) -> onnx.ModelPro
 
 
 class ArtifactRunner:
-    """An artifact by qgraph's runtime. threads: 0 is one for every core. Errors are the runtime's."""
+    """An artifact by qgraph's runtime. threads: 0 is one for every core. Errors are the runtime's.
+
+    capacity: tokens that its state can hold, where it has one; 0 is the artifact's default. `run` begins with
+    an empty state.
+    """
 
     name = "qgraph"
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 0) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 0, capacity: int = 0) -> None:
         from qgraph import runtime
 
-        self._model = runtime.load(path, threads=threads)
-        self.inputs = tuple(t.name for t in self._model.inputs)
-        self.outputs = tuple(t.name for t in self._model.outputs)
+        model = runtime.load(path, threads=threads)
+        options = {"capacity": capacity} if capacity and getattr(model, "has_state", False) else {}
+        self._adopt(model, model.session(**options))
+
+    def _adopt(self, model: Model, session: Session) -> None:
+        self._model, self.session = model, session
+        self.has_state = getattr(model, "has_state", False)
+        self.specs = tuple(input_specs(model))
+        self.inputs = tuple(spec.name for spec in self.specs)
+        self.output_shapes: dict[str, Shape] = {t.name: t.shape for t in model.outputs}
+        self.outputs = tuple(self.output_shapes)
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """See `Runner.run`."""
-        return self._model.run(dict(feeds))
+        if self.has_state:
+            self.session.reset()
+        return self.session.run(dict(feeds))
+
+    def fork(self, rows: Sequence[int] | None = None) -> ArtifactRunner:
+        """Another session on the same model; its state is that of this one, or of these rows of it."""
+        other = object.__new__(ArtifactRunner)
+        if rows is None:
+            other._adopt(self._model, self.session.fork())
+        else:
+            other._adopt(self._model, self._model.session(capacity=self.session.capacity))
+            other.session.copy_state(self.session, rows)
+        return other
 
 
-_ENGINES: dict[str, Callable[..., Runner]] = {
-    "qgraph": ArtifactRunner,
-    "onnxruntime": OnnxRuntimeRunner,
-    "reference": lambda path, threads: ReferenceRunner(path),
+_ENGINES: dict[str, Callable[[str | os.PathLike[str], int, int], Runner]] = {
+    "qgraph": lambda path, threads, capacity: ArtifactRunner(path, threads=threads, capacity=capacity),
+    "onnxruntime": lambda path, threads, capacity: OnnxRuntimeRunner(path, threads=threads),
+    "reference": lambda path, threads, capacity: ReferenceRunner(path),
 }
 
 
-def open_runner(path: str | os.PathLike[str], *, engine: str = "", threads: int = 0) -> Runner:
+def open_runner(
+    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0
+) -> Runner:
     """A runner for the file. engine: "qgraph" (default for .qg), "onnxruntime" (default else), "reference".
+    capacity: of an artifact, see `ArtifactRunner`.
 
     Nothing falls back to another engine: what one cannot run is its error. Raises UsageError for an unknown
     engine.
@@ -161,7 +241,7 @@ def open_runner(path: str | os.PathLike[str], *, engine: str = "", threads: int 
     engine = engine or ("qgraph" if Path(path).suffix == ".qg" else "onnxruntime")
     if engine not in _ENGINES:
         raise UsageError(f"unknown engine '{engine}'; known: {', '.join(_ENGINES)}")
-    return _ENGINES[engine](path, threads=threads)
+    return _ENGINES[engine](path, threads, capacity)
 
 
 def _check_names(path: str, inputs: tuple[str, ...], feeds: Feeds) -> None:

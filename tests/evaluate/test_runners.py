@@ -86,8 +86,11 @@ def test_the_suffix_chooses_the_engine(model: Path, tmp_path: Path, monkeypatch:
 
     def load(path: Path, *, threads: int) -> SimpleNamespace:
         loaded.append((path, threads))
-        tensor = SimpleNamespace(name="x")
-        return SimpleNamespace(inputs=[tensor], outputs=[tensor], run=lambda feeds: dict(feeds))
+        tensor = SimpleNamespace(name="x", dtype=np.dtype(np.float32), shape=("n",))
+        session = SimpleNamespace(run=lambda feeds: dict(feeds))
+        return SimpleNamespace(
+            inputs=[tensor], outputs=[tensor], has_state=False, session=lambda **options: session
+        )
 
     monkeypatch.setattr(runtime, "load", load)
     assert open_runner(model).name == "onnxruntime"

@@ -1,0 +1,240 @@
+"""One way to feed a causal language model a text bit by bit, whatever it is.
+
+An artifact with state keeps its cache itself. An ONNX file with a cache gets back what it gave. A model
+without a cache is given the whole text every time: slow, and the measure for the other two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qgraph.errors import InputError, UsageError
+from qgraph.evaluate.runners import ArtifactRunner, OnnxRuntimeRunner, ReferenceRunner, Runner, open_runner
+from qgraph.evaluate.text_ports import IDS, TextPorts, text_ports
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Ids = npt.NDArray[np.int64]
+    Logits = npt.NDArray[np.float32]
+
+LOGITS = "logits"
+
+
+class Decoder(Protocol):
+    """A text, or several of one length, that a model is reading.
+
+    name: the engine, for tables. vocabulary: logits a position, 0 if the file does not tell. capacity: tokens
+    a text may have, 0 if nobody told.
+    """
+
+    name: str
+    vocabulary: int
+    capacity: int
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+
+    def feed(self, ids: Ids, last: bool = False) -> Logits:
+        """Reads on.
+
+        Args:
+            ids: int64 [batch, sequence], at least one token; the batch is that of the text so far.
+            last: only the logits of the last position are wanted.
+
+        Returns float32 [batch, sequence or 1, vocabulary].
+
+        Raises InputError: ids of another shape, above the vocabulary, more tokens than `capacity`; after an
+        error the text is as it was.
+        """
+
+    def fork(self, rows: Sequence[int] | None = None) -> Decoder:
+        """Another decoder at the same place. rows: its text i is text rows[i] of this one; None: all."""
+
+    def reset(self) -> None:
+        """Forgets the text."""
+
+    def close(self) -> None:
+        """Frees what it holds."""
+
+
+def open_decoder(
+    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0
+) -> Decoder:
+    """A decoder for an artifact or an ONNX file. engine and threads: see `open_runner`. capacity: tokens that
+    an artifact with state can hold; 0 is its own default, and for other models no limit but their own.
+
+    Raises UsageError for a model that is no causal language model, UnsupportedError for a cache that cannot
+    be followed; and as `open_runner` and `qgraph.runtime.load`.
+    """
+    runner = open_runner(path, engine=engine, threads=threads, capacity=capacity)
+    ports = text_ports(runner.specs, runner.outputs, logits=LOGITS, where=os.fspath(path))
+    if isinstance(runner, ArtifactRunner) and runner.has_state:
+        return StatefulDecoder(runner, ports)
+    if ports.cache:
+        assert isinstance(runner, OnnxRuntimeRunner | ReferenceRunner)  # an artifact has no cache ports
+        return CachedDecoder(runner, ports)
+    return WholeTextDecoder(runner, ports, capacity)
+
+
+def open_text_runner(
+    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0
+) -> Runner:
+    """As `open_runner`, for whole texts: a cache is empty at the start of every run, and no port."""
+    runner = open_runner(path, engine=engine, threads=threads, capacity=capacity)
+    if isinstance(runner, OnnxRuntimeRunner | ReferenceRunner) and LOGITS in runner.outputs:
+        ports = text_ports(runner.specs, runner.outputs, logits=LOGITS, where=os.fspath(path))
+        if ports.cache:
+            return FromStart(runner, ports)
+    return runner
+
+
+class FromStart:
+    """A model with a cache as one without: every run reads a text from its start."""
+
+    def __init__(self, runner: OnnxRuntimeRunner | ReferenceRunner, ports: TextPorts) -> None:
+        self._runner, self._ports = runner, ports
+        self.name, self.specs = runner.name, ports.tokens
+        self.inputs = tuple(spec.name for spec in ports.tokens)
+        self.outputs = tuple(name for name in runner.outputs if name not in ports.cache.values())
+        self.output_shapes = {name: runner.output_shapes[name] for name in self.outputs}
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Runner.run`."""
+        empty = self._ports.empty_cache(len(feeds[IDS]) if IDS in feeds else 1)
+        values = self._runner.run_values({**feeds, **empty}, self.outputs)
+        return {name: _numpy(value) for name, value in values.items()}
+
+
+class StatefulDecoder:
+    """An artifact whose session holds the cache. See `Decoder`."""
+
+    def __init__(self, runner: ArtifactRunner, ports: TextPorts) -> None:
+        self._runner, self._ports = runner, ports
+        self.name, self.vocabulary = runner.name, _vocabulary(runner)
+        self.capacity = runner.session.capacity
+        self._short = runner.output_shapes[LOGITS][1] == LOGITS  # can leave out all but the last
+
+    @property
+    def length(self) -> int:
+        return self._runner.session.length
+
+    def feed(self, ids: Ids, last: bool = False) -> Logits:
+        feeds = self._ports.feeds(_checked(ids, self.vocabulary), self.length)
+        dims = {LOGITS: 1} if last and self._short else {}
+        logits: Logits = self._runner.session.run(feeds, dims=dims)[LOGITS]
+        return logits[:, -1:] if last else logits
+
+    def fork(self, rows: Sequence[int] | None = None) -> StatefulDecoder:
+        return StatefulDecoder(self._runner.fork(rows), self._ports)
+
+    def reset(self) -> None:
+        self._runner.session.reset()
+
+    def close(self) -> None:
+        self._runner.session.close()
+
+
+class CachedDecoder:
+    """An ONNX file with a cache: what one run gives back is the past of the next. See `Decoder`."""
+
+    capacity = 0
+
+    def __init__(self, runner: OnnxRuntimeRunner | ReferenceRunner, ports: TextPorts) -> None:
+        self._runner, self._ports = runner, ports
+        self.name, self.vocabulary = runner.name, _vocabulary(runner)
+        self.length = 0
+        self._cache: dict[str, Any] = {}
+
+    def feed(self, ids: Ids, last: bool = False) -> Logits:
+        feeds = self._ports.feeds(_checked(ids, self.vocabulary), self.length)
+        cache = self._cache or self._ports.empty_cache(len(ids))
+        outputs = [LOGITS, *self._ports.cache.values()]
+        values = self._runner.run_values({**feeds, **cache}, outputs)
+        self._cache = {past: values[present] for past, present in self._ports.cache.items()}
+        self.length += ids.shape[1]
+        logits: Logits = _numpy(values[LOGITS])
+        return logits[:, -1:] if last else logits
+
+    def fork(self, rows: Sequence[int] | None = None) -> CachedDecoder:
+        other = CachedDecoder(self._runner, self._ports)
+        other.length = self.length
+        # Nobody writes to a value, so two texts may share it.
+        other._cache = {n: v if rows is None else _numpy(v)[list(rows)] for n, v in self._cache.items()}
+        return other
+
+    def reset(self) -> None:
+        self.length, self._cache = 0, {}
+
+    def close(self) -> None:
+        self.reset()
+
+
+class WholeTextDecoder:
+    """A model without a cache, which reads the text from its start each time. See `Decoder`."""
+
+    def __init__(self, runner: Runner, ports: TextPorts, capacity: int) -> None:
+        self._runner, self._ports, self.capacity = runner, ports, capacity
+        self.name, self.vocabulary = runner.name, _vocabulary(runner)
+        self._text: Ids | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self._text is None else self._text.shape[1]
+
+    def feed(self, ids: Ids, last: bool = False) -> Logits:
+        import numpy as np
+
+        ids = _checked(ids, self.vocabulary)
+        text = ids if self._text is None else np.concatenate([self._text, ids], axis=1)
+        if self.capacity and text.shape[1] > self.capacity:
+            raise InputError(
+                f"{text.shape[1]} tokens are more than the capacity of {self.capacity}: raise it"
+            )
+        logits = self._runner.run(self._ports.feeds(text, 0))[LOGITS]
+        if logits.shape[:2] != text.shape:
+            raise InputError(f"logits {list(logits.shape)} for {list(text.shape)} tokens: not one a position")
+        self._text = text
+        return logits[:, -1:] if last else logits[:, -ids.shape[1] :]
+
+    def fork(self, rows: Sequence[int] | None = None) -> WholeTextDecoder:
+        other = WholeTextDecoder(self._runner, self._ports, self.capacity)
+        other._text = self._text if self._text is None or rows is None else self._text[list(rows)]
+        return other
+
+    def reset(self) -> None:
+        self._text = None
+
+    def close(self) -> None:
+        self.reset()
+
+
+def _vocabulary(runner: Runner) -> int:
+    shape = runner.output_shapes[LOGITS]
+    if len(shape) != 3:
+        raise UsageError(f"the output '{LOGITS}' is {list(shape)}: expected [batch, sequence, vocabulary]")
+    return shape[2] if isinstance(shape[2], int) else 0
+
+
+def _checked(ids: Ids, vocabulary: int) -> Ids:
+    import numpy as np
+
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+        raise InputError(f"ids are {ids.dtype} {list(ids.shape)}: expected integers [batch, sequence]")
+    if ids.min() < 0 or (vocabulary and ids.max() >= vocabulary):
+        raise InputError(
+            f"token {ids.min() if ids.min() < 0 else ids.max()} has no logit among {vocabulary}: is this the "
+            "model's tokenizer?"
+        )
+    return ids
+
+
+def _numpy(value: Any) -> np.ndarray:
+    import numpy as np
+
+    return value if isinstance(value, np.ndarray) else value.numpy()

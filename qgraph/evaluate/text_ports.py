@@ -1,0 +1,107 @@
+"""What the inputs of a causal language model take of a text, and what its outputs give back for the next run.
+
+Exporters agree on names: `input_ids` [batch, sequence], `attention_mask` [batch, tokens so far],
+`position_ids` [batch, sequence], and where there is a cache `past_key_values.N.key`, `.value` [batch, heads,
+tokens before, width], given back as `present.N.key`, `.value`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qgraph.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from qgraph.evaluate.samples import InputSpec
+
+IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+_PAST = ("past_key_values", "past")  # what such an input begins with
+_PRESENT = ("present_key_values", "present")
+
+
+@dataclass(frozen=True)
+class TextPorts:
+    """The inputs of a causal model: those for tokens, and those of its cache with the outputs they come back
+    as."""
+
+    tokens: tuple[InputSpec, ...]
+    cache: Mapping[str, str]  # past input -> present output
+    pasts: tuple[InputSpec, ...]
+
+    def feeds(
+        self, ids: npt.NDArray[np.int64], held: int, mask: npt.NDArray[np.int64] | None = None
+    ) -> dict[str, npt.NDArray]:
+        """The token inputs for `ids` [batch, sequence] behind `held` tokens.
+
+        mask: int64 [batch, held + sequence], 0 for padding; None is none.
+        """
+        import numpy as np
+
+        batch, sequence = ids.shape
+        if mask is None:
+            mask = np.ones((batch, held + sequence), np.int64)
+        positions = np.broadcast_to(np.arange(held, held + sequence), ids.shape)
+        known = {IDS: ids, MASK: mask, POSITIONS: positions}
+        return {spec.name: np.ascontiguousarray(known[spec.name], spec.dtype) for spec in self.tokens}
+
+    def empty_cache(self, batch: int) -> dict[str, npt.NDArray]:
+        """The cache before the first token: length 0."""
+        import numpy as np
+
+        return {spec.name: np.zeros(empty_past(spec, batch), spec.dtype) for spec in self.pasts}
+
+
+def empty_past(spec: InputSpec, batch: int) -> tuple[int, int, int, int]:
+    """The shape of a cache input that holds nothing. UnsupportedError where heads or width are not fixed."""
+    if len(spec.shape) == 4:
+        rows, heads, _, width = spec.shape
+        if isinstance(heads, int) and isinstance(width, int):
+            return (rows if isinstance(rows, int) else batch), heads, 0, width
+    raise UnsupportedError(
+        f"cache input '{spec.name}' is {list(spec.shape)}: expected [batch, heads, past, width] with fixed "
+        "heads and width"
+    )
+
+
+def text_ports(
+    specs: Sequence[InputSpec], outputs: Iterable[str], *, logits: str = "logits", where: str = "the model"
+) -> TextPorts:
+    """The ports of a model with these inputs and outputs.
+
+    Raises UsageError for a model that is no causal language model (no `input_ids`, no `logits`, inputs of
+    another kind), UnsupportedError for a cache that does not come back.
+    """
+    outputs = tuple(outputs)
+    if logits not in outputs:
+        raise UsageError(
+            f"{where} has no output '{logits}'; it has {', '.join(outputs)}: is it a causal language model?"
+        )
+    tokens = tuple(spec for spec in specs if spec.name in (IDS, MASK, POSITIONS) and len(spec.shape) == 2)
+    pasts = tuple(spec for spec in specs if _suffix(spec.name, _PAST) and len(spec.shape) == 4)
+    foreign = [spec for spec in specs if spec not in tokens and spec not in pasts]
+    if foreign or IDS not in {spec.name for spec in tokens}:
+        raise UsageError(
+            f"{where} has the inputs {', '.join(f'{s.name} {list(s.shape)}' for s in specs)}: a text gives "
+            f"{IDS}, {MASK} and {POSITIONS}, each of two dimensions, and a cache {_PAST[0]}.*"
+        )
+    presents = {_suffix(name, _PRESENT): name for name in outputs}
+    cache = {}
+    for spec in pasts:
+        present = presents.get(_suffix(spec.name, _PAST))
+        if present is None:
+            raise UnsupportedError(
+                f"{where}: cache input '{spec.name}' has no output that brings it up to date, such as "
+                f"'{_PRESENT[1]}{_suffix(spec.name, _PAST)}'"
+            )
+        cache[spec.name] = present
+    return TextPorts(tokens, cache, pasts)
+
+
+def _suffix(name: str, prefixes: Iterable[str]) -> str:
+    """What follows the first of `prefixes` that `name` begins with; empty if none."""
+    return next((name[len(p) :] for p in prefixes if name.startswith(p)), "")
