@@ -39,7 +39,8 @@ from qgraph.evaluate.runners import open_runner
 from qgraph.evaluate.similarity import cosine
 from qgraph.evaluate.sts import Pair, SentenceTokenizer, StsResult, evaluate_sts, read_pairs
 from qgraph.evaluate.tokenizer import leading_tokens, load_tokenizer, read_documents
-from qgraph.models import get_model, open_model
+from qgraph.models import get_model
+from qgraph.models.causal_lm import CausalLM
 from qgraph.schemes import SCHEMES
 from qgraph.solvers import SOLVERS
 
@@ -170,10 +171,10 @@ def stories260k(data: Path, work: Path) -> Decoder:
 
 
 def llama4m(data: Path, work: Path) -> Decoder:
-    model = open_model(str(data / "tinystories-llama-4m"))
+    model = CausalLM(data / "tinystories-llama-4m")
     return Decoder(
         "tinystories-llama-4m",
-        model.export(work / "tinystories-llama-4m.onnx"),
+        model.export(work / "tinystories-llama-4m.onnx", cache=False),
         model.tokenizer_path(),
         data,
         work,

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from qgraph.calibration import Batch, Data, collect, model_inputs, open_data
 from qgraph.evaluate.sts import SentenceTokenizer
-from qgraph.models import get_model, open_model
+from qgraph.models import get_model
+from qgraph.models.causal_lm import CausalLM
 from qgraph.passes import load_model, prepare_model
 from qgraph.passes.select_layers import DECISIONS, SelectLayers
 from qgraph.solvers import SOLVERS, hessian
@@ -157,8 +158,8 @@ def stories260k(data: Path, work: Path) -> Subject:
 
 def llama4m(data: Path, work: Path) -> Subject:
     """See the module."""
-    model = open_model(str(data / "tinystories-llama-4m"))
-    return decoder(model.export(work / "llama.onnx"), model.tokenizer_path(), data, work)
+    model = CausalLM(data / "tinystories-llama-4m")
+    return decoder(model.export(work / "llama.onnx", cache=False), model.tokenizer_path(), data, work)
 
 
 def speed(solvers: Sequence[tuple[str, str]], size: int, threads: int) -> Iterator[tuple[str, float, float]]:

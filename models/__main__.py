@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from typing import Any
 
 import click
 
-from qgraph.errors import QGraphError
+from qgraph.errors import QGraphError, UsageError
 from qgraph.models import get_model, model_names, open_model
+
+_DEFAULTS = {"cache": True, "mask": False, "opset": None}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,13 +29,31 @@ def list_() -> None:
 @main.command()
 @click.argument("name", metavar="MODEL")
 @click.argument("path", type=click.Path(dir_okay=False))
+@click.option(
+    "--no-cache",
+    "cache",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Leave out the inputs and outputs that hold keys and values: every run reads a text from its start.",
+)
+@click.option(
+    "--mask", is_flag=True, help="Add attention_mask and position_ids, for batches padded on the left."
+)
+@click.option("--opset", type=click.IntRange(18), help="Version of ONNX's operators.  [default: 23]")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the exporter says.")
-def export(name: str, path: str, verbose: bool) -> None:
+def export(name: str, path: str, verbose: bool, **options: Any) -> None:
     """Writes MODEL as a float ONNX file to PATH. MODEL is a name that `list` knows, or a local folder with a
-    causal language model of Hugging Face's (config.json, weights, tokenizer.json)."""
+    causal language model of Hugging Face's (config.json, weights, tokenizer.json). Such a model is written
+    with its cache; --no-cache, --mask and --opset are for these alone."""
     model = open_model(name)
+    given = {option: value for option, value in options.items() if value != _DEFAULTS[option]}
+    unknown = sorted(given.keys() - inspect.signature(model.export).parameters.keys())
+    if unknown:
+        flags = ", ".join("--no-cache" if option == "cache" else f"--{option}" for option in unknown)
+        raise UsageError(f"{name} is no causal language model: it is exported without {flags}")
     click.echo(f"exporting {model.title} ...", err=True)
-    written = model.export(path, verbose=verbose)
+    written = model.export(path, verbose=verbose, **given)
     click.echo(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
 
 

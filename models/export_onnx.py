@@ -36,7 +36,7 @@ def export_module(
     *,
     input_names: Sequence[str],
     output_names: Sequence[str],
-    dynamic: Sequence[Mapping[int, Any]],
+    dynamic: Sequence[Mapping[int, Any] | tuple[Mapping[int, Any], ...]],
     opset: int = OPSET,
     verbose: bool = False,
 ) -> ir.Model:
@@ -47,7 +47,8 @@ def export_module(
 
     Args:
         module: in eval mode; called with `example` as positional arguments.
-        dynamic: for each input, axis -> `torch.export.Dim`.
+        dynamic: for each parameter of `module.forward`, axis -> `torch.export.Dim`; for `*parameters` a tuple
+            of these.
     """
     import torch
 
@@ -59,7 +60,7 @@ def export_module(
             opset_version=opset,
             input_names=list(input_names),
             output_names=list(output_names),
-            dynamic_shapes=tuple(dict(d) for d in dynamic),
+            dynamic_shapes=tuple(dynamic),
             verbose=verbose,
         )
     if program is None:

@@ -37,7 +37,7 @@ def tokens(seed: int, batch: int = 8, length: int = 24) -> np.ndarray:
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from qgraph.models import open_model
+    from qgraph.models.causal_lm import CausalLM
 
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with quiet():
         transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
-        return open_model(str(folder / "hf")).export(folder / "llama.onnx")
+        return CausalLM(folder / "hf").export(folder / "llama.onnx", cache=False)
 
 
 def compiled(model: Path, folder: Path, name: str, **options: object) -> CompileResult:
