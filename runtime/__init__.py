@@ -28,7 +28,7 @@ def load(
         path: the `.qg` file. It must not change in place while the model lives.
         threads: of `Model.run`; 0 is one for every core this process may use. Results do not depend on it.
         isa: use this code variant instead of the best one that the CPU supports.
-        memory_limit: bytes for temporaries of a session; 0 is no limit.
+        memory_limit: bytes for temporaries and state of a session; 0 is no limit.
 
     Raises:
         InputError: no such file, damaged, or not an artifact.

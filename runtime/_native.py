@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 
@@ -12,6 +13,9 @@ from qgraph.runtime import build
 
 MAX_RANK = 8
 INPUT, OUTPUT = 0, 1
+
+# In the order of qg_dim_kind.
+DIM_KINDS = ("input", "total", "capacity", "option")
 
 # In the order of qg_dtype.
 DTYPES = ("f32", "f16", "bf16", "f64", "i64", "i32", "i16", "i8", "u8", "bool")
@@ -33,7 +37,12 @@ class LoadOptions(ctypes.Structure):
 
 
 class SessionOptions(ctypes.Structure):
-    _fields_ = (("struct_size", c_size_t), ("threads", c_int32), ("memory_limit", c_uint64))
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("threads", c_int32),
+        ("memory_limit", c_uint64),
+        ("capacity", c_int64),
+    )
 
 
 class Tensor(ctypes.Structure):
@@ -62,6 +71,7 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "qg_model_tensor_dim": (c_char_p, (c_void_p, c_int32, c_size_t, c_size_t)),
     "qg_model_dim_count": (c_size_t, (c_void_p,)),
     "qg_model_dim": (c_char_p, (c_void_p, c_size_t, POINTER(c_int64), POINTER(c_int64))),
+    "qg_model_dim_kind": (c_int32, (c_void_p, c_size_t)),
     "qg_model_metadata_count": (c_size_t, (c_void_p,)),
     "qg_model_metadata_at": (c_char_p, (c_void_p, c_size_t, POINTER(c_char_p))),
     "qg_model_step_count": (c_size_t, (c_void_p,)),
@@ -73,7 +83,12 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "qg_bind_input": (None, (c_void_p, c_size_t, POINTER(Tensor))),
     "qg_output_shape": (None, (c_void_p, c_size_t, POINTER(c_int32), POINTER(c_int64))),
     "qg_bind_output": (None, (c_void_p, c_size_t, POINTER(Tensor))),
+    "qg_set_dim": (None, (c_void_p, c_char_p, c_int64)),
     "qg_run": (None, (c_void_p,)),
+    "qg_state_capacity": (c_int64, (c_void_p,)),
+    "qg_state_length": (c_int64, (c_void_p,)),
+    "qg_state_truncate": (None, (c_void_p, c_int64)),
+    "qg_state_copy": (None, (c_void_p, c_void_p, POINTER(c_int64), c_size_t)),
     "qg_session_profile": (None, (c_void_p, c_int)),
     "qg_session_step_time": (c_int64, (c_void_p, c_size_t)),
 }
@@ -125,9 +140,9 @@ def load(path: str, isa: str | None) -> c_void_p:
     return handle
 
 
-def create_session(model: c_void_p, threads: int, memory_limit: int) -> c_void_p:
+def create_session(model: c_void_p, threads: int, memory_limit: int, capacity: int) -> c_void_p:
     handle = c_void_p()
-    options = SessionOptions(ctypes.sizeof(SessionOptions), threads, memory_limit)
+    options = SessionOptions(ctypes.sizeof(SessionOptions), threads, memory_limit, capacity)
     check(library().qg_session_create(model, byref(options), byref(handle)))
     return handle
 
@@ -140,16 +155,22 @@ def metadata(model: c_void_p) -> dict[str, str]:
     return pairs
 
 
-def dim(model: c_void_p, index: int) -> tuple[str, int, int]:
-    """Name, least and greatest size of a named dimension."""
-    low, high = c_int64(), c_int64()
-    name = text(library().qg_model_dim(model, index, byref(low), byref(high)))
-    return name, low.value, high.value
+def dim(model: c_void_p, index: int) -> tuple[str, int, int, str]:
+    """Name, least and greatest size, and kind of a named dimension."""
+    lib, low, high = library(), c_int64(), c_int64()
+    name = text(lib.qg_model_dim(model, index, byref(low), byref(high)))
+    return name, low.value, high.value, DIM_KINDS[lib.qg_model_dim_kind(model, index)]
 
 
 def view(pointer: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """View of a dense tensor at an address."""
     return Tensor(pointer, DTYPES.index(dtype), len(shape), (c_int64 * max(len(shape), 1))(*shape), None)
+
+
+def copy_state(target: c_void_p, source: c_void_p, rows: Sequence[int] | None) -> None:
+    count = 0 if rows is None else len(rows)
+    array = None if rows is None else (c_int64 * count)(*rows)
+    check(library().qg_state_copy(target, source, array, count))
 
 
 def output_shape(session: c_void_p, index: int) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import byref, c_void_p
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qgraph.errors import InputError, UsageError
+from qgraph.errors import InputError, QGraphError, UsageError
 from qgraph.runtime import _native
 
 _NUMPY = {
@@ -44,11 +45,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Dim:
-    """A named dimension and its inclusive bounds."""
+    """A named dimension and its inclusive bounds.
+
+    `kind` says what gives it its size: "input", the shapes of inputs; "total", the tokens in the session's
+    state after the run; "capacity", the session's; "option", `dims` of `Session.run`, else a default.
+    """
 
     name: str
     min: int
     max: int
+    kind: str = "input"
 
 
 @dataclass(frozen=True)
@@ -105,25 +111,44 @@ class Model:
             for i in range(lib.qg_model_variant_count(handle))
         )
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """`Session.run` on a session of the model's own; calls from several threads take turns."""
+    @property
+    def has_state(self) -> bool:
+        """Whether sessions keep tokens from run to run, as the key-value cache of a decoder."""
+        return any(dim.kind == "total" for dim in self.dims)
+
+    def run(self, inputs: Mapping[str, Any], dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+        """`Session.run` on a session of the model's own; calls from several threads take turns.
+
+        The state is empty at first, if the model has one: every call stands by itself.
+        """
         with self._lock:
             if self._session is None:
                 self._session = self.session()
             session = self._session
-        return session.run(inputs)
+        with session._lock:
+            if self.has_state:
+                session.reset()
+            return session.run(inputs, dims)
 
-    def session(self, *, threads: int | None = None, memory_limit: int | None = None) -> Session:
+    def session(
+        self, *, threads: int | None = None, memory_limit: int | None = None, capacity: int = 0
+    ) -> Session:
         """A new session, for a thread of the caller's; by default with the model's settings.
 
+        Args:
+            threads: 0 is one for every core this process may use.
+            memory_limit: bytes for temporaries and state; 0 is no limit.
+            capacity: tokens that the state has room for; 0 is the model's default.
+
         Raises:
-            InputError: a negative number of threads.
+            InputError: a negative number of threads, or a capacity that the model does not allow.
             ResourceError: the system has no threads left.
         """
         return Session(
             self,
             self._threads if threads is None else threads,
             self._memory_limit if memory_limit is None else memory_limit,
+            capacity,
         )
 
     def close(self) -> None:
@@ -159,16 +184,25 @@ class Model:
 
 
 class Session:
-    """Buffers and threads for one inference at a time: calls from several threads take turns."""
+    """Buffers, threads and state for one inference at a time: calls from several threads take turns.
 
-    def __init__(self, model: Model, threads: int, memory_limit: int) -> None:
+    A model with a state (`Model.has_state`) adds the tokens of every run to those of the runs before:
+
+        session.run({"input_ids": prompt}, dims={"logits": 1})
+        session.run({"input_ids": token}, dims={"logits": 1})     # as if prompt and token were one text
+    """
+
+    def __init__(self, model: Model, threads: int, memory_limit: int, capacity: int = 0) -> None:
         self._handle: c_void_p | None = None
-        for name, value, limit in (("threads", threads, 2**31), ("memory_limit", memory_limit, 2**64)):
+        options = (("threads", threads, 2**31), ("memory_limit", memory_limit, 2**64))
+        for name, value, limit in (*options, ("capacity", capacity, 2**63)):
             if not 0 <= value < limit:
                 raise InputError(f"{name} is {value}: give 0 for the default, or a positive number")
         self._lock = threading.RLock()
         self._model = model
-        self._handle = _native.create_session(model._open_handle(), threads, memory_limit)
+        self._settings = threads, memory_limit, capacity
+        self._choices: dict[str, int] = {}
+        self._handle = _native.create_session(model._open_handle(), threads, memory_limit, capacity)
 
     @property
     def threads(self) -> int:
@@ -177,27 +211,102 @@ class Session:
 
     @property
     def memory(self) -> int:
-        """Bytes now allocated for temporaries."""
+        """Bytes now allocated for temporaries and state."""
         return int(_native.library().qg_session_memory(self._open_handle()))
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    @property
+    def capacity(self) -> int:
+        """Tokens that the state has room for; 0 for a model without a state."""
+        return int(_native.library().qg_state_capacity(self._open_handle()))
+
+    @property
+    def length(self) -> int:
+        """Tokens that the state holds."""
+        return int(_native.library().qg_state_length(self._open_handle()))
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens of the state but the first `length`.
+
+        Raises:
+            InputError: it holds fewer, or the model has no state.
+        """
+        with self._lock:
+            _native.check(_native.library().qg_state_truncate(self._open_handle(), _int64("length", length)))
+
+    def reset(self) -> None:
+        """Empty the state. Raises InputError if the model has none."""
+        self.truncate(0)
+
+    def fork(self) -> Session:
+        """A new session with the settings and the state of this one; both go on independently.
+
+        Raises:
+            InputError: the model has no state.
+            ResourceError: no memory or threads left, or above the memory limit.
+        """
+        with self._lock:
+            session = Session(self._model, *self._settings)
+            try:
+                session.copy_state(self)
+            except QGraphError:
+                session.close()
+                raise
+            return session
+
+    def copy_state(self, source: Session, rows: Sequence[int] | None = None) -> None:
+        """Take the tokens that `source` holds, in place of one's own.
+
+        Args:
+            source: a session of the same model, maybe this one. Its capacity may differ.
+            rows: the state has as many rows then, row i that of `rows[i]` in `source`; None: all, in order.
+
+        Raises:
+            InputError: another model, one without a state, a row that `source` does not have, or more tokens
+                than there is room for.
+            ResourceError: no memory left, or above the memory limit.
+        """
+        # In an order that two threads copying in opposite directions share.
+        first, second = sorted((self, source), key=id)
+        with first._lock, second._lock:
+            indices = None if rows is None else [_int64("row", row) for row in rows]
+            _native.copy_state(self._open_handle(), source._open_handle(), indices)
+
+    def run(self, inputs: Mapping[str, Any], dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
         """Run the model.
 
         Args:
             inputs: for every input name an array: numpy, or anything with DLPack on the CPU. Dtypes must
                 match, no value is cast. Arrays that are not contiguous are copied.
+            dims: sizes of dimensions of kind "option" in this run; the others have their defaults.
+                `{"logits": 1}` asks a decoder for the last position only.
 
         Returns:
             For every output name a new array.
 
         Raises:
-            InputError: missing or unknown names, wrong dtypes or shapes, or data that the model refuses, such
-                as a token id outside the vocabulary.
+            InputError: missing or unknown names, wrong dtypes or shapes, data that the model refuses, such
+                as a token id outside the vocabulary, or more tokens than the state has room for. The state
+                is as before then.
             ResourceError: not enough memory, or above the memory limit.
         """
         arrays = _arrays(self._model.inputs, inputs)
         with self._lock:
+            self._choose(dims or {})
             return self._run(arrays)
+
+    def _choose(self, dims: Mapping[str, int]) -> None:
+        """Set the option dims to these sizes, and to their defaults what an earlier run set."""
+        if self._choices == dims:
+            return
+        lib, handle = _native.library(), self._open_handle()
+        for name in [name for name in self._choices if name not in dims]:
+            _native.check(lib.qg_set_dim(handle, name.encode(), 0))
+            del self._choices[name]
+        for name, size in dims.items():
+            if _int64(name, size) < 1:
+                raise InputError(f"{name} is {size}: give a positive number")
+            _native.check(lib.qg_set_dim(handle, name.encode(), int(size)))
+            self._choices[name] = int(size)
 
     def _run(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
         lib, handle = _native.library(), self._open_handle()
@@ -212,14 +321,16 @@ class Session:
         _native.check(lib.qg_run(handle))
         return outputs
 
-    def profile(self, inputs: Mapping[str, Any]) -> list[tuple[Step, int]]:
+    def profile(
+        self, inputs: Mapping[str, Any], dims: Mapping[str, int] | None = None
+    ) -> list[tuple[Step, int]]:
         """Run once with timing on: every step with the nanoseconds it took. Arguments and errors as `run`."""
         lib = _native.library()
         with self._lock:
             handle = self._open_handle()
             _native.check(lib.qg_session_profile(handle, 1))
             try:
-                self.run(inputs)
+                self.run(inputs, dims)
                 return [
                     (step, lib.qg_session_step_time(handle, i)) for i, step in enumerate(self._model.steps)
                 ]
@@ -266,6 +377,16 @@ def _tensors(model: c_void_p, side: int) -> tuple[TensorInfo, ...]:
         )
         for i in range(lib.qg_model_tensor_count(model, side))
     )
+
+
+def _int64(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} is {value!r}: give an integer") from None
+    if not -(2**63) <= number < 2**63:
+        raise InputError(f"{name} is {number}, beyond 64 bits")
+    return number
 
 
 def _dtype_name(dtype: np.dtype) -> str:

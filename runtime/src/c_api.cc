@@ -100,6 +100,11 @@ const qg::Step* step_of(const qg_model* model, size_t index) {
   return model ? element(model->impl->plan().steps, index) : nullptr;
 }
 
+static_assert(static_cast<int32_t>(qg::Dim::Kind::kInput) == QG_DIM_INPUT &&
+              static_cast<int32_t>(qg::Dim::Kind::kTotal) == QG_DIM_TOTAL &&
+              static_cast<int32_t>(qg::Dim::Kind::kCapacity) == QG_DIM_CAPACITY &&
+              static_cast<int32_t>(qg::Dim::Kind::kOption) == QG_DIM_OPTION);
+
 }  // namespace
 
 extern "C" {
@@ -203,6 +208,11 @@ const char* qg_model_dim(const qg_model* model, size_t index, int64_t* min, int6
   return plan_of(model)->dim_names[index].c_str();
 }
 
+int32_t qg_model_dim_kind(const qg_model* model, size_t index) {
+  const qg::Dim* dim = model ? element(plan_of(model)->dims, index) : nullptr;
+  return dim ? static_cast<int32_t>(dim->kind) : -1;
+}
+
 const char* qg_model_metadata(const qg_model* model, const char* key) {
   const std::string* value = model && key ? model->impl->artifact().metadata(key) : nullptr;
   return value ? value->c_str() : nullptr;
@@ -237,7 +247,7 @@ qg_status qg_session_create(qg_model* model, const qg_session_options* options, 
     *session = nullptr;
     require(model, "model");
     qg_session_options o = merged(options, qg_session_options QG_SESSION_OPTIONS_INIT);
-    *session = new qg_session{qg::Session(model->impl, o.threads, o.memory_limit)};
+    *session = new qg_session{qg::Session(model->impl, o.threads, o.memory_limit, o.capacity)};
   });
 }
 
@@ -272,10 +282,37 @@ qg_status qg_bind_output(qg_session* session, size_t index, const qg_tensor* ten
   });
 }
 
+qg_status qg_set_dim(qg_session* session, const char* name, int64_t value) {
+  return guarded([&] {
+    require(session, "session");
+    require(name, "name");
+    session->impl.set_dim(name, value);
+  });
+}
+
 qg_status qg_run(qg_session* session) {
   return guarded([&] {
     require(session, "session");
     session->impl.run();
+  });
+}
+
+int64_t qg_state_capacity(const qg_session* session) { return session ? session->impl.capacity() : 0; }
+
+int64_t qg_state_length(const qg_session* session) { return session ? session->impl.length() : 0; }
+
+qg_status qg_state_truncate(qg_session* session, int64_t length) {
+  return guarded([&] {
+    require(session, "session");
+    session->impl.truncate(length);
+  });
+}
+
+qg_status qg_state_copy(qg_session* to, const qg_session* from, const int64_t* rows, size_t count) {
+  return guarded([&] {
+    require(to, "to");
+    require(from, "from");
+    to->impl.copy_state(from->impl, rows, count);
   });
 }
 

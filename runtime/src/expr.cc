@@ -104,6 +104,25 @@ std::optional<uint32_t> Expr::dim() const {
   return std::nullopt;
 }
 
+DimSet Expr::dims() const {
+  DimSet set = 0;
+  for (uint32_t dim : dim_list()) set |= dim_set(dim);
+  return set;
+}
+
+std::vector<uint32_t> Expr::dim_list() const {
+  std::vector<uint32_t> list;
+  for (const Instr& instr : code_) {
+    if (instr.op == Op::kDim) list.push_back(static_cast<uint32_t>(instr.value));
+  }
+  return list;
+}
+
+bool Expr::operator==(const Expr& other) const {
+  return std::equal(code_.begin(), code_.end(), other.code_.begin(), other.code_.end(),
+                    [](const Instr& a, const Instr& b) { return a.op == b.op && a.value == b.value; });
+}
+
 std::string Expr::text(const std::vector<std::string>& dims) const {
   std::vector<std::string> stack;
   for (const Instr& instr : code_) {

@@ -11,6 +11,12 @@
 
 namespace qg {
 
+// A set of dims by index, in which those from 63 up share one place: it may hold more than was put into it,
+// never less.
+using DimSet = uint64_t;
+constexpr DimSet kAllDims = ~DimSet{0};
+constexpr DimSet dim_set(size_t dim) { return DimSet{1} << (dim < 63 ? dim : 63); }
+
 class Expr {
  public:
   Expr() = default;
@@ -25,6 +31,12 @@ class Expr {
   std::optional<int64_t> constant() const;
   std::optional<uint32_t> dim() const;
 
+  // The dims that occur, and each occurrence by itself.
+  DimSet dims() const;
+  std::vector<uint32_t> dim_list() const;
+  // Whether two expressions are written alike.
+  bool operator==(const Expr& other) const;
+
   // "384", "batch", "(2 * sequence)", "min(a, b)".
   std::string text(const std::vector<std::string>& dims) const;
 
@@ -32,7 +44,7 @@ class Expr {
   enum class Op : uint8_t { kConst, kDim, kAdd, kSub, kMul, kFloorDiv, kCeilDiv, kMod, kMin, kMax };
   struct Instr {
     Op op;
-    int64_t value;  // of kConst; the index of kDim
+    int64_t value;  // of kConst; the index of kDim; else 0
   };
 
   static Op op_of(const JsonCursor& name);

@@ -253,12 +253,19 @@ const T& expect_kind(const JsonCursor& cursor, const Json& json, std::string_vie
 
 Json parse_json(std::string_view text, std::string_view what) { return Parser(text, what).document(); }
 
-JsonCursor JsonCursor::member(std::string_view key) const {
+const JsonMember* JsonCursor::find(std::string_view key) const {
   const JsonObject& members = object();
   auto it = std::lower_bound(members.begin(), members.end(), key,
                              [](const JsonMember& m, std::string_view k) { return m.key < k; });
-  if (it == members.end() || it->key != key) invalid(cat("has no '", key, "'"));
-  return JsonCursor(it->value, this, it->key, 0);
+  return it != members.end() && it->key == key ? &*it : nullptr;
+}
+
+bool JsonCursor::has(std::string_view key) const { return find(key) != nullptr; }
+
+JsonCursor JsonCursor::member(std::string_view key) const {
+  const JsonMember* member = find(key);
+  if (!member) invalid(cat("has no '", key, "'"));
+  return JsonCursor(member->value, this, member->key, 0);
 }
 
 JsonCursor JsonCursor::element(size_t index) const {

@@ -45,6 +45,7 @@ class JsonCursor {
   JsonCursor(const Json& json, std::string_view root) : json_(&json), key_(root) {}
 
   JsonCursor member(std::string_view key) const;
+  bool has(std::string_view key) const;
   JsonCursor element(size_t index) const;
   size_t size() const { return array().size(); }
 
@@ -64,6 +65,8 @@ class JsonCursor {
  private:
   JsonCursor(const Json& json, const JsonCursor* parent, std::string_view key, size_t index)
       : json_(&json), parent_(parent), key_(key), index_(index) {}
+
+  const JsonMember* find(std::string_view key) const;
 
   const Json* json_;
   const JsonCursor* parent_ = nullptr;

@@ -36,13 +36,20 @@ class PlanParser {
 
   Plan parse() {
     // In the order of reference: each list only refers to the ones before it.
-    for_each(few(root_.member("dims")), [this](const JsonCursor& c) { dim(c); });
+    const JsonCursor dims = few(root_.member("dims"));
+    for_each(dims, [this](const JsonCursor& c) { dim(c); });
+    if (root_.has("state")) state(root_.member("state"));
+    for (size_t i = 0; i < dims.size(); ++i) {
+      if (dims.element(i).has("default")) option(dims.element(i), &plan_.dims[i]);
+    }
+    require_sources(dims);
     for_each(root_.member("checks"), [this](const JsonCursor& c) {
       plan_.checks.push_back(
           {expr(pair(c.member("ge"), 0)), expr(pair(c.member("ge"), 1)), c.member("message").string()});
     });
     plan_.slots = static_cast<size_t>(root_.member("slots").integer(0, INT32_MAX));
     for_each(root_.member("values"), [this](const JsonCursor& c) { plan_.values.push_back(value(c)); });
+    require_state_values();
     // A slot costs memory even if nothing uses it: a plan must not be able to ask for many by a number alone.
     if (plan_.slots > plan_.values.size()) root_.member("slots").invalid("exceeds the number of values");
     ports(few(root_.member("inputs")), Value::Kind::kInput, &plan_.inputs);
@@ -73,10 +80,85 @@ class PlanParser {
   void dim(const JsonCursor& json) {
     const JsonCursor name = json.member("name"), min = json.member("min"), max = json.member("max");
     require_new(name, plan_.dim_names, [](const std::string& other) { return other; });
-    Dim bounds{min.integer(0, INT64_MAX), max.integer(0, INT64_MAX)};
-    if (bounds.min > bounds.max) json.invalid("has min above max");
+    Dim dim;
+    dim.min = min.integer(0, INT64_MAX);
+    dim.max = max.integer(0, INT64_MAX);
+    if (dim.min > dim.max) json.invalid("has min above max");
     plan_.dim_names.push_back(name.string());
-    plan_.dims.push_back(bounds);
+    plan_.dims.push_back(std::move(dim));
+  }
+
+  // Index of a dim that has no other source so far.
+  uint32_t claim(const JsonCursor& name, Dim::Kind kind) {
+    auto it = std::find(plan_.dim_names.begin(), plan_.dim_names.end(), name.string());
+    if (it == plan_.dim_names.end()) name.invalid(cat("is the unknown dimension '", name.string(), "'"));
+    uint32_t index = static_cast<uint32_t>(it - plan_.dim_names.begin());
+    claim(name, &plan_.dims[index], kind);
+    return index;
+  }
+
+  static void claim(const JsonCursor& json, Dim* dim, Dim::Kind kind) {
+    if (dim->kind != Dim::Kind::kInput) json.invalid("gives a second source to a dimension");
+    dim->kind = kind;
+  }
+
+  void state(const JsonCursor& json) {
+    StatePlan state;
+    state.total = claim(json.member("total"), Dim::Kind::kTotal);
+    state.capacity = claim(json.member("capacity"), Dim::Kind::kCapacity);
+    state.added = expr(json.member("new"));
+    const Dim& bounds = plan_.dims[state.capacity];
+    state.default_capacity = json.member("default").integer(std::max<int64_t>(bounds.min, 1), bounds.max);
+    plan_.state = std::move(state);
+  }
+
+  void option(const JsonCursor& json, Dim* dim) const {
+    claim(json, dim, Dim::Kind::kOption);
+    if (dim->min < 1) json.invalid("has a default and a min below 1");
+    dim->default_size = expr(json.member("default"));
+  }
+
+  // Refuses an expression with a dim of a kind that `known` does not allow.
+  template <typename Known>
+  void require_known(const JsonCursor& json, const Expr& expr, Known known) const {
+    for (uint32_t dim : expr.dim_list()) {
+      if (!known(plan_.dims[dim].kind)) {
+        json.invalid(cat("uses '", plan_.dim_names[dim], "', a dimension that is not known before it"));
+      }
+    }
+  }
+
+  static bool of_input(Dim::Kind kind) { return kind == Dim::Kind::kInput; }
+
+  void require_sources(const JsonCursor& dims) const {
+    if (plan_.state) {
+      const JsonCursor state = root_.member("state");
+      require_known(state.member("new"), plan_.state->added, of_input);
+    }
+    for (size_t i = 0; i < plan_.dims.size(); ++i) {
+      if (plan_.dims[i].kind != Dim::Kind::kOption) continue;
+      const JsonCursor dim = dims.element(i);
+      require_known(dim.member("default"), plan_.dims[i].default_size,
+                    [](Dim::Kind kind) { return kind != Dim::Kind::kOption; });
+    }
+  }
+
+  // Shape of a state value: [rows, n, capacity, m].
+  void state_shape(const JsonCursor& json, const std::vector<Expr>& shape) {
+    if (!plan_.state) json.invalid("is of a state, but the plan has no member 'state'");
+    if (shape.size() != 4) json.invalid("is not of rank 4");
+    for (size_t axis : {1, 3}) {
+      if (!shape[axis].constant()) json.element(axis).invalid("is not a number");
+    }
+    if (shape[2].dim() != plan_.state->capacity) json.element(2).invalid("is not the state's capacity");
+    require_known(json.element(0), shape[0], of_input);
+    if (!has_rows_) plan_.state->rows = shape[0];
+    has_rows_ = true;
+    if (!(shape[0] == plan_.state->rows)) json.element(0).invalid("differs from that of another state value");
+  }
+
+  void require_state_values() const {
+    if (plan_.state && !has_rows_) root_.member("state").invalid("is of no value");
   }
 
   static qg_dtype dtype(const JsonCursor& json) {
@@ -86,7 +168,7 @@ class PlanParser {
     json.invalid(cat("is the unknown dtype '", json.string(), "'"));
   }
 
-  Value value(const JsonCursor& json) const {
+  Value value(const JsonCursor& json) {
     Value value;
     const JsonCursor kind = json.member("kind");
     if (kind.string() == "weight") {
@@ -106,6 +188,8 @@ class PlanParser {
     } else if (kind.string() == "temp") {
       value.kind = Value::Kind::kTemp;
       value.slot = json.member("slot").index(plan_.slots, "slots");
+    } else if (kind.string() == "state") {
+      value.kind = Value::Kind::kState;
     } else {
       kind.invalid(cat("is the unknown kind '", kind.string(), "'"));
     }
@@ -115,8 +199,10 @@ class PlanParser {
     for_each(shape, [&](const JsonCursor& c) {
       Expr entry = expr(c);
       if (entry.constant().value_or(0) < 0) c.invalid("is negative");
+      value.dims |= entry.dims();
       value.shape.push_back(std::move(entry));
     });
+    if (value.kind == Value::Kind::kState) state_shape(shape, value.shape);
     return value;
   }
 
@@ -153,7 +239,8 @@ class PlanParser {
       }
     }
     for (size_t i = 0; i < bound.size(); ++i) {
-      if (!bound[i]) root_.member("dims").element(i).invalid("is not a dimension of any input");
+      if (!bound[i] && plan_.dims[i].kind == Dim::Kind::kInput)
+        root_.member("dims").element(i).invalid("is not a dimension of any input");
     }
   }
 
@@ -168,10 +255,12 @@ class PlanParser {
       arg.kind = Arg::Kind::kPointer;
       arg.value = json.element(1).index(plan_.values.size(), "values");
       arg.expr = json.size() == 3 ? expr(json.element(2)) : Expr::constant_of(0);
+      arg.dims = arg.expr.dims() | plan_.values[arg.value].dims;
     } else if (kind.string() == "i") {
       require_size(2, 2);
       arg.kind = Arg::Kind::kInteger;
       arg.expr = expr(json.element(1));
+      arg.dims = arg.expr.dims();
     } else if (kind.string() == "scratch") {
       require_size(2, 2);
       arg.kind = Arg::Kind::kScratch;
@@ -197,7 +286,11 @@ class PlanParser {
     step.grain = json.member("grain").integer(1, INT64_MAX);
     const JsonCursor args = json.member("args");
     if (args.size() > kMaxPlanArgs) args.invalid(cat("has more than ", kMaxPlanArgs, " elements"));
-    for_each(args, [&](const JsonCursor& c) { step.args.push_back(arg(c, &step.scratch_bytes)); });
+    step.dims = step.blocks.dims();
+    for_each(args, [&](const JsonCursor& c) {
+      step.args.push_back(arg(c, &step.scratch_bytes));
+      step.dims |= step.args.back().dims;
+    });
     return step;
   }
 
@@ -220,6 +313,7 @@ class PlanParser {
   const Artifact& artifact_;
   const JsonCursor& root_;
   Plan plan_;
+  bool has_rows_ = false;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #define QGRAPH_SRC_PLAN_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,7 +18,11 @@ constexpr size_t kMaxNamed = 4096;   // dims, inputs, outputs, variants
 constexpr int64_t kMaxScratch = int64_t{64} << 20;
 
 struct Dim {
-  int64_t min, max;
+  // What gives it its size: inputs, the state's length, the session's capacity, or the caller's choice.
+  enum class Kind { kInput, kTotal, kCapacity, kOption };
+  Kind kind = Kind::kInput;
+  int64_t min = 0, max = 0;
+  Expr default_size;  // of an option
 };
 
 // Demands a >= b.
@@ -27,13 +32,22 @@ struct Check {
 };
 
 struct Value {
-  enum class Kind { kInput, kOutput, kWeight, kTemp };
+  enum class Kind { kInput, kOutput, kWeight, kTemp, kState };
   Kind kind = Kind::kTemp;
   qg_dtype dtype = QG_F32;          // not of a weight
   std::vector<Expr> shape;          // not of a weight
+  DimSet dims = 0;                  // that its shape depends on
   uint32_t slot = 0;                // of a temporary
   const uint8_t* weight = nullptr;  // of a weight
   int64_t weight_bytes = 0;         // of a weight
+};
+
+// What the values of kind kState have in common: [rows, n, capacity, m], n and m numbers.
+struct StatePlan {
+  uint32_t total = 0, capacity = 0;  // dims
+  Expr added;                        // tokens that a run adds
+  Expr rows;
+  int64_t default_capacity = 0;
 };
 
 // An input or output of the model.
@@ -48,6 +62,7 @@ struct Arg {
   Kind kind = Kind::kStatus;
   uint32_t value = 0;   // of a pointer
   Expr expr;            // byte offset of a pointer, or the integer
+  DimSet dims = 0;      // that `expr`, or the size of the value pointed into, depends on
   int64_t scratch = 0;  // byte offset into the step's scratch memory
 };
 
@@ -56,6 +71,7 @@ struct Step {
   uint32_t kernel = 0;
   std::vector<Arg> args;
   Expr blocks;
+  DimSet dims = 0;  // that `blocks` or an argument depends on
   int64_t grain = 1;
   int64_t scratch_bytes = 0;  // of all its scratch arguments, a multiple of 64
 };
@@ -74,6 +90,7 @@ struct Plan {
   std::vector<Check> checks;
   std::vector<Port> inputs, outputs;
   std::vector<Value> values;
+  std::optional<StatePlan> state;
   size_t slots = 0;
   std::vector<std::string> kernels;
   std::vector<Step> steps;

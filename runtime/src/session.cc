@@ -32,16 +32,16 @@ int checked_threads(int32_t threads) {
 struct StepCall {
   const Step* step;
   const void* kernel;
-  const int64_t* args;
   uint8_t* scratch;
   int64_t scratch_stride;
+  int64_t args[kMaxKernelArgs];
 };
 
 }  // namespace
 
 class Session::Exclusive {
  public:
-  explicit Exclusive(Session* session) : flag_(session->busy_) {
+  explicit Exclusive(const Session* session) : flag_(session->busy_) {
     if (flag_.test_and_set())
       fail(QG_INVALID_ARGUMENT, "the session is in use by another thread: create one for each");
   }
@@ -53,31 +53,36 @@ class Session::Exclusive {
   std::atomic_flag& flag_;
 };
 
-Session::Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit)
+Session::Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit, int64_t capacity)
     : model_(std::move(model)), memory_limit_(memory_limit), pool_(new ThreadPool(checked_threads(threads))) {
   const Plan& plan = model_->plan();
+  if (plan.state) {
+    state_.emplace(plan, capacity);
+  } else if (capacity != 0) {
+    fail(QG_INVALID_ARGUMENT, "capacity is ", capacity, ", but the model has no state");
+  }
   inputs_.resize(plan.inputs.size());
   outputs_.resize(plan.outputs.size());
+  choices_.resize(plan.dims.size());
   dims_.resize(plan.dims.size());
+  other_dims_.resize(plan.dims.size());
   dim_source_.resize(plan.dims.size());
   extents_.resize(plan.values.size());
-  user_data_.resize(plan.values.size());
   slot_offsets_.resize(plan.slots);
   slot_bytes_.resize(plan.slots);
   blocks_.resize(plan.steps.size());
-  first_arg_.resize(plan.steps.size());
   step_times_.assign(plan.steps.size(), -1);
-  size_t args = 0, pointers = 0;
-  for (size_t i = 0; i < plan.steps.size(); ++i) {
-    const Step& step = plan.steps[i];
-    first_arg_[i] = args;
-    args += step.args.size();
-    pointers += static_cast<size_t>(std::count_if(
-        step.args.begin(), step.args.end(), [](const Arg& arg) { return arg.kind == Arg::Kind::kPointer; }));
+  bases_.resize(plan.values.size() + 1);
+  for (size_t i = 0; i < plan.values.size(); ++i) {
+    bases_[i] = reinterpret_cast<int64_t>(plan.values[i].weight);
+  }
+  for (const Step& step : plan.steps) {
+    first_arg_.push_back(args_.size());
+    for (const Arg& arg : step.args) {
+      args_.push_back({0, arg.kind == Arg::Kind::kPointer ? arg.value : plan.values.size()});
+    }
     scratch_stride_ = std::max(scratch_stride_, step.scratch_bytes);
   }
-  args_.resize(args);
-  patches_.reserve(pointers);
 }
 
 // ---- bindings
@@ -93,10 +98,10 @@ void Session::bind_input(size_t index, const qg_tensor& tensor) {
   check_input_dims(plan, port, binding);
   Binding& old = inputs_[index];
   if (!old.bound || !std::equal(binding.shape, binding.shape + binding.rank, old.shape)) {
-    shapes_resolved_ = steps_resolved_ = false;
+    shapes_resolved_ = false;
   }
   old = binding;
-  user_data_[port.value] = binding.data;
+  bases_[port.value] = reinterpret_cast<int64_t>(binding.data);
 }
 
 void Session::bind_output(size_t index, const qg_tensor& tensor) {
@@ -107,7 +112,7 @@ void Session::bind_output(size_t index, const qg_tensor& tensor) {
   }
   const Port& port = plan.outputs[index];
   outputs_[index] = bind("output", port, plan.values[port.value], tensor);
-  user_data_[port.value] = outputs_[index].data;
+  bases_[port.value] = reinterpret_cast<int64_t>(outputs_[index].data);
 }
 
 void Session::output_shape(size_t index, int32_t* ndim, int64_t* shape) {
@@ -122,35 +127,132 @@ void Session::output_shape(size_t index, int32_t* ndim, int64_t* shape) {
   std::copy_n(extents_[value].shape, rank, shape);
 }
 
+void Session::set_dim(std::string_view name, int64_t size) {
+  Exclusive exclusive(this);
+  const Plan& plan = model_->plan();
+  std::string options;
+  for (size_t i = 0; i < plan.dims.size(); ++i) {
+    const Dim& dim = plan.dims[i];
+    if (dim.kind != Dim::Kind::kOption) continue;
+    if (plan.dim_names[i] != name) {
+      options += cat(options.empty() ? "" : ", ", plan.dim_names[i]);
+      continue;
+    }
+    if (size != 0 && (size < dim.min || size > dim.max)) {
+      fail(QG_INVALID_ARGUMENT, name, " must lie in [", dim.min, ", ", dim.max, "], got ", size,
+           ": or give 0 for its default");
+    }
+    if (choices_[i] != size) shapes_resolved_ = false;
+    choices_[i] = size;
+    return;
+  }
+  fail(QG_INVALID_ARGUMENT, "'", name, "' is not a dimension to choose: the model has ",
+       options.empty() ? "none" : options);
+}
+
+// ---- state
+
+State& Session::require_state() {
+  if (!state_) fail(QG_INVALID_ARGUMENT, "the model has no state");
+  return *state_;
+}
+
+void Session::truncate(int64_t length) {
+  Exclusive exclusive(this);
+  State& state = require_state();
+  if (length < 0 || length > state.length()) {
+    fail(QG_INVALID_ARGUMENT, "cannot truncate the state to ", length, " tokens: it holds ", state.length());
+  }
+  state.set_length(length);
+  shapes_resolved_ = false;
+}
+
+void Session::copy_state(const Session& from, const int64_t* rows, size_t count) {
+  Exclusive exclusive(this);
+  std::optional<Exclusive> other;
+  if (&from != this) other.emplace(&from);
+  State& state = require_state();
+  if (from.model_ != model_) fail(QG_INVALID_ARGUMENT, "the sessions are of different models");
+  const State& source = *from.state_;
+  if (source.length() == 0) {  // of no rows either
+    state.set_length(0);
+    shapes_resolved_ = false;
+    return;
+  }
+  if (source.length() > state.capacity()) {
+    fail(QG_INVALID_ARGUMENT, "a state of ", source.length(),
+         " tokens does not fit a session with a capacity of ", state.capacity());
+  }
+  if (rows && (count == 0 || count > static_cast<size_t>(INT64_MAX))) {
+    fail(QG_INVALID_ARGUMENT, "the number of rows to copy is ", count);
+  }
+  for (size_t i = 0; rows && i < count; ++i) {
+    if (rows[i] < 0 || rows[i] >= source.rows()) {
+      fail(QG_INVALID_ARGUMENT, "row ", rows[i], " of a state of ", source.rows(), " does not exist");
+    }
+  }
+  int64_t new_rows = rows ? static_cast<int64_t>(count) : source.rows();
+  std::optional<int64_t> bytes = state.bytes(new_rows);
+  if (bytes) bytes = std::max(*bytes, static_cast<int64_t>(state.memory()));  // kept until all is copied
+  make_room(0, bytes);
+  state.copy(source, rows, new_rows);
+  point_to_state();
+  shapes_resolved_ = dims_known_ = false;
+}
+
+void Session::point_to_state() {
+  state_->places([this](uint32_t value, uint8_t* data) { bases_[value] = reinterpret_cast<int64_t>(data); });
+}
+
 // ---- shapes
 
-std::string Session::dims_text() const {
+std::string Session::dims_text(const std::vector<int64_t>& dims) const {
   std::string text;
-  for (size_t i = 0; i < dims_.size(); ++i) {
-    text += cat(i == 0 ? " with " : ", ", model_->plan().dim_names[i], "=", dims_[i]);
+  for (size_t i = 0; i < dims.size(); ++i) {
+    text += cat(i == 0 ? " with " : ", ", model_->plan().dim_names[i], "=", dims[i]);
   }
+  if (state_) text += cat(", ", state_->length(), " tokens held");
   return text;
 }
 
 template <typename What>
-int64_t Session::eval(const Expr& expr, What what) const {
+int64_t Session::eval(const Expr& expr, const std::vector<int64_t>& dims, What what) const {
   int64_t result = 0;
-  if (!expr.eval(dims_.data(), &result)) {
+  if (!expr.eval(dims.data(), &result)) {
     fail(QG_INVALID_ARGUMENT, what(), ": ", expr.text(model_->plan().dim_names),
-         " overflows or divides by less than 1", dims_text());
+         " overflows or divides by less than 1", dims_text(dims));
   }
   return result;
 }
 
 void Session::resolve_shapes() {
   if (shapes_resolved_) return;
+  // Until all is well nothing is known, and after a failure all is computed anew.
+  bool known = std::exchange(dims_known_, false);
+  other_dims_ = dims_;
   resolve_dims();
   check_constraints();
-  resolve_extents();
-  shapes_resolved_ = true;
+  DimSet changed = known ? 0 : kAllDims;
+  layout_stale_ |= !known;
+  for (size_t i = 0; i < dims_.size(); ++i) {
+    if (dims_[i] == other_dims_[i]) continue;
+    changed |= dim_set(i);
+    layout_stale_ |= !state_ || i != model_->plan().state->total;  // slots have room for any total
+  }
+  resolve_extents(changed);
+  stale_ |= changed;
+  dims_known_ = shapes_resolved_ = true;
 }
 
+// In the order of what may refer to what: inputs, the state, options.
 void Session::resolve_dims() {
+  bind_dims();
+  if (state_) grow_state();
+  choose_options();
+  check_input_shapes();
+}
+
+void Session::bind_dims() {
   const Plan& plan = model_->plan();
   std::fill(dim_source_.begin(), dim_source_.end(), nullptr);
   for (size_t i = 0; i < inputs_.size(); ++i) {
@@ -159,7 +261,7 @@ void Session::resolve_dims() {
     const std::vector<Expr>& shape = plan.values[port.value].shape;
     for (size_t axis = 0; axis < shape.size(); ++axis) {
       std::optional<uint32_t> dim = shape[axis].dim();
-      if (!dim) continue;
+      if (!dim || plan.dims[*dim].kind != Dim::Kind::kInput) continue;
       int64_t size = inputs_[i].shape[axis];
       const Port*& source = dim_source_[*dim];
       if (source && size != dims_[*dim]) {
@@ -170,6 +272,55 @@ void Session::resolve_dims() {
       dims_[*dim] = size;
     }
   }
+}
+
+// The dims that follow from what the state holds, and whether it has room for what a run adds.
+void Session::grow_state() {
+  const StatePlan& plan = *model_->plan().state;
+  const Dim& bounds = model_->plan().dims[plan.total];
+  auto label = [] { return "state"; };
+  int64_t held = state_->length(), added = eval(plan.added, label), rows = eval(plan.rows, label), total = 0;
+  if (added < 0 || !checked_add(held, added, &total)) {
+    fail(QG_INVALID_ARGUMENT, "a run cannot add ", added, " tokens to the state", dims_text());
+  }
+  if (held > 0 && rows != state_->rows()) {
+    fail(QG_INVALID_ARGUMENT, "the state holds ", held, " tokens of ", state_->rows(),
+         " rows, but the inputs have ", rows, ": reset the state first, or copy rows of it");
+  }
+  int64_t room = std::min(state_->capacity(), bounds.max);
+  if (total > room) {
+    bool larger = total <= std::min(model_->plan().dims[plan.capacity].max, bounds.max);
+    fail(QG_INVALID_ARGUMENT, "the state holds ", held, " tokens and has room for ", room, ", so ", added,
+         " more do not fit: ", held > 0 ? "truncate or reset it" : "", held > 0 && larger ? ", or " : "",
+         larger      ? "make a session with a larger capacity"
+         : held == 0 ? "give fewer, the model takes no more"
+                     : "");
+  }
+  if (total < bounds.min) {
+    fail(QG_INVALID_ARGUMENT, "the state would hold ", total, " tokens, but ",
+         model_->plan().dim_names[plan.total], " is at least ", bounds.min);
+  }
+  dims_[plan.total] = total;
+  dims_[plan.capacity] = state_->capacity();
+}
+
+void Session::choose_options() {
+  const Plan& plan = model_->plan();
+  for (size_t i = 0; i < dims_.size(); ++i) {
+    const Dim& dim = plan.dims[i];
+    if (dim.kind != Dim::Kind::kOption) continue;
+    auto label = [&] { return cat("default of '", plan.dim_names[i], "'"); };
+    int64_t size = choices_[i] != 0 ? choices_[i] : eval(dim.default_size, label);
+    if (size < dim.min || size > dim.max) {
+      fail(QG_INVALID_ARGUMENT, label(), " must lie in [", dim.min, ", ", dim.max, "], but is ", size,
+           dims_text());
+    }
+    dims_[i] = size;
+  }
+}
+
+void Session::check_input_shapes() const {
+  const Plan& plan = model_->plan();
   for (size_t i = 0; i < inputs_.size(); ++i) {
     const Port& port = plan.inputs[i];
     const std::vector<Expr>& shape = plan.values[port.value].shape;
@@ -191,102 +342,152 @@ void Session::check_constraints() const {
   }
 }
 
-void Session::resolve_extents() {
+Session::Extent Session::extent(size_t index, const std::vector<int64_t>& dims) const {
+  const Value& value = model_->plan().values[index];
+  Extent extent;
+  auto label = [&] { return cat("shape of value ", index); };
+  for (size_t axis = 0; axis < value.shape.size(); ++axis) {
+    extent.shape[axis] = eval(value.shape[axis], dims, label);
+  }
+  std::optional<int64_t> bytes = dense_bytes(extent.shape, value.shape.size(), value.dtype);
+  if (!bytes) {
+    fail(QG_INVALID_ARGUMENT, label(), ": ", tensor_text(value.dtype, extent.shape, value.shape.size()),
+         " has a negative dimension or more than 2^63 bytes", dims_text(dims));
+  }
+  extent.bytes = *bytes;
+  return extent;
+}
+
+void Session::resolve_extents(DimSet changed) {
   const Plan& plan = model_->plan();
   for (size_t i = 0; i < plan.values.size(); ++i) {
     const Value& value = plan.values[i];
-    Extent& extent = extents_[i];
     if (value.kind == Value::Kind::kWeight) {
-      extent.bytes = value.weight_bytes;
-      continue;
+      extents_[i].bytes = value.weight_bytes;
+    } else if (changed == kAllDims || (value.dims & changed) != 0) {
+      extents_[i] = extent(i, dims_);
+      layout_stale_ |= value.kind == Value::Kind::kTemp && extents_[i].bytes > slot_bytes_[value.slot];
     }
-    auto label = [&] { return cat("shape of value ", i); };
-    for (size_t axis = 0; axis < value.shape.size(); ++axis)
-      extent.shape[axis] = eval(value.shape[axis], label);
-    std::optional<int64_t> bytes = dense_bytes(extent.shape, value.shape.size(), value.dtype);
-    if (!bytes) {
-      fail(QG_INVALID_ARGUMENT, label(), ": ", tensor_text(value.dtype, extent.shape, value.shape.size()),
-           " has a negative dimension or more than 2^63 bytes", dims_text());
-    }
-    extent.bytes = *bytes;
   }
 }
 
 // ---- memory and arguments
 
 void Session::resolve_steps() {
-  if (steps_resolved_) return;
   resolve_shapes();
-  resolve_memory();
-  resolve_args();
-  steps_resolved_ = true;
+  if (layout_stale_) {
+    resolve_memory();
+    layout_stale_ = false;
+  }
+  // A failure half-way leaves everything to be computed.
+  DimSet changed = std::exchange(stale_, kAllDims);
+  for (size_t i = 0; i < blocks_.size(); ++i) resolve_step(i, changed);
+  stale_ = 0;
 }
 
 void Session::resolve_memory() {
   const Plan& plan = model_->plan();
-  std::fill(slot_bytes_.begin(), slot_bytes_.end(), 0);
+  std::optional<int64_t> arena = size_slots();
+  auto label = [] { return "rows of the state"; };
+  if (!state_) {
+    make_room(arena, 0);
+  } else if (state_->length() == 0) {
+    int64_t rows = eval(plan.state->rows, label);
+    make_room(arena, state_->bytes(rows));
+    state_->reserve(rows);
+    point_to_state();
+  } else {
+    make_room(arena, static_cast<int64_t>(state_->memory()));
+  }
+  arena_.reserve(static_cast<size_t>(*arena));
+  scratch_.reserve(static_cast<size_t>(scratch_stride_ * pool_->threads()));
   for (size_t i = 0; i < plan.values.size(); ++i) {
     if (plan.values[i].kind != Value::Kind::kTemp) continue;
-    int64_t& bytes = slot_bytes_[plan.values[i].slot];
-    bytes = std::max(bytes, extents_[i].bytes);
+    bases_[i] = reinterpret_cast<int64_t>(arena_.data()) + slot_offsets_[plan.values[i].slot];
   }
-  int64_t arena = 0, scratch = 0, total = 0;
-  bool fits = true;
-  for (size_t slot = 0; slot < plan.slots; ++slot) {
-    slot_offsets_[slot] = arena;
-    fits = fits && checked_round_up_64(slot_bytes_[slot], &slot_bytes_[slot]) &&
-           checked_add(arena, slot_bytes_[slot], &arena);
-  }
-  fits =
-      fits && checked_mul(scratch_stride_, pool_->threads(), &scratch) && checked_add(arena, scratch, &total);
-  if (!fits) fail(QG_OUT_OF_MEMORY, "temporaries of more than 2^63 bytes", dims_text());
-  if (memory_limit_ != 0 && static_cast<uint64_t>(total) > memory_limit_) {
-    fail(QG_OUT_OF_MEMORY, "needs ", total, " bytes for temporaries and scratch memory, above the limit of ",
-         memory_limit_, dims_text());
-  }
-  arena_.reserve(static_cast<size_t>(arena));
-  scratch_.reserve(static_cast<size_t>(scratch));
 }
 
-void Session::resolve_args() {
+// Bytes of the arena, nothing on overflow. A slot has room for its temporaries when the state is full, too: a
+// run that differs from the one before in the state's length alone needs no other memory.
+std::optional<int64_t> Session::size_slots() {
   const Plan& plan = model_->plan();
-  patches_.clear();
-  for (size_t s = 0; s < plan.steps.size(); ++s) {
-    const Step& step = plan.steps[s];
-    auto label = [&] { return cat("step '", step.name, "'"); };
-    blocks_[s] = eval(step.blocks, label);
-    if (blocks_[s] < 0) fail(QG_INVALID_ARGUMENT, label(), ": ", blocks_[s], " blocks", dims_text());
-    if (blocks_[s] == 0) continue;  // not run: the corner of an empty tensor may lie beyond its buffer
-    for (size_t a = 0; a < step.args.size(); ++a) {
-      const Arg& arg = step.args[a];
-      int64_t& slot = args_[first_arg_[s] + a];
-      switch (arg.kind) {
-        case Arg::Kind::kInteger:
-          slot = eval(arg.expr, label);
-          break;
-        case Arg::Kind::kStatus:
-          slot = reinterpret_cast<int64_t>(&status_);
-          break;
-        case Arg::Kind::kScratch:
-          slot = 0;  // run_blocks() fills in the thread's own
-          break;
-        case Arg::Kind::kPointer: {
-          const Value& value = plan.values[arg.value];
-          int64_t offset = eval(arg.expr, label);
-          if (offset < 0 || offset > extents_[arg.value].bytes) {
-            fail(QG_INVALID_FILE, label(), ": argument ", a, " points ", offset, " bytes into a value of ",
-                 extents_[arg.value].bytes, dims_text());
-          }
-          if (value.kind == Value::Kind::kWeight) {
-            slot = reinterpret_cast<int64_t>(value.weight) + offset;
-          } else if (value.kind == Value::Kind::kTemp) {
-            slot = reinterpret_cast<int64_t>(arena_.data()) + slot_offsets_[value.slot] + offset;
-          } else {
-            patches_.push_back({first_arg_[s] + a, arg.value, offset});
-          }
-          break;
+  DimSet grows = 0;
+  if (state_) {
+    grows = dim_set(plan.state->total);
+    other_dims_ = dims_;
+    other_dims_[plan.state->total] = std::min(state_->capacity(), plan.dims[plan.state->total].max);
+  }
+  std::fill(slot_bytes_.begin(), slot_bytes_.end(), 0);
+  for (size_t i = 0; i < plan.values.size(); ++i) {
+    const Value& value = plan.values[i];
+    if (value.kind != Value::Kind::kTemp) continue;
+    int64_t& bytes = slot_bytes_[value.slot];
+    bytes = std::max(bytes, extents_[i].bytes);
+    if ((value.dims & grows) != 0) bytes = std::max(bytes, extent(i, other_dims_).bytes);
+  }
+  int64_t arena = 0;
+  for (size_t slot = 0; slot < plan.slots; ++slot) {
+    slot_offsets_[slot] = arena;
+    if (!checked_round_up_64(slot_bytes_[slot], &slot_bytes_[slot]) ||
+        !checked_add(arena, slot_bytes_[slot], &arena)) {
+      return std::nullopt;
+    }
+  }
+  return arena;
+}
+
+// Refuses an arena and a state of these bytes if they are too large, and gives back memory of earlier shapes
+// that would bring all above the limit.
+void Session::make_room(std::optional<int64_t> arena, std::optional<int64_t> state) {
+  int64_t scratch = 0, total = 0;
+  if (!arena || !state || !checked_mul(scratch_stride_, pool_->threads(), &scratch) ||
+      !checked_add(*arena, *state, &total) || !checked_add(total, scratch, &total)) {
+    fail(QG_OUT_OF_MEMORY, "temporaries and state of more than 2^63 bytes", dims_text());
+  }
+  if (memory_limit_ == 0) return;
+  uint64_t needed = static_cast<uint64_t>(total);
+  if (needed > memory_limit_) {
+    fail(QG_OUT_OF_MEMORY, "needs ", total,
+         " bytes for temporaries, scratch memory and state, above the limit of ", memory_limit_, dims_text());
+  }
+  uint64_t held = static_cast<uint64_t>(scratch) + std::max(arena_.size(), static_cast<size_t>(*arena)) +
+                  std::max(state_ ? state_->memory() : 0, static_cast<size_t>(*state));
+  if (held > memory_limit_) {
+    arena_ = AlignedBuffer();
+    layout_stale_ = true;
+    if (state_ && state_->length() == 0) state_->release();
+  }
+}
+
+void Session::resolve_step(size_t index, DimSet changed) {
+  const Step& step = model_->plan().steps[index];
+  bool all = changed == kAllDims;
+  if (!all && (step.dims & changed) == 0) return;
+  auto label = [&] { return cat("step '", step.name, "'"); };
+  all |= blocks_[index] == 0;  // its arguments were not computed
+  blocks_[index] = eval(step.blocks, label);
+  if (blocks_[index] < 0) fail(QG_INVALID_ARGUMENT, label(), ": ", blocks_[index], " blocks", dims_text());
+  if (blocks_[index] == 0) return;  // not run: the corner of an empty tensor may lie beyond its buffer
+  for (size_t a = 0; a < step.args.size(); ++a) {
+    const Arg& arg = step.args[a];
+    if (!all && (arg.dims & changed) == 0) continue;
+    int64_t& number = args_[first_arg_[index] + a].number;
+    switch (arg.kind) {
+      case Arg::Kind::kInteger:
+        number = eval(arg.expr, label);
+        break;
+      case Arg::Kind::kStatus:
+        number = reinterpret_cast<int64_t>(&status_);
+        break;
+      case Arg::Kind::kScratch:
+        break;  // run_blocks() fills in the thread's own
+      case Arg::Kind::kPointer:
+        number = eval(arg.expr, label);
+        if (number < 0 || number > extents_[arg.value].bytes) {
+          fail(QG_INVALID_FILE, label(), ": argument ", a, " points ", number, " bytes into a value of ",
+               extents_[arg.value].bytes, dims_text());
         }
-      }
+        break;
     }
   }
 }
@@ -326,18 +527,11 @@ void Session::check_overlaps() const {
   }
 }
 
-void Session::patch_pointers() {
-  for (const Patch& patch : patches_) {
-    args_[patch.arg] = reinterpret_cast<int64_t>(user_data_[patch.value]) + patch.offset;
-  }
-}
-
 void Session::run() {
   Exclusive exclusive(this);
   resolve_steps();
   check_outputs();
   check_overlaps();
-  patch_pointers();
   DefaultFloatEnvironment environment;
   __atomic_store_n(&status_, 0, __ATOMIC_RELAXED);
   for (size_t i = 0; i < blocks_.size(); ++i) {
@@ -350,6 +544,10 @@ void Session::run() {
     step_times_[i] =
         std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin)
             .count();
+  }
+  if (state_) {
+    state_->set_length(dims_[model_->plan().state->total]);
+    shapes_resolved_ = false;
   }
 }
 
@@ -372,8 +570,11 @@ void Session::run_blocks(const void* context, int worker, int64_t begin, int64_t
 void Session::run_step(size_t index) {
   const Step& step = model_->plan().steps[index];
   if (blocks_[index] == 0) return;
-  StepCall call{&step, model_->kernel(step.kernel), args_.data() + first_arg_[index], scratch_.data(),
-                scratch_stride_};
+  StepCall call{&step, model_->kernel(step.kernel), scratch_.data(), scratch_stride_, {}};
+  for (size_t i = 0; i < step.args.size(); ++i) {
+    const Argument& arg = args_[first_arg_[index] + i];
+    call.args[i] = arg.number + bases_[arg.base];
+  }
   pool_->run(blocks_[index], step.grain, run_blocks, &call);
   // Several threads may have written it; the end of run() orders their writes before this.
   int32_t status = __atomic_load_n(&status_, __ATOMIC_RELAXED);

@@ -1,85 +1,112 @@
-// The state of one inference at a time: bindings, shapes, arena, threads.
+// One inference at a time: bindings, shapes, arena, threads, and what is kept between runs.
 #ifndef QGRAPH_SRC_SESSION_H_
 #define QGRAPH_SRC_SESSION_H_
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "aligned_buffer.h"
 #include "binding.h"
 #include "model.h"
 #include "qgraph/qgraph.h"
+#include "state.h"
 #include "thread_pool.h"
 
 namespace qg {
 
 class Session {
  public:
-  // `threads` 0 means all cores, `memory_limit` 0 none.
-  Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit);
+  // `threads` 0 means all cores, `memory_limit` 0 none, `capacity` 0 the model's default.
+  Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit, int64_t capacity);
 
   // Each throws Error, QG_INVALID_ARGUMENT unless said otherwise in qgraph.h.
   void bind_input(size_t index, const qg_tensor& tensor);
   void bind_output(size_t index, const qg_tensor& tensor);
   void output_shape(size_t index, int32_t* ndim, int64_t* shape);
+  void set_dim(std::string_view name, int64_t size);
   void run();
+
+  void truncate(int64_t length);
+  void copy_state(const Session& from, const int64_t* rows, size_t count);
+  int64_t capacity() const { return state_ ? state_->capacity() : 0; }
+  int64_t length() const { return state_ ? state_->length() : 0; }
 
   void profile(bool enabled);
   int64_t step_time(size_t step) const { return step < step_times_.size() ? step_times_[step] : -1; }
   int threads() const { return pool_->threads(); }
-  uint64_t memory() const { return arena_.size() + scratch_.size(); }
+  uint64_t memory() const { return arena_.size() + scratch_.size() + (state_ ? state_->memory() : 0); }
 
  private:
   struct Extent {  // a value's shape and size for the current dims
     int64_t shape[QG_MAX_RANK] = {};
     int64_t bytes = 0;
   };
-  struct Patch {  // a pointer argument into memory of the user: args_[arg] = data of the value + offset
-    size_t arg;
-    uint32_t value;
-    int64_t offset;
-  };
   class Exclusive;  // refuses a second thread
 
-  // Bring what depends on shapes up to date with the bound inputs; nothing to do when no shape changed. The
-  // first is enough to know the outputs' shapes, the second to run.
+  // Bring what depends on dims up to date with the bound inputs, the options and the state: what depends on
+  // none that changed stays. The first is enough to know the outputs' shapes, the second to run.
   void resolve_shapes();
   void resolve_dims();
+  void bind_dims();
+  void grow_state();
+  void choose_options();
+  void check_input_shapes() const;
   void check_constraints() const;
-  void resolve_extents();
+  void resolve_extents(DimSet changed);
   void resolve_steps();
   void resolve_memory();
-  void resolve_args();
-  // Value of an expression for the current dims; `what()` names it in the error.
+  std::optional<int64_t> size_slots();
+  void make_room(std::optional<int64_t> arena, std::optional<int64_t> state);
+  void point_to_state();
+  void resolve_step(size_t index, DimSet changed);
+  // Values for some dims, the current ones if not said otherwise; `what()` names the place in an error.
   template <typename What>
-  int64_t eval(const Expr& expr, What what) const;
-  std::string dims_text() const;
+  int64_t eval(const Expr& expr, const std::vector<int64_t>& dims, What what) const;
+  template <typename What>
+  int64_t eval(const Expr& expr, What what) const {
+    return eval(expr, dims_, what);
+  }
+  Extent extent(size_t value, const std::vector<int64_t>& dims) const;
+  std::string dims_text(const std::vector<int64_t>& dims) const;
+  std::string dims_text() const { return dims_text(dims_); }
+  State& require_state();
 
   void check_outputs() const;
   void check_overlaps() const;
-  void patch_pointers();
   void run_step(size_t index);
   static void run_blocks(const void* call, int worker, int64_t begin, int64_t end);
 
   std::shared_ptr<const Model> model_;
   uint64_t memory_limit_;
-  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  mutable std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
   std::vector<Binding> inputs_, outputs_;
+  std::optional<State> state_;
+  std::vector<int64_t> choices_;  // by dim: the size of an option, 0 for its default
 
-  bool shapes_resolved_ = false, steps_resolved_ = false;
+  bool shapes_resolved_ = false;  // dims_ and extents_ are those of the next run
+  bool dims_known_ = false;       // dims_ are those that extents_ were computed for
+  bool layout_stale_ = true;      // slots and state may not fit
+  DimSet stale_ = kAllDims;       // dims that changed since the steps were computed
   std::vector<int64_t> dims_;
+  std::vector<int64_t> other_dims_;      // to compare or compute with
   std::vector<const Port*> dim_source_;  // the input that bound each dim
   std::vector<Extent> extents_;          // by value
   std::vector<int64_t> slot_offsets_;    // by slot, into the arena
+  std::vector<int64_t> slot_bytes_;      // by slot
   std::vector<int64_t> blocks_;          // by step
-  std::vector<int64_t> args_;            // of all steps, one after another
-  std::vector<size_t> first_arg_;        // by step, into args_
-  std::vector<Patch> patches_;
-  std::vector<void*> user_data_;     // by value: the bound buffer of an input or output
-  std::vector<int64_t> slot_bytes_;  // by slot
+  // Arguments of all steps, one after another: a number, plus bases_[base]. So memory may move between runs.
+  struct Argument {
+    int64_t number = 0;
+    size_t base = 0;
+  };
+  std::vector<Argument> args_;
+  std::vector<size_t> first_arg_;  // by step, into args_
+  std::vector<int64_t> bases_;     // address by value; then a 0, for arguments that point nowhere
 
   AlignedBuffer arena_;
   AlignedBuffer scratch_;  // scratch_stride_ bytes for each thread

@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,20 @@ def compile_kernels(folder: Path, isa_id: int) -> tuple[bytes, dict[str, int]]:
     return image.read_bytes(), {name: int(offset, 16) for offset, kind, name in symbols if kind == "T"}
 
 
+def add_step(plan: dict[str, Any], name: str, kernel: str, blocks: Any, *args: Any, grain: int = 1) -> None:
+    index = plan["kernels"].index(kernel)
+    entry = {"name": name, "kernel": index, "args": list(args), "blocks": blocks, "grain": grain}
+    plan["steps"].append(entry)
+
+
+def v(value: int, *offset: Any) -> list[Any]:
+    return ["v", value, *offset]
+
+
+def i(expr: Any) -> list[Any]:
+    return ["i", expr]
+
+
 def toy(folder: Path) -> Parts:
     """An artifact with symbolic dims, shared slots, scratch, status, pointer offsets and three variants.
 
@@ -150,17 +165,7 @@ def toy(folder: Path) -> Parts:
         "variants": [],
     }
 
-    def step(name: str, kernel: str, blocks: Any, *args: Any, grain: int = 1) -> None:
-        index = plan["kernels"].index(kernel)
-        entry = {"name": name, "kernel": index, "args": list(args), "blocks": blocks, "grain": grain}
-        plan["steps"].append(entry)
-
-    def v(value: int, *offset: Any) -> list[Any]:
-        return ["v", value, *offset]
-
-    def i(expr: Any) -> list[Any]:
-        return ["i", expr]
-
+    step = partial(add_step, plan)
     step("embed", "gather", size, v(0), v(2), v(4), i(VOCABULARY), i(WIDTH), ["status"], grain=2)
     step("bias", "add_bias", ["ceildiv", elements, 16], v(4), v(3), v(5), i(elements), i(WIDTH))
     step("mask", "scale_rows", size, v(5), v(1), v(6), i(WIDTH), grain=4)
@@ -187,6 +192,77 @@ def toy(folder: Path) -> Parts:
         plan["variants"].append(variant)
         parts.code[isa] = image
     return parts
+
+
+TOKENS, HEADS, HEAD_WIDTH, CAPACITY, REFUSED = 16, 2, 8, 16, 15
+
+
+def toy_decoder(folder: Path) -> Parts:
+    """An artifact with state, an option dim, and temporaries and outputs that grow with the state.
+
+    Inputs input_ids [batch, sequence] and attention_mask [batch, total_sequence], both i64. A token with id
+    REFUSED fails the last step, when the state has been written. Numbers are small integers: sums are exact.
+    """
+    size = ["mul", "batch", "sequence"]
+    past = i(["sub", "total_sequence", "sequence"])
+    named = {"batch": 64, "sequence": 4096, "total_sequence": 512, "cache_capacity": 1 << 40}
+    plan: dict[str, Any] = {
+        "version": 1,
+        "dims": [
+            {"name": "logits", "min": 1, "max": 4096, "default": "sequence"},
+            *({"name": name, "min": 1, "max": most} for name, most in named.items()),
+        ],
+        "state": {
+            "total": "total_sequence",
+            "new": "sequence",
+            "capacity": "cache_capacity",
+            "default": CAPACITY,
+        },
+        "checks": [{"ge": ["sequence", "logits"], "message": "logits must be at most sequence"}],
+        "inputs": [{"name": "input_ids", "value": 0}, {"name": "attention_mask", "value": 1}],
+        "outputs": [{"name": "logits", "value": 7}, {"name": "history", "value": 8}],
+        "values": [
+            {"kind": "input", "dtype": "i64", "shape": ["batch", "sequence"]},
+            {"kind": "input", "dtype": "i64", "shape": ["batch", "total_sequence"]},
+            {"kind": "weight", "tensor": "w/table"},
+            {"kind": "temp", "dtype": "f32", "shape": ["batch", "sequence", HEADS * HEAD_WIDTH], "slot": 0},
+            {"kind": "temp", "dtype": "f32", "shape": ["batch", "total_sequence"], "slot": 1},
+            {"kind": "state", "dtype": "f32", "shape": ["batch", HEADS, "cache_capacity", HEAD_WIDTH]},
+            {"kind": "state", "dtype": "i64", "shape": ["batch", 1, "cache_capacity", 1]},
+            {"kind": "output", "dtype": "f32", "shape": ["batch", "logits", HEADS * HEAD_WIDTH]},
+            {"kind": "output", "dtype": "i64", "shape": ["batch", "total_sequence"]},
+        ],
+        "slots": 2,
+        "kernels": ["gather", "append", "append_ids", "weigh", "attend", "recall", "refuse"],
+        "steps": [],
+    }
+    step = partial(add_step, plan)
+    total, capacity, heads, width = i("total_sequence"), i("cache_capacity"), i(HEADS), i(HEAD_WIDTH)
+    step("embed", "gather", size, v(0), v(2), v(3), i(TOKENS), i(HEADS * HEAD_WIDTH), ["status"])
+    rows = ["mul", "batch", HEADS]
+    step("append", "append", rows, v(3), v(5), past, i("sequence"), heads, capacity, width)
+    step("remember", "append_ids", "batch", v(0), v(6), past, i("sequence"), capacity)
+    step("weigh", "weigh", "batch", v(1), v(4), total)
+    positions = ["mul", "batch", "logits"]
+    step("attend", "attend", positions, v(5), v(4), v(7), total, i("logits"), heads, capacity, width)
+    step("recall", "recall", "batch", v(6), v(8), total, capacity)
+    step("refuse", "refuse", size, v(0), i(REFUSED), ["status"])
+    image, entries = compile_kernels(folder, 0)
+    offsets = [entries[name] for name in plan["kernels"]]
+    variant = {"isa": "base", "arch": ARCH, "features": [], "code": "qgraph.code.base", "entries": offsets}
+    plan["variants"] = [variant]
+    table = np.random.default_rng(0).integers(-4, 5, (TOKENS, HEADS * HEAD_WIDTH)).astype(np.float32)
+    return Parts(plan, {"base": image}, {"w/table": table})
+
+
+def toy_decoder_reference(
+    parts: Parts, ids: np.ndarray, mask: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """What the decoder has after all of `ids` [batch, total]: logits of every position, and the history."""
+    mask = np.ones_like(ids) if mask is None else mask
+    weights = np.arange(1, ids.shape[1] + 1) * mask
+    terms = parts.weights["w/table"][ids] * weights[..., None]
+    return {"logits": terms.cumsum(axis=1).astype(np.float32), "history": ids}
 
 
 def toy_reference(parts: Parts, ids: np.ndarray, mask: np.ndarray, isa_id: int) -> dict[str, np.ndarray]:

@@ -40,13 +40,28 @@ def toy_path(tmp_path_factory: pytest.TempPathFactory, toy_parts: Parts) -> Path
 
 
 @pytest.fixture(scope="session")
-def cpp_tests(tmp_path_factory: pytest.TempPathFactory, toy_path: Path) -> Path:
+def decoder_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    if artifact_builder.MISSING:
+        pytest.skip(f"needs {', '.join(artifact_builder.MISSING)} to make test kernels")
+    return artifact_builder.toy_decoder(tmp_path_factory.mktemp("decoder-kernels"))
+
+
+@pytest.fixture(scope="session")
+def decoder_path(tmp_path_factory: pytest.TempPathFactory, decoder_parts: Parts) -> Path:
+    path = tmp_path_factory.mktemp("decoders") / "decoder.qg"
+    path.write_bytes(decoder_parts.to_bytes())
+    return path
+
+
+@pytest.fixture(scope="session")
+def cpp_tests(tmp_path_factory: pytest.TempPathFactory, toy_path: Path, decoder_path: Path) -> Path:
     """Build folder of the C++ tests, with sanitizers where the compiler has them.
 
     Unoptimised then: checking for undefined behaviour makes optimising several times slower than it gains.
     """
     folder = tmp_path_factory.mktemp("tests-build")
     options = ["-DQGRAPH_BUILD_TESTS=ON", f"-DQGRAPH_TEST_ARTIFACT={toy_path}"]
+    options.append(f"-DQGRAPH_TEST_DECODER={decoder_path}")
     if sanitizers():
         options += [
             f"-DQGRAPH_SANITIZE={sanitizers()}",

@@ -45,6 +45,62 @@ void copy(const float* x, float* y, i64 size, i64 begin, i64 end) {
   for (i64 i = begin * BLOCK; i < clip(end * BLOCK, size); ++i) y[i] = x[i];
 }
 
+// state[b, h, past + t, :] = x[b, t, h, :] for t < length, a block is one (b, h).
+void append(const float* x, float* state, i64 past, i64 length, i64 heads, i64 capacity, i64 n, i64 begin,
+            i64 end) {
+  for (i64 r = begin; r < end; ++r) {
+    for (i64 t = 0; t < length; ++t) {
+      for (i64 j = 0; j < n; ++j) {
+        state[(r * capacity + past + t) * n + j] =
+            x[((r / heads * length + t) * heads + r % heads) * n + j];
+      }
+    }
+  }
+}
+
+// state[b, past + t] = ids[b, t] for t < length, a block is one b.
+void append_ids(const i64* ids, i64* state, i64 past, i64 length, i64 capacity, i64 begin, i64 end) {
+  for (i64 b = begin; b < end; ++b) {
+    for (i64 t = 0; t < length; ++t) state[b * capacity + past + t] = ids[b * length + t];
+  }
+}
+
+// y[b, j] = (j + 1) * mask[b, j], a block is one b.
+void weigh(const i64* mask, float* y, i64 total, i64 begin, i64 end) {
+  for (i64 i = begin * total; i < end * total; ++i) y[i] = (float)((i % total + 1) * mask[i]);
+}
+
+// y[b, l, h, :] = sum over j <= p of weights[b, j] state[b, h, j, :], p = total - last + l the position of the
+// l-th of the last ones. A block is one (b, l).
+void attend(const float* state, const float* weights, float* y, i64 total, i64 last, i64 heads, i64 capacity,
+            i64 n, i64 begin, i64 end) {
+  for (i64 r = begin; r < end; ++r) {
+    i64 b = r / last, p = total - last + r % last;
+    for (i64 h = 0; h < heads; ++h) {
+      float* out = y + (r * heads + h) * n;
+      for (i64 k = 0; k < n; ++k) out[k] = 0.0f;
+      for (i64 j = 0; j <= p; ++j) {
+        const float* token = state + ((b * heads + h) * capacity + j) * n;
+        for (i64 k = 0; k < n; ++k) out[k] += weights[b * total + j] * token[k];
+      }
+    }
+  }
+}
+
+// y[b, j] = state[b, j] for j < total, a block is one b.
+void recall(const i64* state, i64* y, i64 total, i64 capacity, i64 begin, i64 end) {
+  for (i64 b = begin; b < end; ++b) {
+    for (i64 j = 0; j < total; ++j) y[b * total + j] = state[b * capacity + j];
+  }
+}
+
+// Status 7 if one of the ids is `bad`, a block is one id.
+void refuse(const i64* ids, i64 bad, int* status, i64 begin, i64 end) {
+  for (i64 i = begin; i < end; ++i) {
+    if (ids[i] == bad) *status = 7;
+  }
+}
+
 void isa_id(i64* y, i64 begin, i64 end) {
   for (i64 i = begin; i < end; ++i) y[i] = ISA_ID;
 }

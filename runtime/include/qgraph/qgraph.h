@@ -12,6 +12,17 @@
  *   qg_bind_output(session, 0, &hidden);
  *   qg_run(session);
  *
+ * A model may have a state, as the key-value cache of a decoder: its session holds the tokens of earlier
+ * runs, and a run adds those of its inputs. So after a first run with a prompt each further run takes one
+ * token:
+ *
+ *   qg_set_dim(session, "logits", 1);              (of the last position only)
+ *   ... bind the prompt, bind the output, qg_run, choose a token ...
+ *   while (...) { bind that token, bind the output, qg_run, choose the next }
+ *   qg_state_truncate(session, 0);                 (begin another text)
+ *
+ * examples/generate.c is that loop in full.
+ *
  * Every function that can fail returns a qg_status; on failure qg_last_error() of the same thread says what
  * was wrong, in one line. Functions that return a pointer give NULL for an index out of range or a NULL
  * handle. Strings are UTF-8 and live as long as their model handle.
@@ -65,6 +76,14 @@ typedef enum qg_dtype {
   QG_U8 = 8,
   QG_BOOL = 9 /* one byte, 0 or 1 */
 } qg_dtype;
+
+/* What gives a named dimension its size. */
+typedef enum qg_dim_kind {
+  QG_DIM_INPUT = 0,    /* the shapes of inputs */
+  QG_DIM_TOTAL = 1,    /* tokens in the state after the run; an input that has this dimension must agree */
+  QG_DIM_CAPACITY = 2, /* the session's capacity */
+  QG_DIM_OPTION = 3    /* qg_set_dim, else a default that follows from the others */
+} qg_dim_kind;
 
 /* Which side of the model: selects inputs or outputs in the functions that describe both (their `side`). */
 typedef enum qg_side { QG_INPUT = 0, QG_OUTPUT = 1 } qg_side;
@@ -138,6 +157,8 @@ QG_API const char* qg_model_tensor_dim(const qg_model* model, int32_t side, size
 /* Named dimensions and their inclusive bounds. Returns the name; `min` and `max` may be NULL. */
 QG_API size_t qg_model_dim_count(const qg_model* model);
 QG_API const char* qg_model_dim(const qg_model* model, size_t index, int64_t* min, int64_t* max);
+/* A qg_dim_kind, or -1. A model has a state if one of its dimensions is a QG_DIM_TOTAL. */
+QG_API int32_t qg_model_dim_kind(const qg_model* model, size_t index);
 
 /* Value of a key of the file's metadata ("qgraph.version", "qgraph.scheme", ...), or NULL. */
 QG_API const char* qg_model_metadata(const qg_model* model, const char* key);
@@ -155,10 +176,12 @@ QG_API const char* qg_model_step_kernel(const qg_model* model, size_t index);
 typedef struct qg_session_options {
   size_t struct_size;
   int32_t threads;       /* the thread that calls qg_run included; 0: every core this process may use */
-  uint64_t memory_limit; /* of temporaries and scratch memory, in bytes; 0: none. More is QG_OUT_OF_MEMORY */
+  uint64_t memory_limit; /* of temporaries, scratch memory and state, in bytes; 0: none. More is
+                            QG_OUT_OF_MEMORY */
+  int64_t capacity;      /* tokens that the state has room for; 0: the model's default */
 } qg_session_options;
 
-#define QG_SESSION_OPTIONS_INIT {sizeof(qg_session_options), 0, 0}
+#define QG_SESSION_OPTIONS_INIT {sizeof(qg_session_options), 0, 0, 0}
 
 /* `options` may be NULL. On failure *session is NULL. Results are bit-equal for any number of threads. */
 QG_API qg_status qg_session_create(qg_model* model, const qg_session_options* options, qg_session** session);
@@ -167,7 +190,7 @@ QG_API void qg_session_free(qg_session* session);
 
 /* Number of threads in use. */
 QG_API int32_t qg_session_threads(const qg_session* session);
-/* Bytes now allocated for temporaries and scratch memory. */
+/* Bytes now allocated for temporaries, scratch memory and state. */
 QG_API uint64_t qg_session_memory(const qg_session* session);
 
 /* The view's shape is copied, its data is not: keep the data alive until it is bound anew or the session is
@@ -176,16 +199,40 @@ QG_API uint64_t qg_session_memory(const qg_session* session);
  * needed. */
 QG_API qg_status qg_bind_input(qg_session* session, size_t index, const qg_tensor* tensor);
 
-/* Once all inputs are bound: an output's rank and shape for them. `shape` has room for QG_MAX_RANK. */
+/* Chooses the size of a dimension of kind QG_DIM_OPTION, for all runs from now on; 0 is its default. */
+QG_API qg_status qg_set_dim(qg_session* session, const char* name, int64_t value);
+
+/* Once all inputs are bound: an output's rank and shape in the next run. `shape` has room for QG_MAX_RANK. */
 QG_API qg_status qg_output_shape(qg_session* session, size_t index, int32_t* ndim, int64_t* shape);
 
 /* Dtype and rank are checked here, the shape by qg_run. Buffers of outputs must not overlap each other or an
  * input. */
 QG_API qg_status qg_bind_output(qg_session* session, size_t index, const qg_tensor* tensor);
 
-/* Runs the model. Allocates nothing while the shapes are those of the run before. After a failure the outputs
- * hold nothing of use, and the session can be used again. */
+/* Runs the model. Allocates nothing while the shapes are those of the run before, but for the length of the
+ * state. After a failure the outputs hold nothing of use, and the session can be used again: its state holds
+ * the tokens that it held before. */
 QG_API qg_status qg_run(qg_session* session);
+
+/* ---- state ---- */
+
+/* Tokens that the state has room for; 0 for a model without a state. A run that would add more is
+ * QG_INVALID_ARGUMENT. Memory for all of them is taken by the first run. */
+QG_API int64_t qg_state_capacity(const qg_session* session);
+/* Tokens that the state holds. */
+QG_API int64_t qg_state_length(const qg_session* session);
+
+/* Forgets all tokens but the first `length`; 0 empties the state. While it holds tokens it has a fixed number
+ * of rows, the batch of the run that began it: a run of another batch is QG_INVALID_ARGUMENT. */
+QG_API qg_status qg_state_truncate(qg_session* session, int64_t length);
+
+/* Copies the tokens that `from` holds, so that both go on from there independently. `rows` NULL: all rows.
+ * Else the state of `to` has `count` rows then, row i that of rows[i] in `from`: to try several
+ * continuations, or to drop a text that has ended. `to` may be `from`. Both are sessions of one model handle;
+ * their capacities may differ. Copying an empty state empties `to`. On failure `to` is as before. */
+QG_API qg_status qg_state_copy(qg_session* to, const qg_session* from, const int64_t* rows, size_t count);
+
+/* ---- timing ---- */
 
 /* Switches the timing of steps on or off (off at first). */
 QG_API qg_status qg_session_profile(qg_session* session, int enabled);
