@@ -49,9 +49,9 @@ class CausalLM:
             cache: also past_key_values.N.key and .value [batch, kv_heads, past_sequence, head size] for each
                 layer, where past_sequence may be 0, to present.N.key and .value, which have the new tokens
                 appended. Without it every run reads a text from its start.
-            mask: also attention_mask [batch, total_sequence], of past and new tokens, and position_ids [batch,
-                sequence], so that texts of a batch may be padded on the left. Without it all tokens count, and
-                positions go on from the past.
+            mask: also attention_mask [batch, total_sequence], of past and new tokens, and position_ids
+                [batch, sequence], so that texts of a batch may be padded on the left. Without it all tokens
+                count, and positions go on from the past.
             opset: 18 or above; 0 is that of `export_onnx`.
 
         Raises:
@@ -67,15 +67,15 @@ class CausalLM:
         import onnx_ir as ir
 
         with atomic_write(path) as temporary:  # opened first: a bad path fails before the long export
-            module = self._module(verbose)
+            module = self.load(verbose)
             size = sum(p.nbytes for p in module.parameters())
             if size >= MAX_BYTES:
                 raise UnsupportedError(
                     f"{self.folder}: {size / 1e9:.1f} GB of weights, more than one ONNX file holds"
                 )
-            signature = _Signature.of(module, self._layers(module) if cache else (), mask=mask)
+            signature = Signature.of(module, self.layers(module) if cache else (), mask=mask)
             model = export_module(
-                _as_function(module, signature),
+                as_function(module, signature),
                 signature.example(module.config.vocab_size),
                 input_names=signature.inputs,
                 output_names=[self.output, *signature.presents],
@@ -87,7 +87,8 @@ class CausalLM:
             ir.save(model, temporary)
         return Path(path)
 
-    def _module(self, verbose: bool) -> Any:
+    def load(self, verbose: bool = False) -> Any:
+        """The torch module, float32, in eval mode. Raises InputError as `export` does."""
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -106,8 +107,11 @@ class CausalLM:
             ) from error
         return module.eval()
 
-    def _layers(self, module: Any) -> tuple[_Layer, ...]:
-        """What each layer keeps: read off a run, since configurations say it in many ways."""
+    def layers(self, module: Any) -> tuple[Layer, ...]:
+        """What each layer keeps: read off a run, since configurations say it in many ways.
+
+        Raises UnsupportedError as `export` does.
+        """
         import torch
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -122,7 +126,7 @@ class CausalLM:
                 f"{self.folder}: {what} does not keep the keys and values of all tokens, the only "
                 "cache that can be exported; export it without (--no-cache)"
             )
-        return tuple(_Layer(tuple(x.keys.shape[1::2]), tuple(x.values.shape[1::2])) for x in layers)
+        return tuple(Layer(tuple(x.keys.shape[1::2]), tuple(x.values.shape[1::2])) for x in layers)
 
     def tokenizer_path(self) -> Path:
         """Raises InputError where the folder has none."""
@@ -133,7 +137,7 @@ class CausalLM:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """Heads and head size of the keys and of the values that a layer keeps."""
 
     key: tuple[int, ...]
@@ -141,16 +145,16 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Signature:
+class Signature:
     """The inputs and outputs of an export, in order; the inputs of the text are named as transformers names
     them."""
 
     text: tuple[str, ...]
-    layers: tuple[_Layer, ...]
+    layers: tuple[Layer, ...]
     positions: bool  # whether the model takes any, given or made
 
     @classmethod
-    def of(cls, module: Any, layers: tuple[_Layer, ...], *, mask: bool) -> _Signature:
+    def of(cls, module: Any, layers: tuple[Layer, ...], *, mask: bool) -> Signature:
         import inspect
 
         positions = "position_ids" in inspect.signature(module.forward).parameters
@@ -198,7 +202,7 @@ class _Signature:
         return *text.values(), *({0: batch, 2: past} for _ in self.presents)
 
 
-def _as_function(model: Any, signature: _Signature) -> Any:
+def as_function(model: Any, signature: Signature) -> Any:
     """`model` as a module of the tensors of `signature`.
 
     Where positions are no input, they are written out for every sequence. Left to itself, transformers makes

@@ -1,12 +1,14 @@
 """Exports of small random models by torch's two exporters: what passes meet in the wild.
 
-Nothing is downloaded. An export takes seconds to tens of seconds; each is made once a process.
+Nothing is downloaded. An export takes seconds to tens of seconds; each is made once a test run. To keep them
+for the next one, name a folder in QGRAPH_TEST_EXPORTS.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +22,9 @@ from qgraph.passes import load_model
 
 # name, opset: tens of seconds on a busy machine. Tests of these are marked `slow`.
 SLOW = {("bert", 18), ("bert_eager", 20), ("llama", 18)}
+SLOW |= {(name, opset) for name in ("qwen3", "gpt2") for opset in (18, 20)}
+SLOW |= {(f"{name}-cache", opset) for name in ("llama", "qwen3", "gpt2") for opset in (18, 20)}
+SLOW |= {("qwen3-cache", 23), ("gpt2-cache", 23), ("qwen3", 23)}
 
 
 def exported(name: str, opset: int, dynamo: bool) -> ir.Model:
@@ -47,6 +52,9 @@ def export_case(name: str, opset: int, dynamo: bool, *rest: object) -> object:
 
 @functools.cache
 def _folder() -> Path:
+    if kept := os.environ.get("QGRAPH_TEST_EXPORTS"):
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        return Path(kept)
     path = tempfile.mkdtemp(prefix="qgraph-exports-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return Path(path)
@@ -55,11 +63,18 @@ def _folder() -> Path:
 @functools.cache
 def _file(name: str, opset: int, dynamo: bool) -> Path | str:
     """Where the export is, or why there is none."""
-    path = _folder() / f"{name}-{opset}-{dynamo}.onnx"
+    path = _folder() / f"{name}-{opset}-{'dynamo' if dynamo else 'torchscript'}.onnx"
+    if path.exists():
+        return path
+    unfinished = path.with_suffix(f".{os.getpid()}")
     try:
-        _export(name, opset, dynamo, path)
+        if name in DECODERS:
+            _export_decoder(name, opset, dynamo, unfinished)
+        else:
+            _export(name, opset, dynamo, unfinished)
     except Exception as error:
         return f"torch cannot export it: {type(error).__name__}: {str(error)[:100]}"
+    unfinished.replace(path)
     return path
 
 
@@ -117,6 +132,96 @@ MODELS = {
     "llama": llama,
     "vit": vit,
 }
+
+
+def decoder(name: str) -> Any:
+    """A random causal language model, as transformers makes it: 2 layers, 4 heads, 2 for keys and values
+    (GPT-2: 4), head size 8 (Qwen3: 16), vocabulary 50."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if name == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
+    if name == "qwen3":
+        config = transformers.Qwen3Config(**sizes, head_dim=16)
+        module = transformers.Qwen3ForCausalLM(config)
+        for parameter in (p for n, p in module.named_parameters() if "norm" in n):
+            torch.nn.init.normal_(parameter, 1, 0.2)  # norms of ones would be one initializer
+        return module
+    config = transformers.GPT2Config(
+        vocab_size=50,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+# name of the export -> model, with cache, with mask and positions as inputs
+DECODERS = {
+    "llama-cache": ("llama", True, False),
+    "llama-cache-mask": ("llama", True, True),
+    "qwen3-cache": ("qwen3", True, False),
+    "gpt2-cache": ("gpt2", True, False),
+    "gpt2-cache-mask": ("gpt2", True, True),
+    "qwen3": ("qwen3", False, False),
+    "gpt2": ("gpt2", False, False),
+}
+
+
+def _export_decoder(name: str, opset: int, dynamo: bool, path: Path) -> None:
+    from qgraph.models.causal_lm import CausalLM
+
+    kind, cache, mask = DECODERS[name]
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        decoder(kind).save_pretrained(folder)
+        model = CausalLM(folder)
+        if dynamo:
+            model.export(path, cache=cache, mask=mask, opset=opset)
+        else:
+            _export_as_optimum_does(model, cache, mask, opset, path)
+
+
+def _export_as_optimum_does(model: Any, cache: bool, mask: bool, opset: int, path: Path) -> None:
+    """By TorchScript, with the names and dims that optimum gives."""
+    import torch
+
+    from qgraph.models.causal_lm import Signature, as_function
+
+    module = model.load()
+    signature = Signature.of(module, model.layers(module) if cache else (), mask=mask)
+    batch, new, old = "batch_size", "sequence_length", "past_sequence_length"
+    total = f"{old} + {new}" if cache else new
+    axes = {v: {0: batch, 1: total if v == "attention_mask" else new} for v in (*signature.text, "logits")}
+    axes |= {v: {0: batch, 2: old} for v in signature.inputs[len(signature.text) :]}
+    axes |= {v: {0: batch, 2: total} for v in signature.presents}
+    torch.onnx.export(
+        as_function(module, signature),
+        signature.example(module.config.vocab_size),
+        str(path),
+        dynamo=False,
+        opset_version=opset,
+        input_names=list(signature.inputs),
+        output_names=["logits", *signature.presents],
+        dynamic_axes=axes,
+    )
 
 
 def _first_output(module: Any, names: list[str]) -> Any:
