@@ -95,13 +95,22 @@ def _group_weight(body: _Body, parts: Inputs, form: WeightForm) -> ir.Value:
     return weight
 
 
+def _weight(body: _Body, parts: Inputs, form: WeightForm) -> ir.Value:
+    """The weight of a linear layer in float32."""
+    if form.format == NVFP4.name:
+        return _nvfp4_weight(body, parts, axis=0)
+    return _group_weight(body, parts, form)
+
+
 def _linear(form: WeightForm, inputs: Inputs) -> list[ir.Node]:
     body = _Body()
-    if form.format == NVFP4.name:
-        weight = _nvfp4_weight(body, inputs[1:], axis=0)
-    else:
-        weight = _group_weight(body, inputs[1:], form)
-    body.add("y", "MatMul", inputs[0], weight)
+    body.add("y", "MatMul", inputs[0], _weight(body, inputs[1:], form))
+    return body.nodes
+
+
+def _columns(form: WeightForm, inputs: Inputs) -> list[ir.Node]:
+    body = _Body()
+    body.add("y", "Gather", _weight(body, inputs[1:], form), inputs[0], axis=1)
     return body.nodes
 
 
@@ -164,11 +173,23 @@ def _group_doc(form: WeightForm) -> str:
     )
 
 
-DEFINITIONS: dict[str, LowbitOperator] = {
+_GROUP_LINEARS = {
     form.linear: LowbitOperator(("x", *form.parts), _group_doc(form), partial(_linear, form))
     for form in LINEARS.values()
     if form.format != NVFP4.name
-} | {
+}
+_COLUMN_LOOKUPS = {
+    form.columns: LowbitOperator(
+        ("ids", *form.parts),
+        f"y = columns `ids` of a weight W [K, N] as {form.linear} has it: an embedding tied to that layer. "
+        "ids are those of Gather along axis 1.",
+        partial(_columns, form),
+    )
+    for form in LINEARS.values()
+}
+DEFINITIONS: dict[str, LowbitOperator] = {
+    **_GROUP_LINEARS,
+    **_COLUMN_LOOKUPS,
     "QLinearNVFP4": LowbitOperator(
         ("x", *LINEARS["QLinearNVFP4"].parts),
         "y = x @ W with an NVFP4 weight W [K, N]. W[k, n] = e2m1(codes[k, n]) * s[floor(k / 16), n], "

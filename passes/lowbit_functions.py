@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qgraph.passes.base import GraphPass, replace_node
 from qgraph.passes.lowbit_bodies import DEFINITIONS
-from qgraph.passes.lowbit_weights import LINEARS
+from qgraph.passes.lowbit_weights import COLUMNS, LINEARS
 
 DOMAIN = "ai.qgraph"
 VERSION = 1
@@ -116,7 +116,8 @@ def _raise_versions(model: ir.Model) -> bool:
     from onnx.helper import find_min_ir_version_for, make_opsetid
 
     opset = model.graph.opset_imports[""]
-    needs = [LINEARS[node.op_type].opset for node in lowbit_nodes(model) if node.op_type in LINEARS]
+    forms = LINEARS | COLUMNS
+    needs = [forms[node.op_type].opset for node in lowbit_nodes(model) if node.op_type in forms]
     needed = max([opset, *needs])
     model.graph.opset_imports[""] = needed
     for function in model.functions.values():

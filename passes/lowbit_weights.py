@@ -42,6 +42,11 @@ class WeightForm:
         return f"QGather{FORMATS[self.format].title}"
 
     @property
+    def columns(self) -> str:
+        """The operator (ids, *parts) -> columns of W, for a table that is tied to a linear layer."""
+        return f"QGatherColumns{FORMATS[self.format].title}"
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The operator's inputs after the first: codes, scales and offsets, in order."""
         spec = FORMATS[self.format]
@@ -81,6 +86,7 @@ TABLES = "nvfp4"  # the format, and the name of a scheme, of every table that is
 # Operators -> what they read.
 LINEARS = {form.linear: form for form in FORMS.values()}
 LOOKUPS = {FORMS[TABLES].lookup: FORMS[TABLES]}
+COLUMNS = {form.columns: form for form in FORMS.values()}
 
 
 def to_tensors(q: QTensor, name: str, turned: bool = False) -> list[ir.TensorProtocol]:
@@ -105,9 +111,9 @@ def to_tensors(q: QTensor, name: str, turned: bool = False) -> list[ir.TensorPro
 
 
 def from_node(node: ir.Node) -> QTensor:
-    """The weight that a low-bit linear layer multiplies by, its parts constant. InputError when they do not
-    fit together."""
-    form = LINEARS[node.op_type]
+    """The weight that a low-bit linear layer multiplies by, or a lookup picks columns of, its parts constant.
+    InputError when they do not fit together."""
+    form = (LINEARS | COLUMNS)[node.op_type]
     tensors = {}
     for part, value in zip(form.parts, node.inputs[1:], strict=True):
         assert value is not None and value.const_value is not None

@@ -24,7 +24,7 @@ from qgraph.passes.lowbit_functions import DOMAIN
 from qgraph.passes.lowbit_weights import FORMS, TABLES, from_arrays, to_arrays, to_tensors
 from qgraph.passes.mean_shift import SHIFTS, install, stages
 from qgraph.passes.quantize_activations import quantize_input
-from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT
+from qgraph.passes.select_layers import DECISION, DECISIONS, KEPT, picks_columns
 from qgraph.schemes import SCHEMES, Scheme, get_scheme
 from qgraph.solvers import default_solver, get_solver
 from qgraph.solvers._tiles import check_weight
@@ -58,7 +58,8 @@ class QuantizedWeight:
 
 class QuantizeWeights(GraphPass):
     """Turns every MatMul that `SelectLayers` chose into `ai.qgraph::QLinear<Format>(x, codes, block_scale,
-    ..)`, and every Gather into `ai.qgraph::QGatherNVFP4(ids, codes, block_scale, global_scale)`.
+    ..)`, every Gather into `ai.qgraph::QGatherNVFP4(ids, codes, block_scale, global_scale)`, and one from the
+    weight of such a MatMul into `ai.qgraph::QGatherColumns<Format>(ids, codes, block_scale, ..)`.
 
     Rules: the scheme of a layer is that of its `LayerDecision`, or else `scheme`; a weight that several nodes
     share is quantized once; the blocks of a table [V, H] run along its rows, so that a solver sees it as
@@ -151,16 +152,15 @@ class _Work:
         self.readers: dict[str, list[ir.Node]] = {}
         self.tables: list[str] = []
         for node in nodes:
-            lookup = is_op(node, "Gather")
-            weight = node.inputs[0 if lookup else 1]
+            weight = node.inputs[0 if is_op(node, "Gather") else 1]
             assert weight is not None and weight.name is not None
-            if lookup and weight.name not in self.order:
+            if is_op(node, "Gather") and not picks_columns(node) and weight.name not in self.order:
                 self.tables.append(weight.name)
             self.order[weight.name] = weight
             self.readers.setdefault(weight.name, []).append(node)
         # What a weight [K, N] becomes: the scheme and the solver of the nodes that read it.
         self.recipes = {name: self._recipe(name) for name in self.order if name not in self.tables}
-        # Of a shared weight either all readers are lookups or none is: SelectLayers sees to it.
+        # Of a shared weight either all readers look up rows or none does: SelectLayers sees to it.
         self.groups = linear_groups([node for node in nodes if is_op(node, "MatMul")])
         self._done: dict[str, QuantizedWeight] = {}
 
@@ -244,13 +244,13 @@ class _Work:
         activations = self.options.scheme.activation_format
         if activations is not None:
             amax = float(record["input_amax"][0]) if "input_amax" in record else None
-            for value in {node.inputs[0]: None for name in group.weights for node in self.readers[name]}:
+            layers = [n for name in group.weights for n in self.readers[name] if is_op(n, "MatMul")]
+            for value in {layer.inputs[0]: None for layer in layers}:
                 assert value is not None
                 rounded = quantize_input(value, activations, amax)
-                for name in group.weights:
-                    for node in self.readers[name]:
-                        if node.inputs[0] is value:
-                            node.replace_input_with(0, rounded)
+                for layer in layers:
+                    if layer.inputs[0] is value:
+                        layer.replace_input_with(0, rounded)
         for i, name in enumerate(group.weights):
             parts = {key.removeprefix(f"{i}."): array for key, array in record.items()}
             q = from_arrays(str(self.recipes[name][0].weight_format), self._shape(name), parts)
@@ -282,16 +282,19 @@ class _Work:
         weight, nodes = self.order[name], self.readers[name]
         graph, tensor = weight.graph, weight.const_value
         assert isinstance(graph, ir.Graph) and tensor is not None
-        lookup = is_op(nodes[0], "Gather")
+        table = name in self.tables
         sqnr_db = -10 * float(np.log10(relative_error)) if relative_error else float("inf")
         if relative_error > _LOST:
             self.options.refuse(
                 nodes[0], f"{relative_error:.0%} of its weight is lost in {q.format}: exclude the layer"
             )
-        parts = _initializers(graph, name, q, turned=lookup)
+        parts = _initializers(graph, name, q, turned=table)
+        form = FORMS[q.format]
         for node in nodes:
+            lookup = is_op(node, "Gather")
+            of_lookup = form.lookup if table else form.columns
             lowbit = ir.node(
-                FORMS[q.format].lookup if lookup else FORMS[q.format].linear,
+                of_lookup if lookup else form.linear,
                 [node.inputs[1 if lookup else 0], *parts],
                 domain=DOMAIN,
                 name=node.name,
@@ -306,14 +309,14 @@ class _Work:
                     "qgraph.source_weight": name,
                 }
             )
-            if output_error is not None:
+            if output_error is not None and not lookup:
                 lowbit.metadata_props["qgraph.output_error"] = f"{output_error:.6g}"
         if not weight.uses() and not weight.is_graph_output():
             del graph.initializers[name]
         self._done[name] = QuantizedWeight(
             weight=name,
             nodes=tuple(str(node.name) for node in nodes),
-            shape=q.shape[::-1] if lookup else q.shape,
+            shape=q.shape[::-1] if table else q.shape,
             relative_error=relative_error,
             sqnr_db=sqnr_db,
             output_error=output_error,

@@ -9,14 +9,14 @@ from qgraph.errors import InputError
 from qgraph.formats.nvfp4 import NVFP4
 from qgraph.passes.base import GraphPass, attribute, is_op, remove_dead, replace_node
 from qgraph.passes.lowbit_functions import DOMAIN, AddLowbitFunctions
-from qgraph.passes.lowbit_weights import LINEARS, from_node
+from qgraph.passes.lowbit_weights import COLUMNS, LINEARS, from_node
 from qgraph.passes.match_body import match_body
 
 
 class RecognizeLowbit(GraphPass):
     """`MatMul(x, DequantizeLinear(codes, DequantizeLinear(block_scale, global_scale)))` -> `QLinearNVFP4`,
     and `Gather(DequantizeLinear(codes, ..), ids)` along axis 0 -> `QGatherNVFP4`; the bodies of `QLinearInt4`
-    and its kin, of `DynamicQDQNVFP4` and `DynamicQDQInt8` (match_body.py) -> these.
+    and its kin, of `QGatherColumns*`, of `DynamicQDQNVFP4` and `DynamicQDQInt8` (match_body.py) -> these.
 
     The inverse of `InlineLowbitFunctions`, so that a file of style `qdq` (ours, or another tool's with blocks
     of 16 along K, or along the rows of a table) compiles to the same kernels as one with functions. `codes`
@@ -28,8 +28,8 @@ class RecognizeLowbit(GraphPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in tuple(model.graph.all_nodes()):
-            if is_op(node, "MatMul") and (op_types := _integer_linears(node)):
-                modified |= self._try_linear(node, op_types, model.graph.opset_imports[""])
+            if is_op(node, "MatMul", "Gather") and (op_types := _operators(node)):
+                modified |= self._try_body(node, op_types, model.graph.opset_imports[""])
             elif is_op(node, "MatMul"):
                 modified |= self._try(node, "QLinearNVFP4", weight=node.inputs[1], other=node.inputs[0])
             elif is_op(node, "Gather"):
@@ -62,7 +62,7 @@ class RecognizeLowbit(GraphPass):
         remove_dead([weight])
         return True
 
-    def _try_linear(self, node: ir.Node, op_types: list[str], opset: int) -> bool:
+    def _try_body(self, node: ir.Node, op_types: list[str], opset: int) -> bool:
         """Whether `node` ends the body of one of these operators, whose codes have the type of its weight."""
         reasons: dict[str, str] = {}
         for op_type in op_types:
@@ -83,7 +83,7 @@ class RecognizeLowbit(GraphPass):
                 return True
             for i in range(len(layer.inputs)):  # undo the uses
                 layer.replace_input_with(i, None)
-        bits = LINEARS[op_types[0]].code_bits
+        bits = (LINEARS | COLUMNS)[op_types[0]].code_bits
         found = " or ".join(f"{op_type} ({reason})" for op_type, reason in reasons.items())
         self.refuse(node, f"it has {bits}-bit weights, but not as {found}")
         return False
@@ -106,15 +106,20 @@ class RecognizeLowbit(GraphPass):
         return True
 
 
-def _integer_linears(node: ir.Node) -> list[str]:
-    """The operators whose body may end at this MatMul: those with codes of the type that its weight is
-    dequantized from."""
-    source = node.inputs[1].producer() if node.inputs[1] is not None else None
+def _operators(node: ir.Node) -> list[str]:
+    """The operators whose body may end at this MatMul, or Gather along axis 1: those with codes of the type
+    that its weight is dequantized from."""
+    lookup = is_op(node, "Gather")
+    weight = node.inputs[0 if lookup else 1]
+    source = weight.producer() if weight is not None else None
     if source is not None and is_op(source, "Add") and source.inputs[0] is not None:
         source = source.inputs[0].producer()
     if source is None or not is_op(source, "DequantizeLinear") or source.inputs[0] is None:
         return []
     dtype = source.inputs[0].dtype
+    if lookup:
+        by_columns = attribute(node, "axis", 0) in (1, -1)
+        return [op for op, form in COLUMNS.items() if form.code_type == dtype] if by_columns else []
     return [op for op, form in LINEARS.items() if form.code_type == dtype != ir.DataType.FLOAT4E2M1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -74,12 +74,14 @@ class SelectLayers(GraphPass):
     Rules, the first that holds decides:
     1. What no kernel could use is kept: products of activations, weights that are no float32 [K, N] right
        operand of a MatMul, weights that callers may override, lookups that do not pick rows of a float32
-       [V, H] table, tables that a MatMul reads too. With `embeddings` "float" every table is kept.
+       [V, H] table. With `embeddings` "float" every table is kept, with "tied" all that are not tied.
     2. A layer that matches `exclude` is kept; with `include` given, a layer that does not match it is kept.
     3. A layer that is small (K < 32 or N < 16; a table of fewer than 4096 elements), or whose weight is read
        some other way too, is kept unless it matches `include`.
     4. The rest is quantized: by the scheme of the last of `overrides` that it matches, if any; one by `none`
        is kept.
+    5. A table that is tied to linear layers (a Gather along axis 1 of their weight) goes with them, unless
+       `embeddings` is "float": quantized with them it is stored once.
 
     A pattern is a shell wildcard, or after `re:` a regular expression to be found anywhere, for the name of
     the node, of its weight, of its operator, or of a module around it (`encoder.layer.0` is everything in
@@ -136,10 +138,12 @@ class SelectLayers(GraphPass):
             if not reason and override is not None and override.scheme == "none":
                 reason = "scheme none"
             decisions.append(_decision(candidate, reason, override))
-            candidate.node.meta[DECISION] = decisions[-1]
-            if reason:
-                modified |= candidate.node.metadata_props.get(KEPT) != reason
-                candidate.node.metadata_props[KEPT] = reason
+        decisions = _follow(candidates, decisions)
+        for candidate, decision in zip(candidates, decisions, strict=True):
+            candidate.node.meta[DECISION] = decision
+            if decision.reason:
+                modified |= candidate.node.metadata_props.get(KEPT) != decision.reason
+                candidate.node.metadata_props[KEPT] = decision.reason
             else:
                 modified |= candidate.node.metadata_props.pop(KEPT, None) is not None
         modified |= model.meta.get(DECISIONS) != decisions
@@ -174,8 +178,14 @@ def _candidate(node: ir.Node, embeddings: str) -> _Candidate | None:
         tensor = _weight(table)
         if table is None or tensor is None or not tensor.dtype.is_floating_point() or len(tensor.shape) < 2:
             return None  # picks from an activation or from a list of numbers
+        if picks_columns(node):
+            layers = ", ".join(user.name or "" for user in _products(table))
+            kept = f"embedding: tied to {layers}: --embeddings tied quantizes both"
+            return _Candidate(
+                node, table, _obstacle(node, table) or (kept if embeddings == "float" else ""), ""
+            )
         obstacle, doubt = _lookup_obstacle(node, table), _lookup_doubt(table)
-        if embeddings == "float" and not obstacle:
+        if embeddings != "nvfp4" and not obstacle:
             obstacle = doubt or "embedding: --embeddings nvfp4 quantizes it"
         return _Candidate(node, table, obstacle, doubt)
     if not is_op(node, "MatMul", "Gemm"):
@@ -185,7 +195,41 @@ def _candidate(node: ir.Node, embeddings: str) -> _Candidate | None:
         if _weight(left) is not None:
             return _Candidate(node, left, "the weight is the left operand", "")
         return _Candidate(node, None, "both operands are activations", "")
-    return _Candidate(node, right, _obstacle(node, right), _doubt(right))
+    return _Candidate(node, right, _obstacle(node, right), _doubt(right, embeddings))
+
+
+def picks_columns(node: ir.Node) -> bool:
+    """Whether `node` looks up columns of the weight of a MatMul: an embedding tied to it."""
+    table = node.inputs[0] if is_op(node, "Gather") else None
+    tensor = _weight(table)
+    return (
+        table is not None
+        and tensor is not None
+        and len(tensor.shape) == 2
+        and attribute(node, "axis", 0) in (1, -1)
+        and bool(_products(table))
+    )
+
+
+def _products(weight: ir.Value) -> list[ir.Node]:
+    """The MatMuls by a weight."""
+    return [user for user, index in weight.uses() if is_op(user, "MatMul") and index == 1]
+
+
+def _follow(candidates: Sequence[_Candidate], decisions: list[LayerDecision]) -> list[LayerDecision]:
+    """The decisions with those of tied tables brought in line with the layers': all of them, or none."""
+    found = list(decisions)
+    for i, candidate in enumerate(candidates):
+        if not found[i].quantize or candidate.weight is None or not picks_columns(candidate.node):
+            continue
+        users = {user for user, _ in candidate.weight.uses()}
+        others = [d for c, d in zip(candidates, decisions, strict=True) if c.node in users]
+        if kept := next((d for d in others if not d.quantize), None):
+            found[i] = replace(found[i], quantize=False, reason=f"tied to {kept.node_name}: {kept.reason}")
+            continue
+        layer = next(d for d in others if d.op_type == "MatMul")
+        found[i] = replace(found[i], scheme=layer.scheme, solver=layer.solver)
+    return found
 
 
 def _weight(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -197,7 +241,7 @@ def _obstacle(node: ir.Node, weight: ir.Value) -> str:
     assert tensor is not None
     if weight.is_graph_input():
         return "the weight is an input that callers may override"
-    if node.op_type != "MatMul":
+    if node.op_type not in ("MatMul", "Gather"):
         return f"a {node.op_type} that was not rewritten to MatMul"
     if tensor.dtype != ir.DataType.FLOAT:
         return f"the weight is {tensor.dtype}, not float32"
@@ -212,7 +256,7 @@ def _lookup_obstacle(node: ir.Node, table: ir.Value) -> str:
     tensor = _weight(table)
     assert tensor is not None
     if products := [user.name or "" for user, _ in table.uses() if is_op(user, "MatMul")]:
-        return f"embedding: tied to {', '.join(products)}: tied tables stay float in this version"
+        return f"embedding: its table is multiplied by in {', '.join(products)}"
     if table.is_graph_input():
         return "embedding: the table is an input that callers may override"
     if tensor.dtype != ir.DataType.FLOAT:
@@ -245,8 +289,11 @@ def _others(weight: ir.Value, readers: Iterable[ir.Node]) -> str:
     return ", ".join(others + (["the graph's outputs"] if weight.is_graph_output() else []))
 
 
-def _doubt(weight: ir.Value) -> str:
-    if others := _others(weight, [user for user, _ in weight.uses() if not is_op(user, "MatMul")]):
+def _doubt(weight: ir.Value, embeddings: str) -> str:
+    readers = [user for user, _ in weight.uses() if not is_op(user, "MatMul")]
+    if embeddings != "float":
+        readers = [user for user in readers if not picks_columns(user)]
+    if others := _others(weight, readers):
         return f"the weight is shared with {others}: quantizing would store it twice"
     tensor = _weight(weight)
     assert tensor is not None

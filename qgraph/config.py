@@ -13,7 +13,7 @@ from qgraph.errors import InputError, UsageError
 from qgraph.schemes import PACKINGS, SCHEMES, Scheme, get_scheme
 
 ONNX_STYLES = ("function", "qdq")
-EMBEDDINGS = ("float", "nvfp4")
+EMBEDDINGS = ("float", "tied", "nvfp4")
 KV_CACHE = ("float", "int8")
 CALIBRATE_ON = ("float", "quantized", "corrected")
 ROTATE = (0, 16, 32, 64, 128)
@@ -31,7 +31,8 @@ class CompileConfig:
     Attributes:
         scheme: a name of `qgraph.schemes.SCHEMES`.
         solver: how the scheme's codes and scales are chosen; empty is the scheme's default.
-        embeddings: how tables that rows are looked up in are stored: `float` or `nvfp4`.
+        embeddings: how tables that rows are looked up in are stored: in `float`; those `tied` to a linear
+            layer once, with it, in its format; or all others in `nvfp4`, too.
         kv_cache: how the keys and values of a decoder's cache are stored: `float` or `int8`, with a scale for
             every token and head.
         include: patterns (shell wildcards) of the layers to quantize; empty is all that suit.

@@ -28,6 +28,7 @@ _MODULES = (
     "dynamic_quantize",
     "elementwise",
     "gather",
+    "gather_columns",
     "matmul",
     "matmul_dynamic",
     "matmul_group",

@@ -27,7 +27,7 @@ def _pointers(spec: KernelSpec) -> list[tuple[str, str]]:
     return [("y", data), ("data", data), ("indices", STORAGE[spec["index"]]), ("status", "int32")]
 
 
-def _position(f: Function, at: Expr, size: Expr) -> tuple[Expr, Expr]:
+def position_of(f: Function, at: Expr, size: Expr) -> tuple[Expr, Expr]:
     """(indices[at] from the start of an axis of `size`, whether it is in range)."""
     given = B.bind(T.Cast("int64", f.buffers["indices"][at]))
     position = named(T.Select(given < 0, given + size, given))
@@ -46,10 +46,10 @@ def _copy_row(f: Function, isa: Isa, row: Expr, inner: Expr, source: Expr, in_ra
         with B.Then():
             each_vector(inner, lanes, copy)
         with B.Else():
-            _fail(f, isa, row, inner)
+            fail_row(f, isa, row, inner)
 
 
-def _fail(f: Function, isa: Isa, row: Expr, inner: Expr) -> None:
+def fail_row(f: Function, isa: Isa, row: Expr, inner: Expr) -> None:
     """y[row, :] = 0, and a status of 1."""
     y, lanes = f.buffers["y"], isa.lanes
 
@@ -71,7 +71,7 @@ def gather(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     with function(symbol, _pointers(spec), ["n", "m", "inner"]) as f:
         n, m, inner = (f.scalars[name] for name in ("n", "m", "inner"))
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
-            position, in_range = _position(f, T.truncmod(row, m), n)
+            position, in_range = position_of(f, T.truncmod(row, m), n)
             _copy_row(f, isa, row, inner, T.truncdiv(row, m) * n + position, in_range)
     return f.result
 
@@ -91,7 +91,7 @@ def gather_nd(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
             source, in_range = B.bind(T.truncdiv(row, m)), None
             for t in range(k):
                 size = f.scalars[f"d{t}"]
-                position, inside = _position(f, row * k + t, size)
+                position, inside = position_of(f, row * k + t, size)
                 source = source * size + position
                 in_range = inside if in_range is None else T.And(in_range, inside)
             _copy_row(f, isa, row, inner, source, in_range)
@@ -117,12 +117,12 @@ def gather_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
         ("status", "int32"),
     ]
     with function(symbol, pointers, ["V"]) as f, B.serial(f.scalars["begin"], f.scalars["end"]) as row:
-        position, in_range = _position(f, row, f.scalars["V"])
+        position, in_range = position_of(f, row, f.scalars["V"])
         with B.If(in_range):
             with B.Then():
                 _decode_row(f, isa, row, position, h)
             with B.Else():
-                _fail(f, isa, row, index(h))
+                fail_row(f, isa, row, index(h))
     return f.result
 
 

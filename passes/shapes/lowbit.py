@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qgraph.formats import FORMATS
-from qgraph.passes.lowbit_weights import LINEARS
+from qgraph.passes.lowbit_weights import COLUMNS, LINEARS, WeightForm
 from qgraph.passes.shapes.index import require_range
 from qgraph.passes.shapes.linear import matmul_shape
 from qgraph.passes.shapes.node import NodeView, rule
@@ -42,7 +42,21 @@ def dynamic_quantize(n: NodeView) -> None:
 @rule(*LINEARS, domain="ai.qgraph")
 def qlinear(n: NodeView) -> None:
     """x [..., K], codes [K, N], block_scale [ceil(K/block), N] (, offsets likewise) -> y [..., N]."""
-    form = LINEARS[n.node.op_type]
+    _require_weight(n, LINEARS[n.node.op_type])
+    n.out(0, n.dtype(0), matmul_shape(n, n.shape(0), n.shape(1)))
+
+
+@rule(*COLUMNS, domain="ai.qgraph")
+def qgather_columns(n: NodeView) -> None:
+    """ids [...], the parts of a weight [K, N] as of QLinear -> y [K, ...]."""
+    _require_weight(n, COLUMNS[n.node.op_type])
+    k, columns = n.shape(1)
+    require_range(n, columns, n.content(0))
+    n.out(0, ir.DataType.FLOAT, [k, *n.shape(0)])
+
+
+def _require_weight(n: NodeView, form: WeightForm) -> None:
+    """Codes [K, N], and scales and offsets that fit them."""
     if n.rank(1) != 2 or n.rank(2) != 2:
         n.fail("codes and block scales must be matrices")
     (k, columns), block = n.shape(1), FORMATS[form.format].block
@@ -51,7 +65,6 @@ def qlinear(n: NodeView) -> None:
         if not isinstance(k, int) or n.shape(i) != (-(-k // block), columns):
             what = form.parts[i - 1].replace("_", " ") + "s"
             n.fail(f"{what} {list(n.shape(i))} do not fit codes {[k, columns]} in blocks of {block}")
-    n.out(0, n.dtype(0), matmul_shape(n, n.shape(0), n.shape(1)))
 
 
 @rule("QGatherNVFP4", domain="ai.qgraph")

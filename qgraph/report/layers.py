@@ -162,10 +162,13 @@ def _format(node: ir.Node) -> str:
     nodes."""
     from qgraph.formats import FORMATS
 
-    kind, title = node.op_type[:7], node.op_type[7:]
-    if node.domain != "ai.qgraph" or kind not in ("QLinear", "QGather"):
+    if node.domain != "ai.qgraph":
         return ""
-    return next((spec.name for spec in FORMATS.values() if spec.title == title), "")
+    titles = {spec.title: spec.name for spec in FORMATS.values()}
+    for kind in ("QLinear", "QGatherColumns", "QGather"):
+        if node.op_type.removeprefix(kind) in titles:
+            return titles[node.op_type.removeprefix(kind)]
+    return ""
 
 
 def _weight(node: ir.Node) -> ir.Value | None:
