@@ -13,7 +13,7 @@ import sympy
 from qgraph.errors import InputError, QGraphError, UnsupportedError
 from qgraph.passes.base import GraphPass, describe, printable
 from qgraph.passes.shapes import RULES, Dim, Fact, NewFactError, NodeView, World, object_array
-from qgraph.passes.shapes.dims import from_ir, symbol, to_ir
+from qgraph.passes.shapes.dims import from_ir, symbol, tidy, to_ir
 from qgraph.passes.shapes.node import MAX_CONTENT
 
 CHECKS = "qgraph.checks"
@@ -47,7 +47,7 @@ class InferShapes(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        world = World(at_least=_known_checks(graph))
+        world = World(at_least=known_checks(graph))
         self._name_dimensions(graph, world)
         for _ in range(_MAX_FACTS):
             try:
@@ -118,7 +118,7 @@ class InferShapes(GraphPass):
                     raise ir.passes.PostconditionError(f"{describe(value)} has no complete shape")
 
 
-def _known_checks(graph: ir.Graph) -> list[tuple[Dim, Dim, str]]:
+def known_checks(graph: ir.Graph) -> list[tuple[Dim, Dim, str]]:
     """Checks of an earlier run hold on: a pass may since have removed the node that needed them."""
     known: list[tuple[Dim, Dim, str]] = []
     for a, b, message in graph.meta.get(CHECKS, []):
@@ -135,8 +135,8 @@ def _is_bound(dim: ir.SymbolicDim, names: Iterable[sympy.Symbol]) -> bool:
 
 
 def _told(dim: ir.SymbolicDim, names: Iterable[sympy.Symbol]) -> sympy.Symbol | None:
-    """The name that no dimension has for itself, but that `dim` tells, being that name less others: the length
-    `total - sequence` of a cache. It is at least 1, as `dim` is at least 0 and `sequence` at least 1."""
+    """The name that no dimension has for itself, but that `dim` tells, being that name less others: `total`,
+    of the length `total - sequence` of a cache. It is at least 1, as `dim` is at least 0 and `sequence` 1."""
     value = _expression(dim)
     new = set() if value is None else value.free_symbols - set(names)
     if value is None or len(new) != 1:

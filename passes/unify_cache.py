@@ -44,7 +44,9 @@ class UnifyCache(GraphPass):
         if not pairs:
             return ir.passes.PassResult(model, False)
         if tokens is None or len(shape_of(tokens) or ()) < 2:
-            self.refuse("inputs", f"there is a cache, but no '{_TOKENS[0]}' [batch, sequence] that says what is new")
+            self.refuse(
+                "inputs", f"there is a cache, but no '{_TOKENS[0]}' [batch, sequence] that says what is new"
+            )
             return ir.passes.PassResult(model, False)
         for past in pairs:
             if isinstance(length := _dims(past)[2], int):
@@ -63,7 +65,12 @@ def _pairs(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
         elif is_op(node, "Attention"):
             parts = list(zip(node.inputs[4:6], node.outputs[1:3], strict=False))
         for past, present in parts:
-            if past is not None and past.is_graph_input() and len(_dims(past)) == 4 and present.is_graph_output():
+            if (
+                past is not None
+                and past.is_graph_input()
+                and len(_dims(past)) == 4
+                and present.is_graph_output()
+            ):
                 found[past] = present
     return found
 
@@ -78,7 +85,9 @@ def _unify(graph: ir.Graph, pairs: dict[ir.Value, ir.Value], tokens: ir.Value) -
     modified = _set(tokens, {1: length})
     if mask is not None:
         wanted = {0: batch, len(_dims(mask)) - 1: total}
-        modified |= _set(mask, {k: d for k, d in wanted.items() if isinstance(_dims(mask)[k], ir.SymbolicDim)})
+        modified |= _set(
+            mask, {k: d for k, d in wanted.items() if isinstance(_dims(mask)[k], ir.SymbolicDim)}
+        )
     new = from_ir(length)
     assert new is not None  # a number or a name
     past_length = to_ir(tidy(symbol(name) - new))
@@ -86,7 +95,11 @@ def _unify(graph: ir.Graph, pairs: dict[ir.Value, ir.Value], tokens: ir.Value) -
         modified |= _set(past, {2: past_length})
         if len(_dims(present)) == 4:
             modified |= _set(present, {2: total})
-    check = (total, length, f"{describe(mask or tokens)}: all tokens, '{total}', are at least the new ones, '{length}'")
+    check = (
+        total,
+        length,
+        f"{describe(mask or tokens)}: all tokens, '{total}', are at least the new ones, '{length}'",
+    )
     known = graph.meta.setdefault(CHECKS, [])
     if check not in known:
         known.append(check)
