@@ -12,11 +12,14 @@ from onnx.reference import ReferenceEvaluator
 from prepare_harness import parse
 
 from qgraph.errors import InputError, UsageError
+from qgraph.formats.activations import dynamic_int8
 from qgraph.passes import load_model, prepare_model
-from qgraph.passes.lowbit_functions import AddLowbitFunctions, InlineLowbitFunctions
+from qgraph.passes.lowbit_functions import AddLowbitFunctions, InlineLowbitFunctions, lowbit_nodes
+from qgraph.passes.lowbit_weights import from_node
 from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights
 from qgraph.passes.recognize_lowbit import RecognizeLowbit
-from qgraph.passes.select_layers import DECISIONS, KEPT, SelectLayers
+from qgraph.passes.select_layers import DECISIONS, KEPT, Override, SelectLayers
+from qgraph.schemes import SCHEMES
 from qgraph.solvers import SOLVERS
 
 RNG = np.random.default_rng(0)
@@ -112,7 +115,7 @@ def test_tables_that_cannot_be_quantized() -> None:
     )
     graph.graph.inputs.append(graph.graph.initializers["input_w"])
     found = reasons(graph, embeddings="nvfp4")
-    assert found["tied"] == "embedding: tied to head: tied tables stay float in this version"
+    assert found["tied"] == "embedding: its table is multiplied by in head"
     assert "does not pick rows" in found["turned"] and "does not pick rows" in found["deep"]
     assert "FLOAT16" in found["half"]
     assert "shared with Neg" in found["other"]
@@ -123,18 +126,54 @@ def test_tables_that_cannot_be_quantized() -> None:
     assert {name for name, reason in found.items() if not reason} == {"head", "other"}
 
 
-def test_tied_embeddings_of_a_prepared_model_stay_float() -> None:
-    graph = prepare_model(
+def tied_model() -> ir.Model:
+    return prepare_model(
         parse(
             "(int64[b,s] ids) => (float[b,s,99] y) { [look] h = Gather(t, ids) c = Transpose(t)"
             " [head] y = MatMul(h, c) }",
             t=f32(99, 48),
         )
     )
-    assert reasons(graph, embeddings="nvfp4") == {
-        "look": "embedding: tied to head: tied tables stay float in this version",
+
+
+def test_tied_embeddings_go_with_their_layer() -> None:
+    assert reasons(tied_model(), embeddings="float") == {
+        "look": "embedding: tied to head: --embeddings tied quantizes both",
         "head": "the weight is shared with Gather: quantizing would store it twice",
     }
+    for embeddings in ("tied", "nvfp4"):
+        assert reasons(tied_model(), embeddings=embeddings) == {"look": "", "head": ""}
+    assert reasons(tied_model(), embeddings="tied", exclude=["head"]) == {
+        "look": "tied to head: excluded by the user",
+        "head": "excluded by the user",
+    }
+    found = tied_model()
+    SelectLayers(embeddings="tied", overrides=[Override("head", "int4", "rtn")])(found)
+    assert [(d.scheme, d.solver) for d in found.meta[DECISIONS]] == [("int4", "rtn")] * 2
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ("none", "nvfp4-w4a4")])
+def test_a_tied_table_is_the_weight_of_its_layer(scheme: str) -> None:
+    graph = tied_model()
+    SelectLayers(embeddings="tied")(graph)
+    QuantizeWeights(scheme, "rtn")(graph)
+    AddLowbitFunctions()(graph)
+    look, head = (next(n for n in graph.graph if n.name == name) for name in ("look", "head"))
+    assert look.op_type == head.op_type.replace("QLinear", "QGatherColumns")
+    assert look.inputs[1:] == head.inputs[1:]
+    W = from_node(head).dequantize()
+    ids = np.array([[0, 98, 7], [-1, 7, 7]])
+    h = W.T[ids]
+    if scheme == "nvfp4-w4a8":
+        h = dynamic_int8(h)
+    evaluator = ReferenceEvaluator(ir.to_proto(graph))
+    np.testing.assert_allclose(evaluator.run(None, {"ids": ids})[0], h @ W, rtol=1e-5, atol=1e-5)
+    # Written out in standard operators, it is found again.
+    InlineLowbitFunctions()(graph)
+    assert not lowbit_nodes(graph)
+    RecognizeLowbit()(graph)
+    wanted = {"look": look.op_type, "head": head.op_type}
+    assert {n.name: n.op_type for n in lowbit_nodes(graph) if n.name in wanted} == wanted
 
 
 # What becomes of them
@@ -209,7 +248,7 @@ def test_written_out_and_recognised_again() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda gather, table: gather.attributes.add(ir.AttrInt64("axis", 1)), "does not pick rows"),
+        (lambda gather, table: gather.attributes.add(ir.AttrInt64("axis", 1)), "not as QGatherColumnsNVFP4"),
         (lambda gather, table: table.attributes.add(ir.AttrInt64("axis", 0)), "along the second axis"),
         (lambda gather, table: table.attributes.add(ir.AttrInt64("block_size", 32)), "not of 16"),
     ],
