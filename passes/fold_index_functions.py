@@ -145,6 +145,21 @@ def _make_causal(node: ir.Node, known: dict[ir.Value, IndexFunction]) -> bool:
     return True
 
 
+def write_shape(graph: ir.Graph, shape: tuple[Dim, ...]) -> list[ir.Node] | None:
+    """Nodes, of which the last gives `shape` as int64 [rank], from the sizes of the graph's inputs. None
+    where they do not tell it. The nodes are for the caller to insert."""
+    writer = _Writer(graph, shape)
+    try:
+        result = writer.shape_vector()
+        if result.producer() is None:
+            writer.identity(result)
+    except _InexpressibleError:
+        writer.discard()
+        return None
+    writer.keep()
+    return writer.nodes
+
+
 class _InexpressibleError(Exception):
     """A formula that no few operators compute."""
 
@@ -189,7 +204,7 @@ class _Writer:
         result = self._cast(formula, dtype)
         used = {k for k in range(len(self.shape)) if axis(k) in formula.free_symbols}
         if any(dim != 1 and k not in used for k, dim in enumerate(self.shape)) or (self.shape and not used):
-            result = self._op("Expand", [result, self._shape_vector()])
+            result = self._op("Expand", [result, self.shape_vector()])
         return result
 
     def _view(self, data: ir.Value, targets: list[int]) -> ir.Value:
@@ -201,8 +216,8 @@ class _Writer:
         if missing:
             result = self._op("Unsqueeze", [result, self._constant(missing)])
         if any(self.shape[k] != 1 for k in missing):
-            result = self._op("Expand", [result, self._shape_vector()])
-        return result if result is not data else self._op("Identity", [data])
+            result = self._op("Expand", [result, self.shape_vector()])
+        return result if result is not data else self.identity(data)
 
     def _cast(self, formula: Formula, dtype: ir.DataType | None) -> ir.Value:
         result = self._write(formula)
@@ -268,7 +283,7 @@ class _Writer:
                     return self._op("Shape", [value], {"start": k, "end": k + 1})
         raise _InexpressibleError
 
-    def _shape_vector(self) -> ir.Value:
+    def shape_vector(self) -> ir.Value:
         """`shape` as int64 [rank]."""
         if all(isinstance(dim, int) for dim in self.shape):
             return self._constant(list(self.shape))
@@ -281,6 +296,9 @@ class _Writer:
             else:
                 parts.append(self._op("Unsqueeze", [self._write(dim), self._constant([0])]))
         return self._op("Concat", parts, {"axis": 0}) if len(parts) > 1 else parts[0]
+
+    def identity(self, value: ir.Value) -> ir.Value:
+        return self._op("Identity", [value])
 
     def _constant(self, content: Any) -> ir.Value:
         array = np.asarray(content)

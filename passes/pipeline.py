@@ -17,6 +17,7 @@ from qgraph.passes.eliminate_identity import EliminateIdentity
 from qgraph.passes.expand_contrib import ExpandContrib
 from qgraph.passes.fold_constants import FoldConstants
 from qgraph.passes.fold_index_functions import FoldIndexFunctions
+from qgraph.passes.fuse_attention import FuseAttention
 from qgraph.passes.fuse_gelu import FuseGelu
 from qgraph.passes.fuse_layer_norm import FuseLayerNorm
 from qgraph.passes.fuse_rms_norm import FuseRMSNorm
@@ -31,6 +32,7 @@ from qgraph.passes.orient_weights import OrientWeights
 from qgraph.passes.raise_opset import RaiseOpset
 from qgraph.passes.recognize_lowbit import RecognizeLowbit
 from qgraph.passes.remove_unused import RemoveUnused
+from qgraph.passes.simplify_mask import SimplifyMask
 from qgraph.passes.simplify_reshape import SimplifyReshape
 from qgraph.passes.tie_initializers import TieInitializers
 from qgraph.passes.unify_cache import UnifyCache
@@ -81,6 +83,9 @@ def prepare(options: PrepareOptions) -> list[Pass]:
         OrientWeights(),
         InferShapes(),
         OrderBias(),
+        FuseAttention(),
+        InferShapes(),
+        SimplifyMask(),
         BroadcastRotary(),
         FuseLayerNorm(),
         FuseRMSNorm(),

@@ -23,12 +23,12 @@ class UnifyCache(GraphPass):
 
     A cache is an input that a Concat along its axis 2 puts in front of new tokens, or that an Attention takes
     as its past, where the result is an output. Exporters call its length `past_sequence_length`, or `s15` for
-    the keys and `s89` for the values of one layer, and the rest `past_sequence_length + sequence_length`. From
-    here on, with `<sequence>` the length of `input_ids`:
+    the keys and `s89` for the values of one layer, and the rest `past_sequence_length + sequence_length`.
+    From here on, with `<sequence>` the length of `input_ids`:
     * axis 1 of `attention_mask` is one named dimension `<total>`: its own name where it has one for itself,
       else `total_sequence`; its batch is that of `input_ids`;
     * axis 2 of every past is `<total> - <sequence>`, of every present `<total>`.
-    So no named dimension is ever 0, though a past may be. That `<total> >= <sequence>` is a check of the graph.
+    So no named dimension is ever 0, though a past may be. `<total> >= <sequence>` is a check of the graph.
 
     Runs before shapes are inferred, on one graph with its constants as initializers. A cache of fixed length
     is left alone.
@@ -44,9 +44,7 @@ class UnifyCache(GraphPass):
         if not pairs:
             return ir.passes.PassResult(model, False)
         if tokens is None or len(shape_of(tokens) or ()) < 2:
-            self.refuse(
-                "inputs", f"there is a cache, but no '{_TOKENS[0]}' [batch, sequence] that says what is new"
-            )
+            self.refuse("inputs", f"a cache, but no '{_TOKENS[0]}' [batch, sequence] that says what is new")
             return ir.passes.PassResult(model, False)
         for past in pairs:
             if isinstance(length := _dims(past)[2], int):
@@ -59,7 +57,7 @@ def _pairs(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
     """Every past, with its present."""
     found: dict[ir.Value, ir.Value] = {}
     for node in graph:
-        parts: list[tuple[ir.Value | None, ir.Value]] = []
+        parts: list[tuple[ir.Value | None, ir.Value]] = []  # past and present
         if is_op(node, "Concat") and len(node.inputs) == 2 and attribute(node, "axis", 0) in (2, -2):
             parts = [(node.inputs[0], node.outputs[0])]
         elif is_op(node, "Attention"):
