@@ -19,17 +19,30 @@ if not (_here / "passes").is_dir():
 if TYPE_CHECKING:
     from qgraph.config import CompileConfig
     from qgraph.errors import QGraphError
+    from qgraph.generation import generate, open_generator
     from qgraph.pipeline import build, compile, quantize
     from qgraph.runtime import load
 
-__all__ = ["CompileConfig", "QGraphError", "__version__", "build", "compile", "load", "quantize"]
+__all__ = [
+    "CompileConfig",
+    "QGraphError",
+    "__version__",
+    "build",
+    "compile",
+    "generate",
+    "load",
+    "open_generator",
+    "quantize",
+]
 
 _LAZY = {
     "CompileConfig": "qgraph.config",
     "QGraphError": "qgraph.errors",
     "build": "qgraph.pipeline",
     "compile": "qgraph.pipeline",
+    "generate": "qgraph.generation",
     "load": "qgraph.runtime",
+    "open_generator": "qgraph.generation",
     "quantize": "qgraph.pipeline",
 }
 

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"evaluate"} | BASE,
     "report": {"evaluate", "formats", "runtime"} | BASE,
     "calibration": {"passes", "solvers", "evaluate", "formats"} | BASE,
+    "generation": {"evaluate"} | BASE,
     "evaluate": {"formats", "runtime"} | BASE,
     "passes": {"formats", "solvers", "schemes"} | BASE,
     "codegen": {"formats", "schemes", "passes.cache"} | BASE,

@@ -63,21 +63,22 @@ class Decoder(Protocol):
 
 
 def open_decoder(
-    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0
+    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0, room: int = 0
 ) -> Decoder:
     """A decoder for an artifact or an ONNX file. engine and threads: see `open_runner`. capacity: tokens that
-    an artifact with state can hold; 0 is its own default, and for other models no limit but their own.
+    a text may have. 0: of an artifact with state as much as `room` tokens need, as far as the model goes, or
+    without `room` its own default; of other models no limit but their own.
 
     Raises UsageError for a model that is no causal language model, UnsupportedError for a cache that cannot
     be followed; and as `open_runner` and `qgraph.runtime.load`.
     """
-    runner = open_runner(path, engine=engine, threads=threads, capacity=capacity)
+    runner = open_runner(path, engine=engine, threads=threads, capacity=capacity, room=room)
     ports = text_ports(runner.specs, runner.outputs, logits=LOGITS, where=os.fspath(path))
     if isinstance(runner, ArtifactRunner) and runner.has_state:
         return StatefulDecoder(runner, ports)
     if ports.cache:
         assert isinstance(runner, OnnxRuntimeRunner | ReferenceRunner)  # an artifact has no cache ports
-        return CachedDecoder(runner, ports)
+        return CachedDecoder(runner, ports, capacity)
     return WholeTextDecoder(runner, ports, capacity)
 
 
@@ -142,16 +143,16 @@ class StatefulDecoder:
 class CachedDecoder:
     """An ONNX file with a cache: what one run gives back is the past of the next. See `Decoder`."""
 
-    capacity = 0
-
-    def __init__(self, runner: OnnxRuntimeRunner | ReferenceRunner, ports: TextPorts) -> None:
-        self._runner, self._ports = runner, ports
+    def __init__(self, runner: OnnxRuntimeRunner | ReferenceRunner, ports: TextPorts, capacity: int) -> None:
+        self._runner, self._ports, self.capacity = runner, ports, capacity
         self.name, self.vocabulary = runner.name, _vocabulary(runner)
         self.length = 0
         self._cache: dict[str, Any] = {}
 
     def feed(self, ids: Ids, last: bool = False) -> Logits:
-        feeds = self._ports.feeds(_checked(ids, self.vocabulary), self.length)
+        ids = _checked(ids, self.vocabulary)
+        _require_room(self.length + ids.shape[1], self.capacity)
+        feeds = self._ports.feeds(ids, self.length)
         cache = self._cache or self._ports.empty_cache(len(ids))
         outputs = [LOGITS, *self._ports.cache.values()]
         values = self._runner.run_values({**feeds, **cache}, outputs)
@@ -161,7 +162,7 @@ class CachedDecoder:
         return logits[:, -1:] if last else logits
 
     def fork(self, rows: Sequence[int] | None = None) -> CachedDecoder:
-        other = CachedDecoder(self._runner, self._ports)
+        other = CachedDecoder(self._runner, self._ports, self.capacity)
         other.length = self.length
         # Nobody writes to a value, so two texts may share it.
         other._cache = {n: v if rows is None else _numpy(v)[list(rows)] for n, v in self._cache.items()}
@@ -232,6 +233,11 @@ def _checked(ids: Ids, vocabulary: int) -> Ids:
             "model's tokenizer?"
         )
     return ids
+
+
+def _require_room(tokens: int, capacity: int) -> None:
+    if capacity and tokens > capacity:
+        raise InputError(f"{tokens} tokens are more than the capacity of {capacity}: give a larger one")
 
 
 def _numpy(value: Any) -> np.ndarray:

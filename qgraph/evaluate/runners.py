@@ -184,22 +184,26 @@ def _cut(path: str, given: Sequence[str], shown: Sequence[str]) -> onnx.ModelPro
 class ArtifactRunner:
     """An artifact by qgraph's runtime. threads: 0 is one for every core. Errors are the runtime's.
 
-    capacity: tokens that its state can hold, where it has one; 0 is the artifact's default. `run` begins with
-    an empty state.
+    capacity: tokens that its state can hold, where it has one; 0 is as much as `room` tokens need, as far as
+    the model goes, and without `room` the artifact's default. `run` begins with an empty state.
     """
 
     name = "qgraph"
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 0, capacity: int = 0) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, threads: int = 0, capacity: int = 0, room: int = 0
+    ) -> None:
         from qgraph import runtime
 
         model = runtime.load(path, threads=threads)
-        options = {"capacity": capacity} if capacity and getattr(model, "has_state", False) else {}
-        self._adopt(model, model.session(**options))
+        bounds = {dim.kind: dim.max for dim in model.dims}
+        if not capacity and room:
+            capacity = min(room, bounds.get("capacity", 0), bounds.get("total", 0))
+        self._adopt(model, model.session(capacity=capacity))
 
     def _adopt(self, model: Model, session: Session) -> None:
         self._model, self.session = model, session
-        self.has_state = getattr(model, "has_state", False)
+        self.has_state = model.has_state
         self.specs = tuple(input_specs(model))
         self.inputs = tuple(spec.name for spec in self.specs)
         self.output_shapes: dict[str, Shape] = {t.name: t.shape for t in model.outputs}
@@ -214,26 +218,23 @@ class ArtifactRunner:
     def fork(self, rows: Sequence[int] | None = None) -> ArtifactRunner:
         """Another session on the same model; its state is that of this one, or of these rows of it."""
         other = object.__new__(ArtifactRunner)
-        if rows is None:
-            other._adopt(self._model, self.session.fork())
-        else:
-            other._adopt(self._model, self._model.session(capacity=self.session.capacity))
-            other.session.copy_state(self.session, rows)
+        other._adopt(self._model, self._model.session(capacity=self.session.capacity))
+        other.session.copy_state(self.session, rows)
         return other
 
 
-_ENGINES: dict[str, Callable[[str | os.PathLike[str], int, int], Runner]] = {
-    "qgraph": lambda path, threads, capacity: ArtifactRunner(path, threads=threads, capacity=capacity),
-    "onnxruntime": lambda path, threads, capacity: OnnxRuntimeRunner(path, threads=threads),
-    "reference": lambda path, threads, capacity: ReferenceRunner(path),
+_ENGINES: dict[str, Callable[..., Runner]] = {
+    "qgraph": ArtifactRunner,
+    "onnxruntime": lambda path, threads, **state: OnnxRuntimeRunner(path, threads=threads),
+    "reference": lambda path, **options: ReferenceRunner(path),
 }
 
 
 def open_runner(
-    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0
+    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0, room: int = 0
 ) -> Runner:
     """A runner for the file. engine: "qgraph" (default for .qg), "onnxruntime" (default else), "reference".
-    capacity: of an artifact, see `ArtifactRunner`.
+    capacity and room: of an artifact with state, see `ArtifactRunner`.
 
     Nothing falls back to another engine: what one cannot run is its error. Raises UsageError for an unknown
     engine.
@@ -241,7 +242,7 @@ def open_runner(
     engine = engine or ("qgraph" if Path(path).suffix == ".qg" else "onnxruntime")
     if engine not in _ENGINES:
         raise UsageError(f"unknown engine '{engine}'; known: {', '.join(_ENGINES)}")
-    return _ENGINES[engine](path, threads, capacity)
+    return _ENGINES[engine](path, threads=threads, capacity=capacity, room=room)
 
 
 def _check_names(path: str, inputs: tuple[str, ...], feeds: Feeds) -> None:
