@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 
 from qgraph.codegen.dims import Dim, estimate, plan_expr, product, size
+from qgraph.codegen.last_positions import LOGITS
 from qgraph.codegen.lowering import Lowering
 from qgraph.codegen.lowering.state import CAPACITY
 from qgraph.codegen.memory import Buffer
@@ -142,6 +143,11 @@ def make_plan(low: Lowering, checks: list[tuple[Dim, Dim, str]]) -> Plan:
         for step in low.steps
     ]
     dims = _dims(low.inputs, checks, low.cache)
+    if low.positions is not None:
+        most = next(dim["max"] for dim in dims if dim["name"] == str(low.positions))
+        dims.append({"name": str(LOGITS), "min": 1, "max": most, "default": plan_expr(low.positions)})
+        message = f"logits of more positions are asked for than the {low.positions} of this run"
+        checks = [*checks, (low.positions, LOGITS, message)]
     document = {
         "version": 1,
         "dims": dims,

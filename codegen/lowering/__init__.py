@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qgraph.codegen.last_positions import take_last_positions
 from qgraph.codegen.lowering import (  # noqa: F401
     attention,
     dynamic_quantize,
@@ -98,9 +99,10 @@ def lower(graph: ir.Graph, packing: str = "fast") -> Lowering:
     """
     if packing not in PACKINGS:
         raise UsageError(f"packing '{packing}': choose from {', '.join(PACKINGS)}")
+    graph, positions = take_last_positions(graph)
     nodes = _needed(graph)
     _reject_unknown(nodes)
-    low = Lowering(graph, packing)
+    low = Lowering(graph, packing, positions=positions)
     _check_ports(low)
     for node in nodes:
         check_attributes(node, graph.opset_imports.get("", 0))

@@ -143,6 +143,7 @@ class Lowering:
         steps: in order of execution.
         layers: (node, step) of every node that became a step of its own kernel, for the report.
         packing: `fast` | `small`, where a weight can be stored in more than one way.
+        positions: how many positions the logits have, where a run may ask for fewer (last_positions.py).
         cache: that of the graph, if it has one.
         states: the memory of the session that stands for an input of the graph, and the output it becomes.
         places: where to compute a value that only its place is read from (`allocate` with `strided`).
@@ -157,6 +158,7 @@ class Lowering:
     inputs: list[Buffer] = field(default_factory=list)
     outputs: dict[ir.Value, Buffer] = field(default_factory=dict)
     layers: list[tuple[ir.Node, Step]] = field(default_factory=list)
+    positions: Dim | None = None
     cache: Cache | None = None
     states: dict[ir.Value, State] = field(default_factory=dict)
     places: dict[ir.Value, View] = field(default_factory=dict)
