@@ -1,8 +1,8 @@
 """Real models as code: where they come from, how they become ONNX, how their outputs are judged.
 
-A model is one file here with a class that satisfies `qgraph.models.base.ExampleModel`, and one line in
-`_MODELS`. Causal language models need none: a folder of Hugging Face's is a model, too. Torch, transformers
-and the weights are loaded only when a model is exported.
+A model is one file or folder here with a class that satisfies `qgraph.models.base.ExportableModel`, and one
+line in `_MODELS`. Causal language models need none: a folder of Hugging Face's is a model, too. Torch,
+transformers and the weights are loaded only when a model is exported.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from qgraph.errors import UsageError
 
 if TYPE_CHECKING:
-    from qgraph.models.base import ExampleModel, ExportableModel
+    from qgraph.models.base import ExportableModel
 
 __all__ = ["get_model", "model_names", "open_model"]
 
-_MODELS = {"minilm": ("qgraph.models.minilm", "MiniLM")}
+_MODELS = {
+    "minilm": ("qgraph.models.minilm", "MiniLM"),
+}
 
 
 def model_names() -> list[str]:
@@ -24,7 +26,7 @@ def model_names() -> list[str]:
     return sorted(_MODELS)
 
 
-def get_model(name: str) -> ExampleModel:
+def get_model(name: str) -> ExportableModel:
     """The model of that name. Raises UsageError, listing the known ones."""
     import importlib
 
