@@ -21,6 +21,7 @@ VERBS = {
     "quantize": "ONNX model -> low-bit ONNX and report.",
     "build": "Low-bit ONNX -> artifact.",
     "run": "Run an artifact on given or seeded inputs.",
+    "generate": "Generate text with a causal language model.",
     "bench": "Measure an artifact's latency, beside ONNX Runtime's on the float model.",
     "inspect": "Show what an artifact or an ONNX file holds.",
     "check": "Compare an artifact with its low-bit ONNX file and its original.",

@@ -1,5 +1,5 @@
-"""The tiny model, and what compiling it gives. (Modules of this folder are importable: pytest's importlib
-mode adds no path by itself.)"""
+"""The tiny model, and what compiling it gives. (Modules of this folder are importable, and those of others that
+it uses: pytest's importlib mode adds no path by itself.)"""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent.parent / "generation"))
+sys.path.insert(1, str(Path(__file__).parent.parent / "evaluate"))
 
 from cli_harness import Compiled, qgraph
 from tiny_model import save_tiny
