@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qgraph.errors import UnsupportedError
+from qgraph.passes.base import is_op
 from qgraph.passes.shapes.dims import Dim, from_ir, tidy
 
 _PARTS = (("key", 1, 4, 1), ("value", 2, 5, 2))  # name, inputs that are new and past, output
@@ -74,12 +75,12 @@ def _lengths(
 
     if past not in graph.inputs:
         raise refuse("it is no input of the model")
-    if len(past.uses()) > 1 or past.is_graph_output():
+    if past.is_graph_output() or len(_readers(past)) > 1:
         raise refuse("it is read elsewhere, too")
     if present is None or present not in graph.outputs:
         raise refuse("what it becomes is no output of the model")
-    if present.uses():
-        raise refuse(f"what it becomes, '{present.name}', is read by node '{present.consumers()[0].name}'")
+    if readers := _readers(present):
+        raise refuse(f"what it becomes, '{present.name}', is read by node '{readers[0].name}'")
     shapes = [None if v is None else v.shape for v in (past, present, new)]
     if shapes[0] is None or shapes[1] is None or shapes[2] is None:
         raise refuse("its shape is not known")
@@ -93,3 +94,8 @@ def _lengths(
     if tidy(total - sequence) != held:
         raise refuse(f"its length is '{held}', not '{total} - {sequence}'")
     return str(total), sequence
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read the elements of `value`, one entry a use: its shape is known without them."""
+    return [node for node, _ in value.uses() if not is_op(node, "Shape", "Size")]

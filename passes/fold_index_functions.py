@@ -39,7 +39,7 @@ class FoldIndexFunctions(GraphPass):
     1. A tensor whose elements are a function of their indices (`index_functions`), read by something that is
        not, is computed anew from Range and comparisons, where that takes fewer nodes than it has now.
     2. A GatherND whose indices are its result's own indices, `x[b, s]` at [b, 1, 1, s], becomes Transpose,
-       Unsqueeze and Expand of `x`.
+       Unsqueeze and Expand of `x`; so does a Gather from a flattened `x`, at `b * length + s`.
     3. Attention whose mask is `key <= query` and nothing else gets `is_causal` in its place.
     """
 
@@ -54,6 +54,8 @@ class FoldIndexFunctions(GraphPass):
                 modified |= _make_causal(node, known)
             elif is_op(node, "GatherND") and node.outputs[0] not in known:
                 modified |= _gather_to_view(graph, node, known)
+            elif is_op(node, "Gather") and node.outputs[0] not in known:
+                modified |= _flat_gather_to_view(graph, node, known)
             elif node.outputs[0] in known and _is_read(node.outputs[0], known):
                 modified |= _shorten(graph, node, known)
         return ir.passes.PassResult(model, modified)
@@ -112,16 +114,43 @@ def _gather_to_view(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, IndexF
             return False
         targets.append(place)
     targets += range(len(shape) - (len(source) - len(picked)), len(shape))
-    if len(set(targets)) != len(targets):
+    return len(set(targets)) == len(targets) and _replace_by_view(graph, node, data, targets)
+
+
+def _flat_gather_to_view(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, IndexFunction]) -> bool:
+    """Rule 2, of a tensor whose axes were merged into one (others of length 1 may follow)."""
+    flat, indices = node.inputs
+    merge = flat.producer() if flat is not None else None
+    if merge is None or not is_op(merge, "Reshape", "Flatten") or indices not in known:
         return False
+    source, merged, shape = dims_of(merge.inputs[0]), dims_of(flat), dims_of(node.outputs[0])
+    if source is None or merged is None or shape is None or attribute(node, "axis", 0) % len(merged) != 0:
+        return False
+    if any(dim == 1 for dim in source) or any(dim != 1 for dim in merged[1:]):
+        return False
+    rest, stride, targets = known[indices].formula, sympy.Integer(1), []
+    for dim in reversed(source):
+        term = next((k for k, d in enumerate(shape) if d == dim and rest.coeff(axis(k)) == stride), None)
+        if term is None:
+            return False
+        rest, stride = rest - axis(term) * stride, stride * dim
+        targets.insert(0, term)
+    return tidy(rest) == 0 and _replace_by_view(graph, node, merge.inputs[0], targets)
+
+
+def _replace_by_view(graph: ir.Graph, node: ir.Node, data: ir.Value, targets: list[int]) -> bool:
+    """Puts `data`, its axes at the places `targets` of the result, in the place of a gather."""
+    shape = dims_of(node.outputs[0])
+    assert shape is not None  # the caller has looked
     writer = _Writer(graph, shape)
     result = writer.view(data, targets)
     if result is None:
         writer.discard()
         return False
+    inputs = list(node.inputs)
     writer.keep()
     replace_node(node, writer.nodes, [result])
-    remove_dead([indices])
+    remove_dead(inputs)
     return True
 
 
@@ -281,6 +310,12 @@ class _Writer:
             for k, dim in enumerate(value.shape or ()):
                 if isinstance(dim, ir.SymbolicDim) and dim.value == name.name and symbol(name.name) == name:
                     return self._op("Shape", [value], {"start": k, "end": k + 1})
+        for value in self.graph.inputs:
+            for k, dim in enumerate(dims_of(value) or ()):
+                rest = tidy(name - dim)  # it is told by a difference: the length of a cache
+                if not isinstance(dim, int) and (isinstance(rest, int) or name not in rest.free_symbols):
+                    size = self._op("Shape", [value], {"start": k, "end": k + 1})
+                    return self._op("Add", [size, self._write(sympy.sympify(rest))])
         raise _InexpressibleError
 
     def shape_vector(self) -> ir.Value:

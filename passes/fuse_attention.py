@@ -209,11 +209,13 @@ def _write_shapes(graph: ir.Graph, value: ir.Value) -> bool:
         if nodes is None:
             return False
         replace_node(node, nodes)
-    return True
+    return not any(is_op(node, "Shape") for node in value.consumers())
 
 
 def _absorb(graph: ir.Graph, node: ir.Node, key: _Half, value: _Half) -> None:
     """Puts an Attention with a past in the place of `node` and of the Concats that it reads."""
+    for half in (key, value):
+        _write_shapes(graph, half.past)  # a reader of a cache's shape does no harm, if one is left
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     cached = ir.node(
         "Attention",

@@ -62,7 +62,7 @@ def _pairs(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
             parts = [(node.inputs[0], node.outputs[0])]
         elif is_op(node, "Attention"):
             parts = list(zip(node.inputs[4:6], node.outputs[1:3], strict=False))
-        for past, present in parts:
+        for past, present in ((_origin(p), q) for p, q in parts):
             if (
                 past is not None
                 and past.is_graph_input()
@@ -71,6 +71,14 @@ def _pairs(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
             ):
                 found[past] = present
     return found
+
+
+def _origin(value: ir.Value | None) -> ir.Value | None:
+    """What `value` is a mere copy of."""
+    node = value.producer() if value is not None else None
+    if node is None or not is_op(node, "Identity", "Concat") or len(node.inputs) != 1:
+        return value
+    return _origin(node.inputs[0])
 
 
 def _unify(graph: ir.Graph, pairs: dict[ir.Value, ir.Value], tokens: ir.Value) -> bool:
