@@ -21,6 +21,7 @@ from qgraph.passes.fuse_attention import FuseAttention
 from qgraph.passes.fuse_gelu import FuseGelu
 from qgraph.passes.fuse_layer_norm import FuseLayerNorm
 from qgraph.passes.fuse_rms_norm import FuseRMSNorm
+from qgraph.passes.fuse_rotary import FuseRotary
 from qgraph.passes.hold_outputs import DeclareOutputs, HoldOutputs
 from qgraph.passes.infer_shapes import InferShapes
 from qgraph.passes.inline_functions import InlineFunctions
@@ -82,10 +83,12 @@ def prepare(options: PrepareOptions) -> list[Pass]:
         InferShapes(),
         OrientWeights(),
         InferShapes(),
-        OrderBias(),
         FuseAttention(),
         InferShapes(),
         SimplifyMask(),
+        FuseRotary(),
+        OrderBias(),
+        InferShapes(),
         BroadcastRotary(),
         FuseLayerNorm(),
         FuseRMSNorm(),

@@ -135,8 +135,8 @@ MODELS = {
 
 
 def decoder(name: str) -> Any:
-    """A random causal language model, as transformers makes it: 2 layers, 4 heads, 2 for keys and values
-    (GPT-2: 4), head size 8 (Qwen3: 16), vocabulary 50."""
+    """A random causal language model, as transformers makes it: 2 layers, vocabulary 50, 4 heads, 2 for keys
+    and values (GPT-2: 4), head size 8 (Qwen3: 16)."""
     import torch
     import transformers
 
@@ -182,7 +182,9 @@ DECODERS = {
     "gpt2-cache": ("gpt2", True, False),
     "gpt2-cache-mask": ("gpt2", True, True),
     "qwen3": ("qwen3", False, False),
+    "qwen3-mask": ("qwen3", False, True),
     "gpt2": ("gpt2", False, False),
+    "gpt2-mask": ("gpt2", False, True),
 }
 
 
