@@ -4,38 +4,20 @@
 #include <atomic>
 #include <cfenv>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "aligned_file.h"
 #include "check.h"
+#include "counting_allocator.h"
 #include "qgraph/qgraph.h"
 #include "qgraph/qgraph.hpp"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
-
-namespace {
-
-std::atomic<int64_t> allocations{0};
-
-}  // namespace
-
-// Counts what the library, linked statically, takes from the heap. Not inlined: GCC takes a pair of which it
-// inlines one half for a mismatch.
-__attribute__((noinline)) void* operator new(size_t size) {
-  ++allocations;
-  void* p = std::malloc(size > 0 ? size : 1);
-  if (!p) throw std::bad_alloc();
-  return p;
-}
-__attribute__((noinline)) void operator delete(void* p) noexcept { std::free(p); }
-__attribute__((noinline)) void operator delete(void* p, size_t) noexcept { std::free(p); }
 
 namespace {
 

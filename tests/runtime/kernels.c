@@ -51,8 +51,7 @@ void append(const float* x, float* state, i64 past, i64 length, i64 heads, i64 c
   for (i64 r = begin; r < end; ++r) {
     for (i64 t = 0; t < length; ++t) {
       for (i64 j = 0; j < n; ++j) {
-        state[(r * capacity + past + t) * n + j] =
-            x[((r / heads * length + t) * heads + r % heads) * n + j];
+        state[(r * capacity + past + t) * n + j] = x[((r / heads * length + t) * heads + r % heads) * n + j];
       }
     }
   }
@@ -70,8 +69,8 @@ void weigh(const i64* mask, float* y, i64 total, i64 begin, i64 end) {
   for (i64 i = begin * total; i < end * total; ++i) y[i] = (float)((i % total + 1) * mask[i]);
 }
 
-// y[b, l, h, :] = sum over j <= p of weights[b, j] state[b, h, j, :], p = total - last + l the position of the
-// l-th of the last ones. A block is one (b, l).
+// y[b, l, h, :] = sum over j <= p of weights[b, j] state[b, h, j, :], p = total - last + l the position of
+// the l-th of the last ones. A block is one (b, l).
 void attend(const float* state, const float* weights, float* y, i64 total, i64 last, i64 heads, i64 capacity,
             i64 n, i64 begin, i64 end) {
   for (i64 r = begin; r < end; ++r) {

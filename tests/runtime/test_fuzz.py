@@ -15,13 +15,18 @@ from artifact_builder import Parts, header_of, padded, returning_code, sign
 from cmake_build import sanitizers
 
 PLANS, TEXTS, HEADERS = 2000, 400, 400
+DECODER_PLANS = 1000
 VALUES: list[Any] = [
     *(0, 1, 2, 3, -1, 7, 8, 63, 64, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63), 2**63, 2**64),
     *("", "batch", "sequence", "v", "i", "scratch", "status", "f32", "bool"),
-    *("temp", "input", "output", "weight"),
+    *("temp", "input", "output", "weight", "state", "total_sequence", "cache_capacity", "logits"),
     *(None, True, 1.5, [], {}, [[]], ["v", 0], ["v", 8, 4], ["i", "batch"], ["scratch", 64], ["status"]),
     *([op, "batch", 3] for op in ("add", "sub", "mul", "floordiv", "ceildiv", "mod", "min", "max", "pow")),
     ["sub", "batch", "sequence"],
+    ["sub", "total_sequence", "sequence"],
+    ["sub", 3, "total_sequence"],
+    ["batch", 2, "cache_capacity", 8],
+    {"total": "sequence", "new": 1, "capacity": "batch", "default": 4},
     ["mul", ["mul", 2**31, "batch"], ["mul", 2**31, "sequence"]],
     "x" * 3000,
 ]
@@ -80,24 +85,26 @@ def with_plan(parts: Parts, plan: bytes) -> bytes:
     return sign(header, b"".join(t.data for t in tensors))
 
 
-def corpus(parts: Parts, seed: int) -> list[bytes]:
+def corpus(
+    parts: Parts, seed: int, plans: int = PLANS, texts: int = TEXTS, headers: int = HEADERS
+) -> list[bytes]:
     rng = random.Random(seed)
     parts = harmless(parts)
     files = [parts.to_bytes()]
-    for _ in range(PLANS):
+    for _ in range(plans):
         plan = copy.deepcopy(parts.plan)
         for _ in range(rng.choice([1, 1, 1, 2, 5])):
             mutate(plan, rng)
         files.append(with_plan(parts, dump(plan)))
     text = json.dumps(parts.plan).encode()
-    for _ in range(TEXTS):
+    for _ in range(texts):
         damaged = bytearray(text)
         for _ in range(rng.choice([1, 1, 3])):
             damaged[rng.randrange(len(damaged))] = rng.choice(b'0123456789"[]{},:\\ue-.xE\x00\x80\xff ')
         files.append(with_plan(parts, bytes(damaged)[: rng.choice([None, rng.randrange(len(text))])]))
     tensors = padded(parts.tensors())
     body = b"".join(t.data for t in tensors)
-    for _ in range(HEADERS):
+    for _ in range(headers):
         header = copy.deepcopy(header_of(tensors, parts.metadata))
         mutate(header, rng)
         files.append(sign(dump(header), body))
@@ -107,13 +114,22 @@ def corpus(parts: Parts, seed: int) -> list[bytes]:
 
 
 def test_mutated_plans_never_crash(cpp_tests: Path, toy_parts: Parts, tmp_path: Path) -> None:
-    files = corpus(toy_parts, seed=2)
+    fuzz(cpp_tests, corpus(toy_parts, seed=2), tmp_path)
+
+
+def test_mutated_plans_with_state_never_crash(cpp_tests: Path, decoder_parts: Parts, tmp_path: Path) -> None:
+    counts = fuzz(cpp_tests, corpus(decoder_parts, 3, DECODER_PLANS, texts=0, headers=0), tmp_path)
+    assert counts["copies"] > 100
+    assert counts["failed_copies"] > 100
+
+
+def fuzz(cpp_tests: Path, files: list[bytes], tmp_path: Path) -> dict[str, int]:
     path = tmp_path / "corpus"
     path.write_bytes(b"".join(struct.pack("<Q", len(data)) + data for data in files))
     program = cpp_tests / "tests" / "fuzz_plans"
     done = subprocess.run([program, path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stderr[-4000:]}\n(sanitizers: {sanitizers() or 'none'})"
-    counts = json.loads(done.stdout)
+    counts: dict[str, int] = json.loads(done.stdout)
     print(counts)
     assert counts["refused"] + counts["loaded"] == len(files)
     # The mutations must reach both sides of every check: neither all refused nor all harmless.
@@ -121,3 +137,4 @@ def test_mutated_plans_never_crash(cpp_tests: Path, toy_parts: Parts, tmp_path: 
     assert counts["loaded"] > len(files) // 10
     assert counts["runs"] > 100
     assert counts["failed_runs"] > 100
+    return counts

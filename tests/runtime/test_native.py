@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from artifact_builder import Parts, toy_inputs, toy_reference
+from artifact_builder import Parts, toy_decoder_reference, toy_inputs, toy_reference
 from cmake_build import RUNTIME, cmake_build, run, tool
 
-TESTS = ["test_units", "test_thread_pool", "header_is_c99", "test_session", "test_corruption"]
+TESTS = ["test_units", "test_thread_pool", "header_is_c99", "test_session", "test_corruption", "test_state"]
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -117,6 +118,62 @@ def checksum(data: bytes) -> int:
     for byte in data:
         result = (result ^ byte) * 0x100000001B3 % 2**64
     return result
+
+
+@pytest.fixture
+def generating(example: Path, decoder_parts: Parts, tmp_path: Path) -> tuple[Path, Path]:
+    """The program, and the toy decoder as it expects one: logits alone, positions among the inputs."""
+    parts = copy.deepcopy(decoder_parts)
+    plan = parts.plan
+    plan["outputs"].pop()
+    plan["values"].pop()
+    plan["steps"] = [step for step in plan["steps"] if step["name"] not in ("recall", "refuse")]
+    plan["inputs"].append({"name": "position_ids", "value": len(plan["values"])})
+    plan["values"].append({"kind": "input", "dtype": "i64", "shape": ["batch", "sequence"]})
+    path = tmp_path / "decoder.qg"
+    path.write_bytes(parts.to_bytes())
+    return example.with_name("qgraph_generate"), path
+
+
+def test_generate_example_is_greedy(generating: tuple[Path, Path], decoder_parts: Parts) -> None:
+    program, path = generating
+    text = [3, 1, 14]
+    expected: list[int] = []
+    for _ in range(20):
+        ids = np.array([text + expected])
+        expected.append(int(toy_decoder_reference(decoder_parts, ids)["logits"][0, -1].argmax()))
+    assert len(set(expected)) > 2
+    output = run(program, "--capacity", "23", path, "20", *map(str, text), env={})
+    assert [int(token) for token in output.split()] == expected
+    eos = expected[4]
+    output = run(
+        program, "--eos", str(eos), "--capacity", "30", "--threads", "1", path, "20", *map(str, text)
+    )
+    assert [int(token) for token in output.split()] == expected[: expected.index(eos) + 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: qgraph_generate"),
+        (["--eos", "x", "PATH", "1", "1"], "x: not a number"),
+        (["--top-k", "1", "PATH", "1", "1"], "--top-k: an option that this program does not know"),
+        (["nothing.qg", "1", "1"], "not found: nothing.qg: cannot open"),
+        (["PATH", "14", "1", "2", "3"], "exceed the room for tokens: give a larger --capacity"),
+        (["PATH", "1", "99"], "bad data: step 'embed': an index is out of range"),
+        (["TOY", "1", "1"], "has no state: compile a decoder that was exported with its cache"),
+    ],
+)
+def test_generate_example_errors(
+    generating: tuple[Path, Path], toy_path: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    program, path = generating
+    names = {"PATH": str(path), "TOY": str(toy_path)}
+    command = [str(program), *(names.get(a, a) for a in arguments)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_example_describes_a_model(example: Path, toy_path: Path) -> None:

@@ -112,10 +112,12 @@ class Model {
 
 class Session {
  public:
-  explicit Session(const Model& model, int threads = 0, std::uint64_t memory_limit = 0) {
+  explicit Session(const Model& model, int threads = 0, std::uint64_t memory_limit = 0,
+                   std::int64_t capacity = 0) {
     qg_session_options options = QG_SESSION_OPTIONS_INIT;
     options.threads = threads;
     options.memory_limit = memory_limit;
+    options.capacity = capacity;
     qg_session* raw = nullptr;
     check(qg_session_create(model.get(), &options, &raw));
     handle_.reset(raw);
@@ -150,7 +152,20 @@ class Session {
     return std::vector<std::int64_t>(shape, shape + ndim);
   }
 
+  void set_dim(const std::string& name, std::int64_t value) { check(qg_set_dim(get(), name.c_str(), value)); }
+
   void run() { check(qg_run(get())); }
+
+  std::uint64_t memory() const noexcept { return qg_session_memory(get()); }
+  std::int64_t capacity() const noexcept { return qg_state_capacity(get()); }
+  std::int64_t length() const noexcept { return qg_state_length(get()); }
+  void truncate(std::int64_t length) { check(qg_state_truncate(get(), length)); }
+  void reset() { truncate(0); }
+  void copy_state(const Session& from) { check(qg_state_copy(get(), from.get(), nullptr, 0)); }
+  void copy_state(const Session& from, const std::vector<std::int64_t>& rows) {
+    static const std::int64_t none = 0;  // an empty vector may have no data, and is not all rows
+    check(qg_state_copy(get(), from.get(), rows.empty() ? &none : rows.data(), rows.size()));
+  }
 
  private:
   struct Free {
