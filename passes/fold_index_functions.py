@@ -121,21 +121,27 @@ def _flat_gather_to_view(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, I
     """Rule 2, of a tensor whose axes were merged into one (others of length 1 may follow)."""
     flat, indices = node.inputs
     merge = flat.producer() if flat is not None else None
-    if merge is None or not is_op(merge, "Reshape", "Flatten") or indices not in known:
+    if merge is None or not is_op(merge, "Reshape", "Flatten") or indices is None or indices not in known:
         return False
-    source, merged, shape = dims_of(merge.inputs[0]), dims_of(flat), dims_of(node.outputs[0])
-    if source is None or merged is None or shape is None or attribute(node, "axis", 0) % len(merged) != 0:
+    data = merge.inputs[0]
+    source, merged, shape = dims_of(data), dims_of(flat), dims_of(node.outputs[0])
+    if data is None or source is None or merged is None or shape is None:
         return False
-    if any(dim == 1 for dim in source) or any(dim != 1 for dim in merged[1:]):
+    if (
+        attribute(node, "axis", 0) % len(merged) != 0
+        or any(dim == 1 for dim in source)
+        or any(dim != 1 for dim in merged[1:])
+    ):
         return False
-    rest, stride, targets = known[indices].formula, sympy.Integer(1), []
+    rest, stride = known[indices].formula, sympy.Integer(1)
+    targets: list[int] = []
     for dim in reversed(source):
         term = next((k for k, d in enumerate(shape) if d == dim and rest.coeff(axis(k)) == stride), None)
         if term is None:
             return False
         rest, stride = rest - axis(term) * stride, stride * dim
         targets.insert(0, term)
-    return tidy(rest) == 0 and _replace_by_view(graph, node, merge.inputs[0], targets)
+    return tidy(rest) == 0 and _replace_by_view(graph, node, data, targets)
 
 
 def _replace_by_view(graph: ir.Graph, node: ir.Node, data: ir.Value, targets: list[int]) -> bool:

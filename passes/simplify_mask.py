@@ -19,9 +19,21 @@ from qgraph.passes.attention_mask import (
     is_causal,
     leaves_a_key,
 )
-from qgraph.passes.base import GraphPass, add_initializer, attribute, is_op, make_node, remove_dead, shape_of
+from qgraph.passes.base import (
+    GraphPass,
+    add_initializer,
+    attribute,
+    constant,
+    is_op,
+    make_node,
+    remove_dead,
+    shape_of,
+)
 from qgraph.passes.index_functions import dims_of, index_functions
 from qgraph.passes.shapes.dims import tidy, to_ir
+
+LOW = -1e38  # hides what it is added to, and absorbs it, but is not the lowest float32
+_LOWEST = float(np.finfo(np.float32).min)
 
 _Condition = tuple[ir.Value, bool]  # a boolean value, and whether it is negated
 
@@ -35,7 +47,8 @@ class SimplifyMask(GraphPass):
        keys count alike: such a mask stays a sum.)
     2. `key <= query + past` among the conditions, or as a summand of 0 and -inf, becomes `is_causal`. A
        condition that always holds goes.
-    3. What is left names every query: ONNX Runtime does not broadcast a mask along them.
+    3. What is left names every query: ONNX Runtime does not broadcast a mask along them. The lowest float32
+       in it becomes -10^38, which hides as well: ONNX Runtime takes just that number for -inf.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -77,7 +90,7 @@ class _Editor:
         # A mask shorter than the keys also hides those beyond it.
         if mask is None or frame is None or not dims or dims[-1] != frame.keys:
             return False
-        modified = False
+        modified = self._raise_lowest(mask)
         causal, rest = self._split(node, mask, frame)
         if causal and not attribute(node, "is_causal", 0):
             node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
@@ -90,6 +103,23 @@ class _Editor:
             node.replace_input_with(3, rest)
             remove_dead([mask])
             modified = True
+        return modified
+
+    def _raise_lowest(self, mask: ir.Value) -> bool:
+        """Rule 3 of the lowest float32."""
+        modified = False
+        for node in [term.producer() for term in addends(mask)]:
+            for index in (1, 2) if is_op(node, "Where") else (0, 1) if is_op(node, "Mul") else ():
+                assert node is not None  # is_op
+                number = constant(node.inputs[index])
+                if number is None or number.size != 1 or number.reshape(()) != _LOWEST:
+                    continue
+                key = ("lowest", number.shape)
+                if key not in self._made:
+                    array = np.full(number.shape, LOW, np.float32)
+                    self._made[key] = add_initializer(self.graph, array, "mask.hidden")
+                node.replace_input_with(index, self._made[key])
+                modified = True
         return modified
 
     def _split(self, node: ir.Node, mask: ir.Value, frame: Frame) -> tuple[bool, ir.Value | None]:
