@@ -7,17 +7,21 @@ tokens before, width], given back as `present.N.key`, `.value`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qgraph.errors import UnsupportedError, UsageError
+from qgraph.errors import InputError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from qgraph.evaluate.samples import InputSpec
+    from qgraph.runtime import Model
+
+METADATA_KEY = "qgraph.cache"  # JSON: [past input, present output] of the ONNX file, for every state
 
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 _PAST = ("past_key_values", "past")  # what such an input begins with
@@ -66,6 +70,33 @@ def empty_past(spec: InputSpec, batch: int) -> tuple[int, int, int, int]:
         f"cache input '{spec.name}' is {list(spec.shape)}: expected [batch, heads, past, width] with fixed "
         "heads and width"
     )
+
+
+def artifact_cache(model: Model) -> dict[str, str]:
+    """Past input -> present output, of the ONNX file that a loaded artifact with state was built from.
+
+    Raises InputError when what is written there is something else.
+    """
+    try:
+        pairs = json.loads(model.metadata.get(METADATA_KEY, "[]"))
+        if not all(isinstance(name, str) for pair in pairs for name in pair):
+            raise ValueError
+        return dict(pairs)
+    except (ValueError, TypeError, RecursionError):
+        raise InputError(
+            f"{model.path}: its metadata '{METADATA_KEY}' is not JSON of pairs of names: compile it again"
+        ) from None
+
+
+def new_tokens_dim(specs: Iterable[InputSpec], total: str) -> int | str | None:
+    """Which dim of an artifact's inputs counts the tokens of a run, where `total` counts all: axis 1 of
+    `input_ids`, else of the first input of integers [batch, ..] that is another."""
+    found = [
+        spec.shape[1]
+        for spec in sorted(specs, key=lambda spec: spec.name != IDS)
+        if len(spec.shape) == 2 and spec.dtype.startswith("int") and spec.shape[1] != total
+    ]
+    return next(iter(found), None)
 
 
 def text_ports(

@@ -7,6 +7,9 @@ a whole step of the format, later layers meet it with roundings of their own, an
 drift apart. So the pieces between roundings are compared one by one: a second artifact shows what goes into
 every rounding and what comes out of it; the rounding must be exact to the bit, and the reference evaluator
 goes on from the artifact's rounded values.
+
+An artifact with state is run for several steps of a text. The reference evaluator gets back the cache that it
+gave: what is wrong in the artifact's shows in the next step.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qgraph.errors import BudgetError
-from qgraph.evaluate.compare import Difference, compare
+from qgraph.errors import BudgetError, InputError
+from qgraph.evaluate.compare import Difference, compare, difference
 from qgraph.evaluate.runners import ReferenceRunner
-from qgraph.evaluate.samples import InputSpec, artifact_ranges, choose_dims, input_specs, make_inputs
+from qgraph.evaluate.samples import artifact_ranges, choose_dims, input_specs, make_inputs
+from qgraph.evaluate.text_ports import POSITIONS, artifact_cache, empty_past, new_tokens_dim
 
 if TYPE_CHECKING:
     import numpy as np
 
     from qgraph.formats.activations import Rounding
+    from qgraph.runtime import Model
 
     Arrays = Mapping[str, np.ndarray]
 
@@ -33,6 +38,9 @@ REL_ERROR_LIMIT = 1e-4  # float32 sums in another order differ by far less, a wr
 # Sizes of the symbolic dims, in the order in which the inputs name them. Different from each other, so that
 # two dims mixed up show; 1, where broadcasting hides; not multiples of a vector.
 _SIZES = ((2, 7, 5, 3), (1, 1, 1, 1), (3, 17, 6, 4))
+
+# Of an artifact with state: tokens a step, and the sizes of other dims.
+_STEPS = (((5, 1, 3), (2, 7, 5)), ((9, 1, 1), (1, 1, 1)), ((1, 4), (3, 6, 4)))
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Reference:
 
     exposed: where there are `roundings`: the artifact of the same file with their inputs and outputs as
         further outputs.
+    cache: past input -> present output, of an artifact with state.
     """
 
     def __init__(
@@ -72,31 +81,55 @@ class Reference:
         *,
         exposed: Path | None = None,
         roundings: Sequence[Rounding] = (),
+        cache: Mapping[str, str] | None = None,
         threads: int = 0,
     ) -> None:
         from qgraph.runtime import load
 
-        self._lowbit, self._roundings = lowbit, roundings
+        self._lowbit, self._roundings, self._pairs = lowbit, roundings, cache or {}
         self._evaluator = ReferenceRunner(
             lowbit, given=[r.output for r in roundings], shown=[r.input for r in roundings]
         )
-        self._exposed = None if exposed is None else load(exposed, threads=threads)
+        self._exposed = None if exposed is None else load(exposed, threads=threads).session()
+        self._past: dict[str, np.ndarray] = {}
+
+    def begin(self) -> None:
+        """Another text: the next `compare` is its first step."""
+        self._past = {}
+        if self._exposed is not None and self._pairs:
+            self._exposed.reset()
 
     def compare(self, feeds: Arrays, got: Arrays, where: str) -> dict[str, Difference]:
         """How far the artifact's outputs `got` for `feeds` are off, and what goes into every rounding.
 
-        Raises BudgetError where the exposed artifact does not give the same outputs, or does not round
-        exactly; `where` tells which feeds.
+        With a cache this is a step of a text, behind those since `begin`. Raises BudgetError where the
+        exposed artifact does not give the same outputs, or does not round exactly; `where` tells which feeds.
         """
         if self._exposed is None:
-            return compare(got, self._evaluator.run(feeds))
+            return compare(got, self._evaluate(feeds))
         # An output or input may itself be rounded, and then it is not shown once more.
         shown = {**feeds, **self._exposed.run(feeds)}
         self._require_same(got, shown, where)
         self._require_exact(shown, where)
         given = {r.output: shown[r.output] for r in self._roundings}
         inside = {r.input: shown[r.input] for r in self._roundings}
-        return compare({**got, **inside}, self._evaluator.run({**feeds, **given}))
+        return compare({**got, **inside}, self._evaluate({**feeds, **given}))
+
+    def _evaluate(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """The outputs but for the cache, which is kept."""
+        import numpy as np
+
+        if self._pairs and not self._past:
+            specs = {spec.name: spec for spec in self._evaluator.specs}
+            if missing := [name for name in self._pairs if name not in specs]:
+                raise InputError(
+                    f"{self._lowbit}: it has no input '{missing[0]}', which is state of the artifact"
+                )
+            batch = next((len(x) for x in feeds.values() if x.ndim), 1)
+            self._past = {n: np.zeros(empty_past(specs[n], batch), specs[n].dtype) for n in self._pairs}
+        found = self._evaluator.run({**feeds, **self._past})
+        self._past = {past: found.pop(present) for past, present in self._pairs.items()}
+        return found
 
     def _require_same(self, got: Arrays, shown: Arrays, where: str) -> None:
         for name, value in got.items():
@@ -138,36 +171,113 @@ def verify(
     from qgraph.runtime import load
 
     model = load(artifact, threads=threads)
-    inputs = input_specs(model)
-    ranges = artifact_ranges(model)
-    reference = Reference(lowbit, exposed=exposed, roundings=roundings, threads=threads)
-    cases = _cases(inputs, {dim.name: (dim.min, dim.max) for dim in model.dims})
-    comparisons = []
-    for i, dims in enumerate(cases):
-        where = " ".join(f"{name}={size}" for name, size in dims.items()) or "fixed sizes"
-        on_case(i, len(cases), where)
-        feeds = make_inputs(inputs, ranges, dims, seed + i)
-        found = reference.compare(feeds, model.run(feeds), where)
-        errors = {name: difference.rel_error for name, difference in found.items()}
-        comparisons.append(Comparison(dims, errors))
+    reference = Reference(
+        lowbit, exposed=exposed, roundings=roundings, cache=artifact_cache(model), threads=threads
+    )
+    checks = _Checks(model, reference, seed, limit)
+    texts = _texts(model) if model.has_state else [[dims] for dims in _cases(model)]
+    total = sum(map(len, texts))
+    for text in texts:
+        checks.begin()
+        for dims in text:
+            on_case(len(checks.comparisons), total, _where(dims))
+            checks.step(dims)
+    return Verification("passed", limit=limit, comparisons=checks.comparisons)
+
+
+class _Checks:
+    """Runs a model beside its reference, step by step."""
+
+    def __init__(self, model: Model, reference: Reference, seed: int, limit: float) -> None:
+        self._model, self._reference, self._seed, self._limit = model, reference, seed, limit
+        self._session = model.session()
+        self._inputs, self._ranges = input_specs(model), artifact_ranges(model)
+        self._shortened = [d.name for d in model.dims if d.kind == "option"]
+        self.comparisons: list[Comparison] = []
+
+    def begin(self) -> None:
+        """The next step is the first of a text."""
+        self._reference.begin()
+        if self._model.has_state:
+            self._session.reset()
+
+    def step(self, dims: Mapping[str, int]) -> None:
+        """One run with inputs of these dims. BudgetError where an output is too far off."""
+        held, where = self._session.length, _where(dims)
+        feeds = make_inputs(self._inputs, self._ranges, dims, self._seed + len(self.comparisons))
+        if self._model.has_state and POSITIONS in feeds:  # where tokens are matters to each other
+            feeds[POSITIONS] = _positions(feeds[POSITIONS], held, self._ranges.get(POSITIONS, (0, 0))[1])
+        got = self._session.run(feeds)
+        errors = {n: d.rel_error for n, d in self._reference.compare(feeds, got, where).items()}
+        for option in self._shortened:
+            errors |= self._last_alone(option, feeds, got, held)
+        self.comparisons.append(Comparison(dims, errors))
         for name, error in errors.items():
-            if not error <= limit:
+            if not error <= self._limit:
                 raise BudgetError(
                     f"the artifact disagrees with the low-bit ONNX model: output '{name}' at {where} has "
-                    f"a relative error of {error:.2g}, allowed is {limit:g}"
+                    f"a relative error of {error:.2g}, allowed is {self._limit:g}"
                 )
-    return Verification("passed", limit=limit, comparisons=comparisons)
+
+    def _last_alone(self, option: str, feeds: Arrays, got: Arrays, held: int) -> dict[str, float]:
+        """The step once more, asked for the last position only, beside that of the whole."""
+        if self._model.has_state:
+            self._session.truncate(held)
+        short = self._session.run(feeds, dims={option: 1})
+        found = {}
+        for info in self._model.outputs:
+            if option in info.shape:
+                axis = info.shape.index(option)
+                last = got[info.name].take([-1], axis=axis)
+                found[f"{info.name} ({option}=1)"] = difference(short[info.name], last).rel_error
+        return found
 
 
-def _cases(inputs: list[InputSpec], bounds: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
+def _positions(made: np.ndarray, held: int, highest: int) -> np.ndarray:
+    """Of the new tokens [batch, sequence]: held, held + 1, .. as far as the table of positions goes."""
+    import numpy as np
+
+    found = np.broadcast_to(np.arange(held, held + made.shape[1]), made.shape)
+    return np.minimum(found, highest if highest > 1 else found.max()).astype(made.dtype)
+
+
+def _where(dims: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={size}" for name, size in dims.items()) or "fixed sizes"
+
+
+def _cases(model: Model) -> list[dict[str, int]]:
     """The distinct settings of the symbolic dims that are tried."""
-    names = list(choose_dims(inputs, {}))
-    cases: list[dict[str, int]] = []
+    names = list(choose_dims(input_specs(model), {}))
+    cases = []
     for sizes in _SIZES:
-        case = {}
-        for i, name in enumerate(names):
-            low, high = bounds.get(name, (1, 1 << 24))
-            case[name] = min(max(sizes[i % len(sizes)], low), high)
+        case = {name: _within(model, name, sizes[i % len(sizes)]) for i, name in enumerate(names)}
         if case not in cases:
             cases.append(case)
     return cases
+
+
+def _texts(model: Model) -> list[list[dict[str, int]]]:
+    """Of an artifact with state: texts, each the dims of its steps."""
+    inputs = input_specs(model)
+    total = next(dim.name for dim in model.dims if dim.kind == "total")
+    new = new_tokens_dim(inputs, total)
+    others = [name for name in choose_dims(inputs, {}) if name not in (new, total)]
+    most = min(_within(model, total, 1 << 24), model.session().capacity)
+    texts = []
+    for steps, sizes in _STEPS:
+        fixed = {name: _within(model, name, sizes[i % len(sizes)]) for i, name in enumerate(others)}
+        text, held = [], 0
+        for step in steps:
+            count = new if isinstance(new, int) else _within(model, new or "", step)
+            held += count
+            if held <= most:
+                sequence = {new: count} if isinstance(new, str) else {}
+                text.append({**fixed, **sequence, total: held})
+        texts.append(text)
+    return texts
+
+
+def _within(model: Model, name: str, size: int) -> int:
+    """`size`, as far as the bounds of the dim allow."""
+    low, high = next(((dim.min, dim.max) for dim in model.dims if dim.name == name), (1, 1 << 24))
+    return min(max(size, low), high)

@@ -1,5 +1,5 @@
-"""The tiny model, and what compiling it gives. (Modules of this folder are importable, and those of others that
-it uses: pytest's importlib mode adds no path by itself.)"""
+"""The tiny model, and what compiling it gives. (Modules of this folder are importable, and those of others
+that it uses: pytest's importlib mode adds no path by itself.)"""
 
 from __future__ import annotations
 
