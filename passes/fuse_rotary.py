@@ -16,9 +16,8 @@ from qgraph.passes.base import (
     replace_node,
     replace_value,
     shape_of,
-    used_once,
 )
-from qgraph.passes.rotary_pattern import Columns, Rotated, beyond, columns, match_rotary, swapped
+from qgraph.passes.rotary_pattern import Rotated, match_rotary, swapped, value_of
 from qgraph.passes.rotary_tables import PAIRS, RotaryTables
 
 _SWAP = (0, 2, 1, 3)  # [batch, heads, length, size] and [batch, length, heads, size]
@@ -94,8 +93,7 @@ class _Fusion:
             return f"it is of {match.node.outputs[0].dtype}, not float32"
         if shape is None or len(shape) != 4:
             return f"its input has rank {len(shape or ())}, not 4"
-        size = match.rest.places.stop if match.rest is not None else len(match.x.places)
-        if shape_of(match.node.outputs[0]) != (*shape[:3], size):
+        if shape_of(match.node.outputs[0]) != (*shape[:3], len(match.x.places)):
             return "its result has another shape than its input"
         if reason := self._find_heads(shape):
             return reason
@@ -108,8 +106,7 @@ class _Fusion:
 
     def _find_heads(self, shape: tuple[int | ir.SymbolicDim, ...]) -> str | None:
         """Sets the axis, 1 or 2, along which the tables must be, and are, the same; or says what is wrong."""
-        count = len(self.match.x.places)
-        wanted = count if self.match.doubled else count // 2
+        wanted = self.match.turned if self.match.doubled else self.match.turned // 2
         possible = {1, 2}
         for table in (self.match.cos, self.match.sin):
             dims = shape_of(table)
@@ -148,13 +145,13 @@ class _Fusion:
         if match.backwards:
             sin = self.tables.once(("Neg", sin), lambda: self._insert("Neg", [sin]))
         attributes = {"interleaved": 1} if match.order == PAIRS else {}
-        last, x = _with_rest(match), match.x.source
-        if last is not None:
-            attributes["rotary_embedding_dim"] = len(match.x.places)
-        else:
-            last = match.node
-            if not match.x.whole:
-                x = self._insert("Slice", [x, *(self._constant([n]) for n in (*_bounds(match.x), -1))])
+        if match.turned < len(match.x.places):
+            attributes["rotary_embedding_dim"] = match.turned
+        x = value_of(match)
+        if x is None:
+            bounds = (match.x.places.start, match.x.places.stop, -1)
+            x = self._insert("Slice", [match.x.source, *(self._constant([n]) for n in bounds)])
+        last = match.node
         replaced = list(last.inputs)
         if self.axis == 1:
             node = make_node("RotaryEmbedding", [x, cos, sin], attributes, name=last.name)
@@ -177,27 +174,6 @@ class _Fusion:
 
     def _constant(self, numbers: list[int]) -> ir.Value:
         return add_initializer(self.graph, np.array(numbers, np.int64), "rotary.axes")
-
-
-def _bounds(x: Columns) -> tuple[int, int]:
-    return x.places.start, x.places.stop
-
-
-def _with_rest(match: Rotated) -> ir.Node | None:
-    """The node that joins the first columns of a value, turned, and all others, as they are."""
-    if match.rest is not None:
-        return match.node
-    output = match.node.outputs[0]
-    if match.x.places.start or match.x.whole or not used_once(output):
-        return None
-    (reader,) = output.consumers()
-    rank = len(shape_of(output) or ())
-    if not is_op(reader, "Concat") or len(reader.inputs) != 2 or reader.inputs[0] is not output:
-        return None
-    rest = reader.inputs[1]
-    if rest is None or attribute(reader, "axis", 0) not in (-1, rank - 1):
-        return None
-    return reader if columns(rest) == beyond(match.x) else None
 
 
 def _axes(node: ir.Node | None) -> list[int] | None:

@@ -6,13 +6,14 @@ Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qgraph.passes.base import attribute, int_list, is_op, scalar, shape_of
+from qgraph.passes.base import attribute, int_list, is_op, scalar, shape_of, used_once
 from qgraph.passes.rotary_tables import HALVES, PAIRS
 
 Same = Callable[[ir.Value, ir.Value], bool]
@@ -26,16 +27,13 @@ class Columns:
     source: ir.Value
     places: range
 
-    @property
-    def whole(self) -> bool:
-        return self.places == range(width(self.source) or 0)
-
 
 @dataclass(frozen=True)
 class Rotated:
-    """`node` computes the columns `x`, all turned, and behind them those of `rest`, as they are.
+    """`node` computes the columns `x`, the first `turned` of them turned.
 
-    `cos` and `sin` are for pairs, or each value stands twice, in the order of the columns, where `doubled`.
+    `part` is a value that is some of these columns. `cos` and `sin` are for pairs, or each number
+    stands twice, in the order of the columns, where `doubled`.
     """
 
     node: ir.Node
@@ -45,7 +43,8 @@ class Rotated:
     sin: ir.Value
     backwards: bool
     doubled: bool
-    rest: Columns | None = None
+    turned: int
+    part: ir.Value
 
 
 @dataclass(frozen=True)
@@ -108,13 +107,38 @@ def width(value: ir.Value) -> int | None:
     return shape[-1] if shape and isinstance(shape[-1], int) else None
 
 
-def beyond(x: Columns) -> Columns:
-    """All columns of the source behind `x`."""
-    return Columns(x.source, range(x.places.stop, width(x.source) or 0))
+def _followed(x: Columns, rest: Columns) -> Columns | None:
+    """`x` and behind it `rest`, its neighbours."""
+    if x.source is not rest.source or (rest.places and rest.places != range(x.places.stop, rest.places.stop)):
+        return None
+    return Columns(x.source, range(x.places.start, rest.places.stop)) if rest.places else x
+
+
+def _with_rest(match: Rotated) -> Rotated:
+    """The match with the Concat, if there is one, that joins to its result the columns behind."""
+    output = match.node.outputs[0]
+    reader = output.consumers()[0] if used_once(output) else None
+    rank = len(shape_of(output) or ())
+    if reader is None or not is_op(reader, "Concat") or attribute(reader, "axis", 0) not in (-1, rank - 1):
+        return match
+    if len(reader.inputs) != 2 or reader.inputs[0] is not output or reader.inputs[1] is None:
+        return match
+    rest = columns(reader.inputs[1])
+    x = _followed(match.x, rest) if rest is not None else None
+    return match if x is None else dataclasses.replace(match, node=reader, x=x)
+
+
+def value_of(match: Rotated) -> ir.Value | None:
+    """The value that is the columns `match.x` and no others, where `match.part` comes from one."""
+    value: ir.Value | None = match.part
+    while value is not None and columns(value) != match.x:
+        node = value.producer()
+        value = node.inputs[0] if node is not None and value is not match.x.source else None
+    return value
 
 
 def _match_turned(node: ir.Node) -> Rotated | None:
-    """x c + (-b, a) s, the columns of x being (a, b)."""
+    """x c + (-b, a) s, the columns of x being (a, b); columns that are not turned may be joined to that."""
     products = _products(node.outputs[0])
     if products is None or len(products) != 2:
         return None
@@ -128,7 +152,9 @@ def _match_turned(node: ir.Node) -> Rotated | None:
                 place = columns(x)
                 if straight.sign == 1 and place is not None and place == _together(a, b, order):
                     backwards = sign * crossed.sign < 0
-                    return Rotated(node, place, order, cos, sin, backwards, doubled=True)
+                    return _with_rest(
+                        Rotated(node, place, order, cos, sin, backwards, True, len(place.places), x)
+                    )
     return None
 
 
@@ -157,8 +183,10 @@ def _match_joined(node: ir.Node, same: Same) -> Rotated | None:
             if left_columns is None or right_columns is None:
                 continue
             x = _together(left_columns, right_columns, order)
-            if x is not None and (not others or (x.places.start == 0 and rest == beyond(x))):
-                return Rotated(node, x, order, c, s, v.sign < 0, doubled=False, rest=rest)
+            found = x if x is None or rest is None else _followed(x, rest)
+            if x is not None and found is not None:
+                match = Rotated(node, found, order, c, s, v.sign < 0, False, len(x.places), a)
+                return match if others else _with_rest(match)
     return None
 
 
