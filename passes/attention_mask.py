@@ -26,6 +26,11 @@ class Frame:
     keys: Dim
     past: Dim
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the queries are the last keys."""
+        return tidy(self.queries + self.past - self.keys) == 0
+
     def place(self, rank: int) -> tuple[Formula, Formula]:
         """(query, key): the places of an element of a mask of `rank` axes."""
         return (sympy.Integer(0) if self.queries == 1 else axis(rank - 2)), axis(rank - 1)
@@ -82,7 +87,9 @@ def formula_of(value: ir.Value, negated: bool, known: Known) -> tuple[Formula, i
 
 
 def is_causal(formula: Formula, rank: int, frame: Frame) -> bool:
-    """Whether `key <= query + past`, perhaps among other conditions, follows from it."""
+    """Whether `key <= query + past`, perhaps among other conditions, is what it says."""
+    if not frame.is_aligned:
+        return False
     query, key = frame.place(rank)
     for part in formula.args if isinstance(formula, sympy.And) else (formula,):
         left = _at_most(part)
@@ -106,7 +113,7 @@ def _at_most(formula: Formula) -> sympy.Expr | None:
 
 def leaves_a_key(formula: Formula, rank: int, frame: Frame) -> bool:
     """Whether each query attends some key for certain: that at its own place, `query + past`."""
-    if tidy(frame.queries + frame.past - frame.keys) != 0:
+    if not frame.is_aligned:
         return False
     query, key = frame.place(rank)
     own = formula.subs({key: query + frame.past}, simultaneous=True)

@@ -40,7 +40,6 @@ class FoldIndexFunctions(GraphPass):
        not, is computed anew from Range and comparisons, where that takes fewer nodes than it has now.
     2. A GatherND whose indices are its result's own indices, `x[b, s]` at [b, 1, 1, s], becomes Transpose,
        Unsqueeze and Expand of `x`; so does a Gather from a flattened `x`, at `b * length + s`.
-    3. Attention whose mask is `key <= query` and nothing else gets `is_causal` in its place.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -50,9 +49,7 @@ class FoldIndexFunctions(GraphPass):
         for node in tuple(graph):
             if node.graph is None:
                 continue  # an earlier step removed it
-            if is_op(node, "Attention"):
-                modified |= _make_causal(node, known)
-            elif is_op(node, "GatherND") and node.outputs[0] not in known:
+            if is_op(node, "GatherND") and node.outputs[0] not in known:
                 modified |= _gather_to_view(graph, node, known)
             elif is_op(node, "Gather") and node.outputs[0] not in known:
                 modified |= _flat_gather_to_view(graph, node, known)
@@ -157,26 +154,6 @@ def _replace_by_view(graph: ir.Graph, node: ir.Node, data: ir.Value, targets: li
     writer.keep()
     replace_node(node, writer.nodes, [result])
     remove_dead(inputs)
-    return True
-
-
-def _make_causal(node: ir.Node, known: dict[ir.Value, IndexFunction]) -> bool:
-    """Rule 3."""
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
-    function = known.get(mask) if mask is not None else None
-    keys = dims_of(node.inputs[1])
-    if mask is None or function is None or keys is None or any(v is not None for v in node.inputs[4:]):
-        return False
-    rank = len(function.shape)
-    # A mask shorter than the keys also hides those beyond it.
-    if rank < 2 or function.shape[-1] != keys[-2] or function.shape[-1] != function.shape[-2]:
-        return False
-    key, query = axis(rank - 1), axis(rank - 2)
-    if function.formula not in (sympy.Le(key, query), sympy.Ge(query, key)):
-        return False
-    node.replace_input_with(3, None)
-    node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
-    remove_dead([mask])
     return True
 
 
