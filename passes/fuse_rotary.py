@@ -38,20 +38,19 @@ class FuseRotary(GraphPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         tables = RotaryTables(graph)
-        replaced: list[
-            ir.Value | None
-        ] = []  # removed at the end: tables may be found to be like one of these
+        replaced: list[ir.Value | None] = []  # removed at the end: a later table may be like one of these
         refused = False
         for node in tuple(graph):
             match = match_rotary(node, tables.alike) if node.graph is not None else None
             if match is None:
                 continue
-            fusion = _Fusion(graph, tables, match)
+            fusion = _Fusion(graph, tables, match, node)
             if reason := fusion.refusal():
                 self.refuse(node, f"it looks like a rotary embedding, but {reason}")
                 refused = True
             else:
                 replaced += fusion.replace()
+        tables.discard_unused()
         remove_dead(replaced)
         shared = _share(graph)
         if not refused:
@@ -76,12 +75,13 @@ def _share(graph: ir.Graph) -> bool:
 
 
 class _Fusion:
-    """One match."""
+    """One match, found at `found`, before which new nodes are put."""
 
-    def __init__(self, graph: ir.Graph, tables: RotaryTables, match: Rotated) -> None:
+    def __init__(self, graph: ir.Graph, tables: RotaryTables, match: Rotated, found: ir.Node) -> None:
         self.graph = graph
         self.tables = tables
         self.match = match
+        self.found = found
         self.axis = 1  # of the heads
         self.halves: list[ir.Value] = []
 
@@ -98,7 +98,9 @@ class _Fusion:
         if reason := self._find_heads(shape):
             return reason
         for table in (match.cos, match.sin):
-            half = self.tables.half(table, match.order) if match.doubled else self.tables.canonical(table)
+            half: ir.Value | None = self.tables.canonical(table)
+            if match.doubled:
+                half = self.tables.half(table, match.order, self.found)
             if half is None:
                 return "the angles of the two columns of a pair are not known to be the same"
             self.halves.append(half)
@@ -167,9 +169,9 @@ class _Fusion:
         return replaced
 
     def _insert(self, op_type: str, inputs: list[ir.Value]) -> ir.Value:
-        """The result of a new node before the match."""
+        """The result of a new node."""
         node = make_node(op_type, inputs)
-        self.graph.insert_before(self.match.node, node)
+        self.graph.insert_before(self.found, node)
         return node.outputs[0]
 
     def _constant(self, numbers: list[int]) -> ir.Value:

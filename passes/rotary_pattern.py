@@ -55,9 +55,12 @@ class _Product:
     left: ir.Value
     right: ir.Value
 
-    def sides(self) -> Iterator[tuple[ir.Value, ir.Value]]:
-        yield self.left, self.right
-        yield self.right, self.left
+    def readings(self) -> Iterator[tuple[int, ir.Value, ir.Value]]:
+        """All of (sign, u, v) with the product sign u v, where each factor may be taken for minus another."""
+        factors = [dict.fromkeys([(1, v), _unsigned(v)]) for v in (self.left, self.right)]
+        for (s, u), (t, v) in itertools.product(*factors):
+            yield self.sign * s * t, u, v
+            yield self.sign * s * t, v, u
 
 
 def match_rotary(node: ir.Node, same: Same) -> Rotated | None:
@@ -143,15 +146,15 @@ def _match_turned(node: ir.Node) -> Rotated | None:
     if products is None or len(products) != 2:
         return None
     for straight, crossed in itertools.permutations(products):
-        for turned, sin in crossed.sides():
+        for s, turned, sin in crossed.readings():
             found = swapped(turned)
             if found is None:
                 continue
             sign, a, b, order = found
-            for x, cos in straight.sides():
+            for t, x, cos in straight.readings():
                 place = columns(x)
-                if straight.sign == 1 and place is not None and place == _together(a, b, order):
-                    backwards = sign * crossed.sign < 0
+                if t == 1 and place is not None and place == _together(a, b, order):
+                    backwards = sign * s < 0
                     return _with_rest(
                         Rotated(node, place, order, cos, sin, backwards, True, len(place.places), x)
                     )
@@ -173,11 +176,11 @@ def _match_joined(node: ir.Node, same: Same) -> Rotated | None:
     for p, q, u, v in (
         (*x, *y) for x in itertools.permutations(first) for y in itertools.permutations(second)
     ):
-        if p.sign != 1 or u.sign != 1 or q.sign != -v.sign:
-            continue
-        sides = itertools.product(p.sides(), q.sides(), u.sides(), v.sides())
-        for (a, c), (b, s), (b2, c2), (a2, s2) in sides:
-            if a is not a2 or b is not b2 or not same(c, c2) or not same(s, s2):
+        readings = itertools.product(p.readings(), q.readings(), u.readings(), v.readings())
+        for (i, a, c), (j, b, s), (k, b2, c2), (m, a2, s2) in readings:
+            if (i, k) != (1, 1) or j != -m or a is not a2 or b is not b2:
+                continue
+            if not same(c, c2) or not same(s, s2):
                 continue
             left_columns, right_columns = columns(a), columns(b)
             if left_columns is None or right_columns is None:
@@ -185,7 +188,7 @@ def _match_joined(node: ir.Node, same: Same) -> Rotated | None:
             x = _together(left_columns, right_columns, order)
             found = x if x is None or rest is None else _followed(x, rest)
             if x is not None and found is not None:
-                match = Rotated(node, found, order, c, s, v.sign < 0, False, len(x.places), a)
+                match = Rotated(node, found, order, c, s, m < 0, False, len(x.places), a)
                 return match if others else _with_rest(match)
     return None
 
@@ -199,8 +202,7 @@ def _products(value: ir.Value, sign: int = 1, depth: int = _DEPTH) -> list[_Prod
     if is_op(node, "Neg"):
         return _products(inputs[0], -sign, depth - 1)
     if is_op(node, "Mul"):
-        (s, left), (t, right) = _unsigned(inputs[0]), _unsigned(inputs[1])
-        return [_Product(sign * s * t, left, right)]
+        return [_Product(sign, inputs[0], inputs[1])]
     if is_op(node, "Add", "Sub"):
         first = _products(inputs[0], sign, depth - 1)
         second = _products(inputs[1], sign if node.op_type == "Add" else -sign, depth - 1)

@@ -7,29 +7,54 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.passes.base import add_initializer, attribute, constant, int_list, is_op, make_node, shape_of
+from qgraph.passes.base import (
+    add_initializer,
+    attribute,
+    constant,
+    int_list,
+    is_op,
+    make_node,
+    remove_dead,
+    shape_of,
+)
 
 _DEPTH = 16  # nodes between an angle and what it is computed from, which is more than any exporter writes
 
 HALVES, PAIRS = 0, 1  # a table's columns are (f, f), or f0, f0, f1, f1, ...
 
 
+_RANDOM = (
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+)
+
+
 class RotaryTables:
-    """New nodes that it makes stand behind those that they are made from."""
+    """What is known of the tables that rotary embeddings of a graph read.
+
+    To be asked in the order of the nodes that read them.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._first: dict[tuple, ir.Value] = {}
         self._canonical: dict[ir.Value, ir.Value] = {}
         self._halves: dict[tuple[ir.Value, int], ir.Value | None] = {}
-        self._made: dict[tuple, ir.Value] = {}
+        self._once: dict[tuple, ir.Value] = {}
+        self._made: list[ir.Value] = []
 
     def canonical(self, value: ir.Value, depth: int = _DEPTH) -> ir.Value:
         """The first value seen that is computed as `value` is: same operators, attributes and inputs."""
         if value in self._canonical:
             return self._canonical[value]
         node = value.producer()
-        if node is None or depth == 0 or len(node.outputs) > 1 or any(map(_holds_graph, _attributes(node))):
+        if node is None or depth == 0 or len(node.outputs) > 1 or is_op(node, *_RANDOM):
+            return value
+        if any(map(_holds_graph, _attributes(node))):
             return value
         inputs = tuple(None if v is None else self.canonical(v, depth - 1) for v in node.inputs)
         attributes = tuple(sorted((a.name, repr(a.value)) for a in _attributes(node)))
@@ -43,18 +68,28 @@ class RotaryTables:
 
     def once(self, key: tuple, make: Callable[[], ir.Value]) -> ir.Value:
         """What `make` made when it was first asked for `key`."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
 
-    def half(self, table: ir.Value, order: int) -> ir.Value | None:
-        """[.., n] of [.., 2n], where each column is known to stand twice in the given order, else None."""
+    def half(self, table: ir.Value, order: int, before: ir.Node) -> ir.Value | None:
+        """[.., n] of [.., 2n], where each column is known to stand twice in the given order, else None.
+
+        New nodes are put before the given one.
+        """
         value = self.canonical(table)
         if (value, order) not in self._halves:
-            self._halves[value, order] = self._half(value, order)
+            self._halves[value, order] = self._half(value, order, before)
         return self._halves[value, order]
 
-    def _half(self, value: ir.Value, order: int) -> ir.Value | None:
+    def discard_unused(self) -> None:
+        """Removes the halves that nobody came to read."""
+        remove_dead(self._made)
+        for value in self._made:
+            if value.is_initializer() and not value.uses():
+                del self._graph.initializers[value.name or ""]
+
+    def _half(self, value: ir.Value, order: int, before: ir.Node) -> ir.Value | None:
         shape = shape_of(value)
         if not shape or not isinstance(shape[-1], int) or shape[-1] % 2:
             return None
@@ -63,9 +98,11 @@ class RotaryTables:
             first, second = _parts(array, order)
             if not np.array_equal(first, second):
                 return None
-            return add_initializer(self._graph, np.ascontiguousarray(first), f"{value.name}.half")
+            half = add_initializer(self._graph, np.ascontiguousarray(first), f"{value.name}.half")
+            self._made.append(half)
+            return half
         node = value.producer()
-        if node is None or node.domain != "" or node.graph is None:
+        if node is None or node.domain != "":
             return None
         if (single := self._repeated(node, order)) is not None:
             return single
@@ -81,12 +118,13 @@ class RotaryTables:
                     continue  # a scalar
                 if dims[-1] == 1 and shape[-1] != 1:
                     continue  # the same for every column
-                inputs[index] = self.half(operand, order)
+                inputs[index] = self.half(operand, order, before)
                 if inputs[index] is None:
                     return None
         made = make_node(node.op_type, inputs, {a.name: a.value for a in _attributes(node)})
-        self._graph.insert_after(node, made)
+        self._graph.insert_before(before, made)
         half = made.outputs[0]
+        self._made.append(half)
         half.type, half.shape = value.type, ir.Shape([*shape[:-1], shape[-1] // 2])
         return half
 

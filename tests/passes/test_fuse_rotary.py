@@ -281,3 +281,34 @@ def test_nothing_to_do() -> None:
     InferShapes()(model)
     step = FuseRotary()
     assert not step(model).modified and not step.refusals
+
+
+def test_tables_come_before_all_readers() -> None:
+    """The second value is turned whole, before the Concat that the first one ends with."""
+    body = SPELLINGS["a part"].replace("y = Concat<axis = -1>(yr, rest)", "")
+    second = """
+        xr2 = Slice(w, zero, six, last)
+        a2 = Slice(xr2, zero, three, last)  b2 = Slice(xr2, three, end, last)
+        n2 = Neg(b2)
+        r2 = Concat<axis = -1>(n2, a2)
+        xc2 = Mul(xr2, c)  rs2 = Mul(r2, s)
+        y2 = Add(xc2, rs2)
+        y = Concat<axis = -1>(yr, rest)"""
+    model = graph("\n w = Neg(x)" + body + second, outputs=", float[batch, 3, sequence, 6] y2")
+    model = check_pass(model, FuseRotary(), batch=2, sequence=5)
+    assert [n.attributes.get_int("rotary_embedding_dim", 0) for n in rotary_nodes(model)] == [0, 6]
+
+
+def test_what_is_refused_leaves_nothing() -> None:
+    """The cosines have a half, the sines have not."""
+    body = SPELLINGS["halves, tables by position"]
+    model = graph(body)
+    table = model.graph.initializers["sin_table"]
+    array = table.const_value.numpy().copy()
+    array[0, 0] += 1
+    table.const_value = ir.tensor(array)
+    InferShapes()(model)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    step = FuseRotary()
+    assert not step(model).modified and "not known to be the same" in refusals([step])[0]
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
