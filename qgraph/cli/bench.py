@@ -1,16 +1,29 @@
-"""`qgraph bench`: latency, beside ONNX Runtime's."""
+"""`qgraph bench`: latency, beside ONNX Runtime's; of a decoder with state, how fast it reads and writes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qgraph.cli.console import escape, print_json, table
 from qgraph.cli.options import json_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
+from qgraph.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qgraph.evaluate.latency import Latency
+    from qgraph.runtime import Model, Session, Step
+
+    Times = list[tuple[Step, int]]  # nanoseconds
+    Found = tuple[dict[str, Any], str, Callable[[], Times]]  # for JSON, as text, a run with every step timed
+
+_FLOAT = "ONNX Runtime, float"
 
 
 @click.command()
@@ -19,7 +32,18 @@ from qgraph.cli.tensors import make_feeds, tensor_options
     "--onnx", type=click.Path(path_type=Path), help="The float ONNX file, run by ONNX Runtime for comparison."
 )
 @tensor_options
-@click.option("--repeat", type=click.IntRange(1), default=50, show_default=True, help="Timed runs of each.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(1),
+    help="Timed runs of each.  [default: 50; of a decoder with state 10]",
+)
+@click.option(
+    "--decode",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Tokens behind each prompt of a decoder with state.",
+)
 @click.option("--profile", is_flag=True, help="Also list the steps of one run that took longest.")
 @threads_option
 @json_option
@@ -30,57 +54,109 @@ def command(
     inputs: tuple[str, ...],
     dims: tuple[str, ...],
     seed: int,
-    repeat: int,
+    repeat: int | None,
+    decode: int,
     profile: bool,
     threads: int,
     as_json: bool,
 ) -> None:
     """Time the file ARTIFACT (.qg): median and 90th percentile of one run. With --onnx, ONNX Runtime takes
-    turns with it in the same process, on the same inputs and number of threads."""
-    from qgraph.evaluate.latency import measure
-    from qgraph.evaluate.runners import OnnxRuntimeRunner
+    turns with it in the same process, on the same inputs and number of threads. A decoder with state reads a
+    prompt of --dim sequence=N tokens, and --decode tokens behind it, one a run."""
     from qgraph.runtime import load
 
     with load(artifact) as model, model.session(threads=threads) as session:
+        if model.has_state and inputs:
+            raise UsageError("--input: a decoder with state is timed on seeded tokens: give --dim")
         feeds = make_feeds(model, inputs, dims, seed)
-        ours = f"qgraph ({model.isa})"
-        contenders: dict[str, Callable[[], object]] = {ours: lambda: session.run(feeds)}
-        if onnx is not None:
-            original = OnnxRuntimeRunner(onnx, threads=session.threads)
-            contenders["ONNX Runtime, float"] = lambda: original.run(feeds)
-        found = measure(contenders, repeat)
+        if model.has_state:
+            document, text, run_profiled = _time_decoder(model, session, onnx, feeds, repeat or 10, decode)
+        else:
+            document, text, run_profiled = _time_runs(model, session, onnx, feeds, repeat or 50)
+        slowest = sorted(run_profiled(), key=lambda item: -item[1])[:15] if profile else []
         used = session.threads
-        slowest = sorted(session.profile(feeds), key=lambda item: -item[1])[:15] if profile else []
-    rows = [{"name": name, **asdict(latency)} for name, latency in found.items()]
-    shapes = {name: list(array.shape) for name, array in feeds.items()}
     if as_json:
         steps = [{"name": step.name, "kernel": step.kernel, "ns": ns} for step, ns in slowest]
-        print_json({"threads": used, "inputs": shapes, "latency": rows, "slowest_steps": steps})
+        print_json({"threads": used, **document, "slowest_steps": steps})
         return
-    print(
-        f"{used} thread{'s' if used > 1 else ''}; "
-        + ", ".join(f"{escape(name)} {shape}" for name, shape in shapes.items())
-    )
-    header = ("", "median ms", "p90 ms", "min ms", "runs", "median / ours")
-    base = found[ours].median_ms
-    cells = [
-        (
-            name,
-            f"{x.median_ms:.3f}",
-            f"{x.p90_ms:.3f}",
-            f"{x.min_ms:.3f}",
-            x.runs,
-            f"{x.median_ms / base:.2f}x",
-        )
-        for name, x in found.items()
-    ]
-    print(table(cells, header, right=(1, 2, 3, 4, 5)))
+    print(f"{used} thread{'s' if used > 1 else ''}; {text}")
     if slowest:
-        print()
-        print(
-            table(
-                [(f"{ns / 1e3:.1f}", s.name, s.kernel) for s, ns in slowest],
-                ("us", "step", "kernel"),
-                right=(0,),
-            )
+        rows = [(f"{ns / 1e3:.1f}", step.name, step.kernel) for step, ns in slowest]
+        print("\n" + table(rows, ("us", "step", "kernel"), right=(0,)))
+
+
+def _time_runs(
+    model: Model, session: Session, onnx: Path | None, feeds: dict[str, np.ndarray], repeat: int
+) -> Found:
+    """Times runs on `feeds`."""
+    from qgraph.evaluate.latency import measure
+    from qgraph.evaluate.runners import OnnxRuntimeRunner
+
+    ours = f"qgraph ({model.isa})"
+    contenders: dict[str, Callable[[], object]] = {ours: lambda: session.run(feeds)}
+    if onnx is not None:
+        original = OnnxRuntimeRunner(onnx, threads=session.threads)
+        contenders[_FLOAT] = lambda: original.run(feeds)
+    found = measure(contenders, repeat)
+    shapes = {name: list(array.shape) for name, array in feeds.items()}
+    rows = [
+        (name, *_times(x), f"{x.min_ms:.3f}", x.runs, _ratio(x, found[ours])) for name, x in found.items()
+    ]
+    header = ("", "median ms", "p90 ms", "min ms", "runs", "median / ours")
+    text = ", ".join(f"{escape(name)} {shape}" for name, shape in shapes.items())
+    latency = [{"name": name, **asdict(x)} for name, x in found.items()]
+    text += "\n" + table(rows, header, right=range(1, 6))
+    return {"inputs": shapes, "latency": latency}, text, lambda: session.profile(feeds)
+
+
+def _time_decoder(
+    model: Model, session: Session, onnx: Path | None, feeds: dict[str, np.ndarray], repeat: int, decode: int
+) -> Found:
+    """Times a decoder with state on a prompt, and on single tokens behind it."""
+    import numpy as np
+
+    from qgraph.evaluate.decoders import Decoder, StatefulDecoder, open_decoder
+    from qgraph.evaluate.latency import measure_decoding
+    from qgraph.evaluate.text_ports import IDS
+
+    if IDS not in feeds:
+        raise UsageError(f"{model.path} has no input {IDS}: it is no language model that this can feed")
+    prompt, name = feeds[IDS], f"qgraph ({model.isa})"
+    batch, sequence = prompt.shape
+    tokens = np.resize(prompt, (batch, decode))
+    ours = open_decoder(model.path, threads=session.threads, room=sequence + decode)
+    assert isinstance(ours, StatefulDecoder)
+    contenders: dict[str, Decoder] = {name: ours}
+    if onnx is not None:
+        contenders[_FLOAT] = open_decoder(onnx, engine="onnxruntime", threads=session.threads)
+    found = measure_decoding(contenders, prompt, tokens, repeat)
+    rows = [
+        (
+            contender,
+            f"{x.prompt.median_ms:.3f}",
+            f"{1e3 * prompt.size / x.prompt.median_ms:.1f}",
+            *_times(x.step),
+            f"{1e3 * batch / x.step.median_ms:.1f}",
+            _ratio(x.step, found[name].step),
         )
+        for contender, x in found.items()
+    ]
+    header = ("", "prompt ms", "tokens/s", "token ms", "p90 ms", "tokens/s", "token / ours")
+    text = f"{batch} x {sequence} tokens, then {decode}, one a run\n" + table(rows, header, right=range(1, 7))
+
+    def profile() -> Times:
+        ours.reset()
+        ours.feed(prompt, last=True)
+        return ours.profile(tokens[:, :1])
+
+    decoding = [{"name": contender, **asdict(x)} for contender, x in found.items()]
+    sizes = {"batch": batch, "prompt_tokens": sequence, "decoded_tokens": decode}
+    return {**sizes, "decoding": decoding}, text, profile
+
+
+def _times(x: Latency) -> tuple[str, str]:
+    return f"{x.median_ms:.3f}", f"{x.p90_ms:.3f}"
+
+
+def _ratio(x: Latency, ours: Latency) -> str:
+    return f"{x.median_ms / ours.median_ms:.2f}x"

@@ -63,9 +63,11 @@ def command(
     as_json: bool,
 ) -> None:
     """Run the file ARTIFACT (.qg) and its references on the same inputs and compare every output. Exits with
-    5 when one differs too much."""
+    5 when one differs too much. The cache of a decoder is empty."""
     from qgraph.evaluate.compare import compare
-    from qgraph.evaluate.runners import open_runner
+    from qgraph.evaluate.decoders import FromStart
+    from qgraph.evaluate.runners import OnnxRuntimeRunner, Runner
+    from qgraph.evaluate.text_ports import artifact_cache
     from qgraph.runtime import load
 
     if lowbit is None and original is None:
@@ -73,18 +75,20 @@ def command(
     with load(artifact, threads=threads) as model:
         feeds = make_feeds(model, inputs, dims, seed)
         got = model.run(feeds)
+        cache = artifact_cache(model)
     rows: list[Row] = []
     faults: list[str] = []
     roundings = 0
     if lowbit is not None:
         try:
-            found, roundings = _against_lowbit(artifact, lowbit, feeds, got, threads)
+            found, roundings = _against_lowbit(artifact, lowbit, cache, feeds, got, threads)
             rows += _rows("lowbit", found, lambda d: d.rel_error <= max_rel_error)
         except BudgetError as error:
             faults.append(str(error))
     if original is not None:
-        wanted = open_runner(original, engine="onnxruntime", threads=threads).run(feeds)
-        rows += _rows("original", compare(got, wanted), lambda d: d.cosine >= min_cosine)
+        plain = OnnxRuntimeRunner(original, threads=threads)
+        runner: Runner = FromStart(plain, cache) if cache else plain
+        rows += _rows("original", compare(got, runner.run(feeds)), lambda d: d.cosine >= min_cosine)
     if as_json:
         print_json({"inputs": _shapes(feeds), "roundings": roundings, "comparisons": rows, "faults": faults})
     else:
@@ -104,7 +108,7 @@ def command(
 
 
 def _against_lowbit(
-    artifact: Path, lowbit: Path, feeds: Arrays, got: Arrays, threads: int
+    artifact: Path, lowbit: Path, cache: Mapping[str, str], feeds: Arrays, got: Arrays, threads: int
 ) -> tuple[dict[str, Difference], int]:
     """The artifact's outputs beside those of ONNX's reference evaluator, and how many roundings of
     activations there are: see evaluate/verify.py for what these change."""
@@ -119,7 +123,7 @@ def _against_lowbit(
         raise UnsupportedError(f"{artifact}: was built for {', '.join(isas)}, which is no target here")
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
         exposed, roundings = build_exposed(lowbit, target, Path(folder))
-        reference = Reference(lowbit, exposed=exposed, roundings=roundings, threads=threads)
+        reference = Reference(lowbit, exposed=exposed, roundings=roundings, cache=cache, threads=threads)
         return reference.compare(feeds, got, "these inputs"), len(roundings)
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -173,7 +173,7 @@ class _Job:
         as_ids: bool,
     ) -> None:
         self._generator, self._ids, self._as_ids = generator, ids, as_ids
-        self._options = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop}
+        self._options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop}
 
     def stream(self, echo: bool) -> None:
         """One text, as it is made."""

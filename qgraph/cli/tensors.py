@@ -38,18 +38,18 @@ def tensor_options(function: F) -> F:
 
 def make_feeds(model: Model, inputs: Sequence[str], dims: Sequence[str], seed: int) -> dict[str, np.ndarray]:
     """The tensors for `model` that the options of `tensor_options` ask for."""
-    from qgraph.evaluate.samples import artifact_ranges, choose_dims, input_specs, make_inputs
+    from qgraph.evaluate.samples import artifact_ranges, first_run_dims, input_specs, make_inputs
 
     if inputs:
         if dims:
             raise UsageError("--dim is for seeded inputs: it cannot go with --input")
         return _read(inputs)
-    specs, given = input_specs(model), _parse_dims(dims)
-    chosen = choose_dims(specs, given)
+    given = _parse_dims(dims)
+    chosen = first_run_dims(model, given)
     for dim in model.dims:
         if dim.name in given and not dim.min <= given[dim.name] <= dim.max:
             raise UsageError(f"--dim {dim.name}={given[dim.name]}: the model takes {dim.min} to {dim.max}")
-    return make_inputs(specs, artifact_ranges(model), chosen, seed)
+    return make_inputs(input_specs(model), artifact_ranges(model), chosen, seed)
 
 
 def _parse_dims(dims: Sequence[str]) -> dict[str, int]:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qgraph.errors import InputError, UsageError
 from qgraph.evaluate.runners import ArtifactRunner, OnnxRuntimeRunner, ReferenceRunner, Runner, open_runner
-from qgraph.evaluate.text_ports import IDS, TextPorts, text_ports
+from qgraph.evaluate.text_ports import TextPorts, empty_cache, text_ports
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from qgraph.runtime import Step
 
     Ids = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
@@ -90,23 +92,31 @@ def open_text_runner(
     if isinstance(runner, OnnxRuntimeRunner | ReferenceRunner) and LOGITS in runner.outputs:
         ports = text_ports(runner.specs, runner.outputs, logits=LOGITS, where=os.fspath(path))
         if ports.cache:
-            return FromStart(runner, ports)
+            return FromStart(runner, ports.cache)
     return runner
 
 
 class FromStart:
-    """A model with a cache as one without: every run reads a text from its start."""
+    """A model with a cache as one without: every run reads a text from its start.
 
-    def __init__(self, runner: OnnxRuntimeRunner | ReferenceRunner, ports: TextPorts) -> None:
-        self._runner, self._ports = runner, ports
-        self.name, self.specs = runner.name, ports.tokens
-        self.inputs = tuple(spec.name for spec in ports.tokens)
-        self.outputs = tuple(name for name in runner.outputs if name not in ports.cache.values())
+    cache: past input -> present output. Raises InputError for one that the model does not have.
+    """
+
+    def __init__(self, runner: OnnxRuntimeRunner | ReferenceRunner, cache: Mapping[str, str]) -> None:
+        for names, known in ((cache, runner.inputs), (cache.values(), runner.outputs)):
+            if missing := [name for name in names if name not in known]:
+                raise InputError(f"the model has no '{missing[0]}', which is part of the cache")
+        self._runner = runner
+        self._pasts = [spec for spec in runner.specs if spec.name in cache]
+        self.name = runner.name
+        self.specs = tuple(spec for spec in runner.specs if spec.name not in cache)
+        self.inputs = tuple(spec.name for spec in self.specs)
+        self.outputs = tuple(name for name in runner.outputs if name not in cache.values())
         self.output_shapes = {name: runner.output_shapes[name] for name in self.outputs}
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Runner.run`."""
-        empty = self._ports.empty_cache(len(feeds[IDS]) if IDS in feeds else 1)
+        empty = empty_cache(self._pasts, feeds)
         values = self._runner.run_values({**feeds, **empty}, self.outputs)
         return {name: _numpy(value) for name, value in values.items()}
 
@@ -118,7 +128,6 @@ class StatefulDecoder:
         self._runner, self._ports = runner, ports
         self.name, self.vocabulary = runner.name, _vocabulary(runner)
         self.capacity = runner.session.capacity
-        self._short = runner.output_shapes[LOGITS][1] == LOGITS  # can leave out all but the last
 
     @property
     def length(self) -> int:
@@ -126,9 +135,16 @@ class StatefulDecoder:
 
     def feed(self, ids: Ids, last: bool = False) -> Logits:
         feeds = self._ports.feeds(_checked(ids, self.vocabulary), self.length)
-        dims = {LOGITS: 1} if last and self._short else {}
-        logits: Logits = self._runner.session.run(feeds, dims=dims)[LOGITS]
+        logits: Logits = self._runner.session.run(feeds, dims=self._dims(last))[LOGITS]
         return logits[:, -1:] if last else logits
+
+    def profile(self, ids: Ids) -> list[tuple[Step, int]]:
+        """As `feed` with `last`, for the nanoseconds of every step."""
+        feeds = self._ports.feeds(_checked(ids, self.vocabulary), self.length)
+        return self._runner.session.profile(feeds, dims=self._dims(True))
+
+    def _dims(self, last: bool) -> dict[str, int]:
+        return {LOGITS: 1} if last and self._runner.output_shapes[LOGITS][1] == LOGITS else {}
 
     def fork(self, rows: Sequence[int] | None = None) -> StatefulDecoder:
         return StatefulDecoder(self._runner.fork(rows), self._ports)
@@ -153,7 +169,7 @@ class CachedDecoder:
         ids = _checked(ids, self.vocabulary)
         _require_room(self.length + ids.shape[1], self.capacity)
         feeds = self._ports.feeds(ids, self.length)
-        cache = self._cache or self._ports.empty_cache(len(ids))
+        cache = self._cache or empty_cache(self._ports.pasts, feeds)
         outputs = [LOGITS, *self._ports.cache.values()]
         values = self._runner.run_values({**feeds, **cache}, outputs)
         self._cache = {past: values[present] for past, present in self._ports.cache.items()}
@@ -196,11 +212,16 @@ class WholeTextDecoder:
             raise InputError(
                 f"{text.shape[1]} tokens are more than the capacity of {self.capacity}: raise it"
             )
-        logits = self._runner.run(self._ports.feeds(text, 0))[LOGITS]
-        if logits.shape[:2] != text.shape:
+        wanted = 1 if last else ids.shape[1]
+        feeds = self._ports.feeds(text, 0)
+        if isinstance(self._runner, ArtifactRunner) and self._runner.output_shapes[LOGITS][1] == LOGITS:
+            logits = self._runner.session.run(feeds, dims={LOGITS: wanted})[LOGITS]
+        else:
+            logits = self._runner.run(feeds)[LOGITS]
+        if logits.shape[1] not in (wanted, text.shape[1]):
             raise InputError(f"logits {list(logits.shape)} for {list(text.shape)} tokens: not one a position")
         self._text = text
-        return logits[:, -1:] if last else logits[:, -ids.shape[1] :]
+        return logits[:, -wanted:]
 
     def fork(self, rows: Sequence[int] | None = None) -> WholeTextDecoder:
         other = WholeTextDecoder(self._runner, self._ports, self.capacity)

@@ -141,6 +141,23 @@ def choose_dims(
     return {**chosen, **{k: v for k, v in (defaults or {}).items() if k in names}, **given}
 
 
+def first_run_dims(model: Model, given: Mapping[str, int]) -> dict[str, int]:
+    """As `choose_dims`, for a run of a loaded artifact: where it has state, that is empty, and all tokens are
+    new."""
+    from qgraph.evaluate.text_ports import new_tokens_dim
+
+    specs = input_specs(model)
+    chosen = choose_dims(specs, given)
+    total = next((dim.name for dim in model.dims if dim.kind == "total"), None)
+    if total is not None and total in chosen:
+        new = new_tokens_dim(specs, total)
+        if isinstance(new, str) and total in given and new not in given:
+            chosen[new] = given[total]
+        elif total not in given and new is not None:
+            chosen[total] = new if isinstance(new, int) else chosen[new]
+    return chosen
+
+
 def make_inputs(
     inputs: Sequence[InputSpec], ranges: Mapping[str, tuple[int, int]], dims: Mapping[str, int], seed: int
 ) -> dict[str, np.ndarray]:

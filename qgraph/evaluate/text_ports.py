@@ -53,23 +53,26 @@ class TextPorts:
         known = {IDS: ids, MASK: mask, POSITIONS: positions}
         return {spec.name: np.ascontiguousarray(known[spec.name], spec.dtype) for spec in self.tokens}
 
-    def empty_cache(self, batch: int) -> dict[str, npt.NDArray]:
-        """The cache before the first token: length 0."""
-        import numpy as np
 
-        return {spec.name: np.zeros(empty_past(spec, batch), spec.dtype) for spec in self.pasts}
+def empty_cache(pasts: Iterable[InputSpec], feeds: Mapping[str, npt.NDArray]) -> dict[str, npt.NDArray]:
+    """Cache inputs before the first token, of length 0, for as many rows as `feeds` have.
 
+    Raises UnsupportedError where heads or width are not fixed.
+    """
+    import numpy as np
 
-def empty_past(spec: InputSpec, batch: int) -> tuple[int, int, int, int]:
-    """The shape of a cache input that holds nothing. UnsupportedError where heads or width are not fixed."""
-    if len(spec.shape) == 4:
-        rows, heads, _, width = spec.shape
-        if isinstance(heads, int) and isinstance(width, int):
-            return (rows if isinstance(rows, int) else batch), heads, 0, width
-    raise UnsupportedError(
-        f"cache input '{spec.name}' is {list(spec.shape)}: expected [batch, heads, past, width] with fixed "
-        "heads and width"
-    )
+    batch = next((len(array) for array in feeds.values() if array.ndim), 1)
+    found = {}
+    for spec in pasts:
+        rows, heads, _, width = spec.shape if len(spec.shape) == 4 else ("?",) * 4
+        if not (isinstance(heads, int) and isinstance(width, int)):
+            raise UnsupportedError(
+                f"cache input '{spec.name}' is {list(spec.shape)}: expected [batch, heads, past, width] with "
+                "fixed heads and width"
+            )
+        shape = (rows if isinstance(rows, int) else batch, heads, 0, width)
+        found[spec.name] = np.zeros(shape, spec.dtype)
+    return found
 
 
 def artifact_cache(model: Model) -> dict[str, str]:

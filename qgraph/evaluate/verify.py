@@ -23,7 +23,7 @@ from qgraph.errors import BudgetError, InputError
 from qgraph.evaluate.compare import Difference, compare, difference
 from qgraph.evaluate.runners import ReferenceRunner
 from qgraph.evaluate.samples import artifact_ranges, choose_dims, input_specs, make_inputs
-from qgraph.evaluate.text_ports import POSITIONS, artifact_cache, empty_past, new_tokens_dim
+from qgraph.evaluate.text_ports import POSITIONS, artifact_cache, empty_cache, new_tokens_dim
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,17 +117,12 @@ class Reference:
 
     def _evaluate(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """The outputs but for the cache, which is kept."""
-        import numpy as np
-
         if self._pairs and not self._past:
-            specs = {spec.name: spec for spec in self._evaluator.specs}
-            if missing := [name for name in self._pairs if name not in specs]:
-                raise InputError(
-                    f"{self._lowbit}: it has no input '{missing[0]}', which is state of the artifact"
-                )
-            batch = next((len(x) for x in feeds.values() if x.ndim), 1)
-            self._past = {n: np.zeros(empty_past(specs[n], batch), specs[n].dtype) for n in self._pairs}
+            pasts = [spec for spec in self._evaluator.specs if spec.name in self._pairs]
+            self._past = empty_cache(pasts, feeds)
         found = self._evaluator.run({**feeds, **self._past})
+        if missing := [name for name in self._pairs.values() if name not in found]:
+            raise InputError(f"{self._lowbit}: no output '{missing[0]}', which is state of the artifact")
         self._past = {past: found.pop(present) for past, present in self._pairs.items()}
         return found
 
