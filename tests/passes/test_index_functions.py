@@ -1,4 +1,4 @@
-"""Positions and masks: formulas found, graphs shortened, causal attention, caches of rotary embeddings."""
+"""Positions and masks: formulas found, graphs shortened; caches of rotary embeddings."""
 
 from __future__ import annotations
 
@@ -170,6 +170,27 @@ def test_gathernd_of_its_own_indices_is_a_view() -> None:
     assert ops(model)[-2:] == ["Unsqueeze", "Cast"]
 
 
+FLAT = """(int64[b, s] x) => (float[b, one, one2, s] y)
+    <int64 zero = {0}, int64 one = {1}, int64[3] back = {1, 2, 3}, int64[3] first = {0, 1, 2}>
+    { b1 = Shape<end = 1>(x) b = Squeeze(b1) s1 = Shape<start = 1>(x) s = Squeeze(s1)
+      rb = Range(zero, b, one) rb4 = Unsqueeze(rb, back) r = Range(zero, s, one) r4 = Unsqueeze(r, first)
+      f = Flatten<axis = 2>(x) %s g = Gather(f, i) h = Shape(i) j = Reshape(g, h) y = Cast<to = 1>(j) }"""
+
+
+@pytest.mark.parametrize(
+    ("index", "is_view"),
+    [
+        ("m = Mul(rb4, s) i = Add(m, r4)", True),
+        ("m = Mul(rb4, b) i = Add(m, r4)", False),
+        ("i = Add(rb4, r4)", False),
+    ],
+)
+def test_gather_from_a_flat_tensor(index: str, is_view: bool) -> None:
+    """x[b, s] as the TorchScript exporter reads it, at b * length + s of all elements."""
+    model = check_pass(parse(FLAT % index), FoldIndexFunctions(), expect_modified=is_view, b=2, s=5)
+    assert ("Gather" not in ops(model)) == is_view
+
+
 def test_gathernd_transposed() -> None:
     """x[s, b] at [b, 1, 1, s], where both have one size."""
     text = (PADDING % "q1, p1").replace("int64[b, s] x", "int64[s, s] x").replace("float[b,", "float[s,")
@@ -181,38 +202,6 @@ def test_gathernd_transposed() -> None:
 def test_gathernd_of_other_indices_stays() -> None:
     model = check_pass(parse(PADDING % "p1, p1"), FoldIndexFunctions(), b=2, s=5)
     assert "GatherND" in ops(model)
-
-
-ATTENTION = """(float[b, 2, s, 8] q, float[b, 2, %(keys)s, 8] k, float[b, 2, %(keys)s, 8] v)
-    => (float[b, 2, s, 8] y)
-    <int64 zero = {0}, int64 one = {1}, int64[1] zero1 = {0}, int64[1] one1 = {1}>
-    { s1 = Shape<start = 2, end = 3>(q) s = Squeeze(s1) t1 = Shape<start = 2, end = 3>(k) t = Squeeze(t1)
-      rq = Range(zero, s, one) rk = Range(zero, t, one) row = Unsqueeze(rk, zero1) col = Unsqueeze(rq, one1)
-      m = %(mask)s y = Attention<is_causal = 0>(q, k, v, m) }"""
-
-
-@pytest.mark.parametrize("mask", ["LessOrEqual(row, col)", "GreaterOrEqual(col, row)"])
-def test_causal_attention(mask: str) -> None:
-    model = check_pass(parse(ATTENTION % {"mask": mask, "keys": "s"}), FoldIndexFunctions(), b=2, s=5)
-    assert ops(model) == ["Attention"]
-    (node,) = model.graph
-    assert node.attributes.get_int("is_causal") == 1
-    assert node.inputs[3] is None
-
-
-@pytest.mark.parametrize(
-    ("mask", "keys"),
-    [("Less(row, col)", "s"), ("GreaterOrEqual(row, col)", "s"), ("LessOrEqual(row, col)", "t")],
-)
-def test_other_masks_stay(mask: str, keys: str) -> None:
-    """The last one is causal only where there are as many keys as queries."""
-    model = parse(ATTENTION % {"mask": mask, "keys": keys})
-    feeds = feeds_for(model, b=2, s=5, t=5)
-    (expected,) = run_ort(model, feeds)
-    prepare_model(model)
-    np.testing.assert_allclose(run_ort(model, feeds)[0], expected, atol=1e-6)
-    assert model.graph[-1].attributes.get_int("is_causal", 0) == 0
-    assert model.graph[-1].inputs[3] is not None
 
 
 def test_rotary_caches_get_the_batch() -> None:
