@@ -156,9 +156,9 @@ def perplexity(
     an artifact (.qg) or an ONNX file. With --against, also the mean KL divergence from the other model, and
     the share of positions where both find the same token most likely."""
     from qgraph.errors import UsageError
+    from qgraph.evaluate.decoders import open_text_runner
     from qgraph.evaluate.perplexity import compare, split_windows
     from qgraph.evaluate.perplexity import perplexity as measure
-    from qgraph.evaluate.runners import open_runner
     from qgraph.evaluate.tokenizer import leading_tokens, load_tokenizer, read_documents
 
     tokenize = load_tokenizer(tokenizer)
@@ -173,7 +173,8 @@ def perplexity(
         bos=bos,
         limit=limit,
     )
-    runner = open_runner(model, engine=engine or "", threads=threads)
+    reading: dict[str, Any] = {"logits": output, "threads": threads, "room": length}
+    runner = open_text_runner(model, engine=engine or "", **reading)
     found: dict[str, Any] = {}
     with make_progress(quiet) as progress:
         progress.phase(runner.name)
@@ -185,7 +186,7 @@ def perplexity(
         if against is None:
             results = [(model, measure(runner, windows, **options))]
         else:
-            both = compare(runner, open_runner(against, threads=threads), windows, **options)
+            both = compare(runner, open_text_runner(against, **reading), windows, **options)
             results = [(model, both.model), (against, both.reference)]
             found = {"kl_divergence": both.kl_divergence, "top1_agreement": both.top1_agreement}
     if as_json:

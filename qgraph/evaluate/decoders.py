@@ -85,14 +85,14 @@ def open_decoder(
 
 
 def open_text_runner(
-    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0
+    path: str | os.PathLike[str], *, logits: str = LOGITS, engine: str = "", threads: int = 0, room: int = 0
 ) -> Runner:
-    """As `open_runner`, for whole texts: a cache is empty at the start of every run, and no port."""
-    runner = open_runner(path, engine=engine, threads=threads, capacity=capacity)
-    if isinstance(runner, OnnxRuntimeRunner | ReferenceRunner) and LOGITS in runner.outputs:
-        ports = text_ports(runner.specs, runner.outputs, logits=LOGITS, where=os.fspath(path))
-        if ports.cache:
-            return FromStart(runner, ports.cache)
+    """As `open_runner`, for whole texts of at most `room` tokens: a cache is empty at the start of every run,
+    and no port. logits: the output's name. Raises UsageError for a model that is no causal language model."""
+    runner = open_runner(path, engine=engine, threads=threads, room=room)
+    ports = text_ports(runner.specs, runner.outputs, logits=logits, where=os.fspath(path))
+    if isinstance(runner, OnnxRuntimeRunner | ReferenceRunner) and ports.cache:
+        return FromStart(runner, ports.cache)
     return runner
 
 

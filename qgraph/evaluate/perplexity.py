@@ -117,7 +117,8 @@ def perplexity(
 
     Args:
         runner: a causal model with the input `input_ids` [batch, sequence], and `attention_mask` (ones) and
-            `position_ids` (0, 1, ..) where it wants them.
+            `position_ids` (0, 1, ..) where it wants them. Every run begins anew: `open_text_runner` sees to
+            that for a model with a cache.
         windows: from `split_windows`.
         output: the logits [batch, sequence, vocabulary]; position i predicts token i + 1.
         batch: windows a run. Shorter ones are padded at their end, where a causal model does not look.

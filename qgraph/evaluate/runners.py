@@ -196,10 +196,10 @@ class ArtifactRunner:
         from qgraph import runtime
 
         model = runtime.load(path, threads=threads)
-        bounds = {dim.kind: dim.max for dim in model.dims}
-        if not capacity and room:
-            capacity = min(room, bounds.get("capacity", 0), bounds.get("total", 0))
-        self._adopt(model, model.session(capacity=capacity))
+        if model.has_state and room and not capacity:
+            bounds = {dim.kind: dim.max for dim in model.dims}
+            capacity = min(room, bounds["capacity"], bounds["total"])
+        self._adopt(model, model.session(capacity=capacity if model.has_state else 0))
 
     def _adopt(self, model: Model, session: Session) -> None:
         self._model, self.session = model, session

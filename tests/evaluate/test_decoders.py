@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,24 +9,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from tiny_decoder import HIDDEN, VOCABULARY, save_decoder, tiny_decoder
 
 from qgraph.errors import InputError, UnsupportedError, UsageError
-from qgraph.evaluate.decoders import Decoder, open_decoder, open_text_runner
+from qgraph.evaluate.decoders import Decoder, StatefulDecoder, open_decoder, open_text_runner
 from qgraph.evaluate.runners import OnnxRuntimeRunner
 
-KINDS = ("onnx", "onnx-cache", "reference-cache")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("decoders")
-    for cache in (False, True):
-        save_decoder(path / f"cache{int(cache)}.onnx", cache=cache)
-    return path
+KINDS = ("onnx", "onnx-cache", "reference-cache", "qgraph", "qgraph-cache")
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +24,23 @@ def ids() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, ids: np.ndarray) -> np.ndarray:
+def whole(decoders: Path, ids: np.ndarray) -> np.ndarray:
     """Logits of whole texts, by the model without a cache."""
-    runner = OnnxRuntimeRunner(folder / "cache0.onnx", threads=1)
+    runner = OnnxRuntimeRunner(decoders / "cache0.onnx", threads=1)
     positions = np.broadcast_to(np.arange(12), ids.shape).copy()
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}
     return runner.run(feeds)["logits"]
 
 
-def opened(kind: str, folder: Path, **options: object) -> Decoder:
+def opened(kind: str, decoders: Path, **options: object) -> Decoder:
     engine, _, cache = kind.partition("-")
-    file = folder / f"cache{int(bool(cache))}.onnx"
+    file = decoders / f"cache{int(bool(cache))}.{'qg' if engine == 'qgraph' else 'onnx'}"
     return open_decoder(file, engine="" if engine == "onnx" else engine, threads=1, **options)  # type: ignore
 
 
 @pytest.fixture(params=KINDS)
-def decoder(request: pytest.FixtureRequest, folder: Path) -> Iterator[Decoder]:
-    found = opened(request.param, folder)
+def decoder(request: pytest.FixtureRequest, decoders: Path) -> Iterator[Decoder]:
+    found = opened(request.param, decoders)
     yield found
     found.close()
 
@@ -129,8 +117,8 @@ def test_models_that_take_less(
     close(np.concatenate([decoder.feed(ids[:, :7]), decoder.feed(ids[:, 7:])], axis=1), whole)
 
 
-def test_a_whole_text_runner_hides_the_cache(folder: Path, ids: np.ndarray, whole: np.ndarray) -> None:
-    runner = open_text_runner(folder / "cache1.onnx", threads=1)
+def test_a_whole_text_runner_hides_the_cache(decoders: Path, ids: np.ndarray, whole: np.ndarray) -> None:
+    runner = open_text_runner(decoders / "cache1.onnx", threads=1)
     assert (runner.inputs, runner.outputs) == (("input_ids", "attention_mask", "position_ids"), ("logits",))
     mask, positions = np.ones_like(ids), np.broadcast_to(np.arange(12), ids.shape).copy()
     mask[1, 7:] = 0
@@ -143,12 +131,31 @@ def test_a_whole_text_runner_hides_the_cache(folder: Path, ids: np.ndarray, whol
         runner.run({"input_ids": ids})
 
 
-def test_a_capacity_of_whole_texts(folder: Path, ids: np.ndarray) -> None:
-    decoder = opened("onnx", folder, capacity=6)
-    decoder.feed(ids[:, :6])
-    with pytest.raises(InputError, match="7 tokens are more than the capacity of 6"):
-        decoder.feed(ids[:, 6:7])
-    assert decoder.length == 6
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_capacity(kind: str, decoders: Path, ids: np.ndarray, whole: np.ndarray) -> None:
+    decoder = opened(kind, decoders, capacity=6)
+    decoder.feed(ids[:, :5])
+    fork = decoder.fork([0, 1, 2])
+    assert (decoder.capacity, fork.capacity) == (6, 6)
+    with pytest.raises(InputError, match=r"7 tokens|capacity"):
+        decoder.feed(ids[:, 5:7])
+    close(decoder.feed(ids[:, 5:6]), whole[:, 5:6])
+    close(fork.feed(ids[:, 5:6]), whole[:, 5:6])
+
+
+def test_room_is_made(decoders: Path) -> None:
+    file = decoders / "cache1.qg"
+    assert open_decoder(file, threads=1, room=17).capacity == 17
+    assert open_decoder(file, threads=1, room=17, capacity=9).capacity == 9
+    assert open_decoder(file, threads=1).capacity == 2048
+    assert open_decoder(file, threads=1, room=10**12).capacity < 10**12  # as far as the model goes
+
+
+def test_steps_of_an_artifact_with_state_can_be_timed(decoders: Path, ids: np.ndarray) -> None:
+    decoder = opened("qgraph-cache", decoders)
+    assert isinstance(decoder, StatefulDecoder)
+    assert sum(ns for _, ns in decoder.profile(ids)) > 0
+    assert decoder.length == ids.shape[1]
 
 
 def changed(tmp_path: Path, change: object) -> Path:

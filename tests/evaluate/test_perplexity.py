@@ -314,3 +314,21 @@ def test_command_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(command, ["perplexity", str(tmp_path / "flat.onnx"), *text, "-q"])
     assert "perplexity 4.0000" in done.output
     assert "6 in 2 windows" in done.output
+
+
+def test_models_with_a_cache(decoders: Path) -> None:
+    """With a cache or without, by any engine: the same perplexity, and none of a window in the next."""
+    from tiny_decoder import VOCABULARY
+
+    from qgraph.evaluate.decoders import open_text_runner
+
+    documents = [np.random.default_rng(i).integers(0, VOCABULARY, n) for i, n in enumerate((40, 7, 21))]
+    windows = split_windows(documents, length=16, stride=8)
+    runner = open_text_runner(decoders / "cache0.onnx", threads=1)
+    wanted = perplexity(runner, windows, batch=3)
+    for name in ("cache1.onnx", "cache0.qg", "cache1.qg"):
+        found = compare(open_text_runner(decoders / name, threads=1, room=16), runner, windows, batch=3)
+        assert found.reference == wanted
+        assert found.model.nll == pytest.approx(wanted.nll, rel=1e-6)
+        assert found.kl_divergence < 1e-9
+        assert found.top1_agreement == 1
