@@ -6,12 +6,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from tiny_decoder import save_decoder
 
 import qgraph
-from qgraph.errors import BudgetError
+from qgraph.errors import BudgetError, InputError
 from qgraph.evaluate.verify import verify
 from qgraph.pipeline import build_exposed
 
@@ -97,3 +99,87 @@ def test_a_rounding_that_is_not_exact_is_found(
     roundings[1] = replace(roundings[1], format="nvfp4", global_scale=1.0)
     with pytest.raises(BudgetError, match=r"rounds '.*' to nvfp4 wrongly at batch=2 sequence=7"):
         verify(rounded.artifact, rounded.onnx, exposed=shown, roundings=roundings)
+
+
+def test_an_artifact_with_state_is_checked_step_by_step(decoders: Path) -> None:
+    steps: list[str] = []
+    found = verify(
+        decoders / "cache1.qg",
+        decoders / "cache1.onnx",
+        on_case=lambda i, n, what: steps.append(f"{i}/{n} {what}"),
+    )
+    assert 0 < found.worst < 1e-5
+    assert steps[:4] == [
+        "0/8 batch=2 sequence=5 total_sequence=5",
+        "1/8 batch=2 sequence=1 total_sequence=6",
+        "2/8 batch=2 sequence=3 total_sequence=9",
+        "3/8 batch=1 sequence=9 total_sequence=9",
+    ]
+    assert all(set(c.rel_error) == {"logits", "logits (logits=1)"} for c in found.comparisons)
+
+
+@pytest.mark.parametrize("part", ["key", "value"])
+def test_a_cache_that_is_read_wrongly_is_found_in_the_second_step(
+    part: str, decoders: Path, tmp_path: Path
+) -> None:
+    """Here it is the ONNX file that changes what was."""
+    model = onnx.load(decoders / "cache1.onnx")
+    past = f"past_key_values.1.{part}"
+    for i, node in enumerate(model.graph.node):
+        if past in node.input:
+            node.input[list(node.input).index(past)] = "shrunk"
+            model.graph.node.insert(i, onnx.helper.make_node("Mul", [past, "almost"], ["shrunk"]))
+            break
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.99), "almost"))
+    onnx.save(model, tmp_path / "changed.onnx")
+    where = "output 'logits' at batch=2 sequence=1 total_sequence=6 has a relative error of"
+    with pytest.raises(BudgetError, match=where):
+        verify(decoders / "cache1.qg", tmp_path / "changed.onnx")
+
+
+def test_roundings_and_state(tmp_path: Path) -> None:
+    """Rounded activations and a rounded cache: in lockstep, the caches too."""
+    path = save_decoder(tmp_path / "decoder.onnx", cache=True, layers=1)
+    built = qgraph.compile(path, scheme="nvfp4-w4a8", kv_cache="int8", output=tmp_path / "out", verify=False)
+    assert built.artifact is not None and built.onnx is not None
+    shown, roundings = build_exposed(built.onnx, "x86_64-linux", tmp_path)
+    assert len(roundings) == 4 + 1 + 2  # of layers' inputs, the lm_head's, keys and values
+    found = verify(built.artifact, built.onnx, exposed=shown, roundings=roundings)
+    assert found.worst < 1e-5
+    roundings[-1] = replace(roundings[-1], format="nvfp4", global_scale=1.0)
+    with pytest.raises(BudgetError, match=r"rounds '.*' to nvfp4 wrongly at batch=2 sequence=5"):
+        verify(built.artifact, built.onnx, exposed=shown, roundings=roundings)
+
+
+def test_an_artifact_and_a_file_with_another_cache(decoders: Path) -> None:
+    with pytest.raises(InputError, match=r"no output 'present\.0\.key'"):
+        verify(decoders / "cache1.qg", decoders / "cache0.onnx")
+
+
+def test_short_states_and_fixed_sizes() -> None:
+    """Steps stay inside the bounds of the dims."""
+    from types import SimpleNamespace
+
+    from qgraph.evaluate.verify import _texts
+    from qgraph.runtime import Dim
+
+    def model(sequence: int | str, most: int) -> SimpleNamespace:
+        ids = SimpleNamespace(name="input_ids", dtype=np.dtype(np.int64), shape=("batch", sequence))
+        dims = (Dim("batch", 1, 2), Dim("sequence", 1, most), Dim("total", 1, most, "total"))
+        return SimpleNamespace(
+            inputs=[ids], dims=dims, path="m.qg", session=lambda: SimpleNamespace(capacity=most)
+        )
+
+    def shapes(text: list[dict[str, int]]) -> list[tuple[int, int]]:
+        return [(dims["batch"], dims["total"]) for dims in text]
+
+    assert [shapes(text) for text in _texts(model("sequence", 6))] == [
+        [(2, 5), (2, 6)],
+        [(1, 6)],
+        [(2, 1), (2, 5)],
+    ]
+    assert [shapes(text) for text in _texts(model(1, 100))] == [
+        [(2, 1), (2, 2), (2, 3)],
+        [(1, 1), (1, 2), (1, 3)],
+        [(2, 1), (2, 2)],
+    ]
