@@ -162,9 +162,23 @@ def dim(model: c_void_p, index: int) -> tuple[str, int, int, str]:
     return name, low.value, high.value, DIM_KINDS[lib.qg_model_dim_kind(model, index)]
 
 
-def view(pointer: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """View of a dense tensor at an address."""
-    return Tensor(pointer, DTYPES.index(dtype), len(shape), (c_int64 * max(len(shape), 1))(*shape), None)
+class View:
+    """A qg_tensor of one dtype, made once and set to another tensor for each call: a decoder's step is short.
+
+    Attributes:
+        reference: what the library takes.
+        shape: sizes of up to MAX_RANK dimensions, which the library may write, too.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.shape = (c_int64 * MAX_RANK)()
+        self.tensor = Tensor(None, DTYPES.index(dtype), 0, ctypes.cast(self.shape, POINTER(c_int64)), None)
+        self.reference = byref(self.tensor)
+
+    def set(self, pointer: int, shape: tuple[int, ...]) -> None:
+        """Make it that of a dense tensor at an address. The library refuses a rank above MAX_RANK."""
+        self.tensor.data, self.tensor.ndim = pointer, len(shape)
+        self.shape[: min(len(shape), MAX_RANK)] = shape[:MAX_RANK]
 
 
 def copy_state(target: c_void_p, source: c_void_p, rows: Sequence[int] | None) -> None:
@@ -173,7 +187,8 @@ def copy_state(target: c_void_p, source: c_void_p, rows: Sequence[int] | None) -
     check(library().qg_state_copy(target, source, array, count))
 
 
-def output_shape(session: c_void_p, index: int) -> tuple[int, ...]:
-    ndim, shape = c_int32(), (c_int64 * MAX_RANK)()
-    check(library().qg_output_shape(session, index, byref(ndim), shape))
-    return tuple(shape[: ndim.value])
+def output_shape(session: c_void_p, index: int, view: View) -> tuple[int, ...]:
+    """An output's shape in the next run; `view` is that output's."""
+    ndim = c_int32()
+    check(library().qg_output_shape(session, index, byref(ndim), view.shape))
+    return tuple(view.shape[: ndim.value])

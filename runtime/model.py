@@ -6,7 +6,7 @@ import operator
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from ctypes import byref, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -202,6 +202,8 @@ class Session:
         self._model = model
         self._settings = threads, memory_limit, capacity
         self._choices: dict[str, int] = {}
+        self._input_views = [_native.View(_dtype_name(info.dtype)) for info in model.inputs]
+        self._output_views = [_native.View(_dtype_name(info.dtype)) for info in model.outputs]
         self._handle = _native.create_session(model._open_handle(), threads, memory_limit, capacity)
 
     @property
@@ -310,14 +312,14 @@ class Session:
 
     def _run(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
         lib, handle = _native.library(), self._open_handle()
-        for i, (info, array) in enumerate(zip(self._model.inputs, arrays, strict=True)):
-            view = _native.view(array.ctypes.data, _dtype_name(info.dtype), array.shape)
-            _native.check(lib.qg_bind_input(handle, i, byref(view)))
+        for i, (view, array) in enumerate(zip(self._input_views, arrays, strict=True)):
+            view.set(_address(array), array.shape)
+            _native.check(lib.qg_bind_input(handle, i, view.reference))
         outputs = {}
-        for i, info in enumerate(self._model.outputs):
-            array = outputs[info.name] = np.empty(_native.output_shape(handle, i), info.dtype)
-            view = _native.view(array.ctypes.data, _dtype_name(info.dtype), array.shape)
-            _native.check(lib.qg_bind_output(handle, i, byref(view)))
+        for i, (view, info) in enumerate(zip(self._output_views, self._model.outputs, strict=True)):
+            array = outputs[info.name] = np.empty(_native.output_shape(handle, i, view), info.dtype)
+            view.set(_address(array), array.shape)
+            _native.check(lib.qg_bind_output(handle, i, view.reference))
         _native.check(lib.qg_run(handle))
         return outputs
 
@@ -406,7 +408,13 @@ def _arrays(infos: tuple[TensorInfo, ...], inputs: Mapping[str, Any]) -> list[np
     return [_array(info, inputs[info.name]) for info in infos]
 
 
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])  # faster than array.ctypes.data
+
+
 def _array(info: TensorInfo, value: Any) -> np.ndarray:
+    if type(value) is np.ndarray and value.dtype == info.dtype and value.flags.carray:
+        return value
     if isinstance(value, np.generic):
         value = np.asarray(value)
     if not isinstance(value, np.ndarray):
