@@ -133,7 +133,12 @@ def _fuse(graph: ir.Graph, match: Decomposed, known: Known) -> None:
             summands.append(op("Where", [mask, zero, hidden]))
     if summands:
         mask = functools.reduce(lambda a, b: op("Add", [a, b]), summands)
-    k = op("Transpose", [match.k], perm=[0, 1, 3, 2]) if match.k_transposed else match.k
+    k, perm = match.k, [0, 1, 3, 2]
+    if match.k_transposed:
+        turn = k.producer()
+        if turn is not None and is_op(turn, "Transpose") and (first := attribute(turn, "perm", None)):
+            k, perm = turn.inputs[0], [first[axis] for axis in perm]
+        k = op("Transpose", [k], perm=perm)
     attributes = {"scale": match.scale, **({"softcap": match.softcap} if match.softcap else {})}
     op("Attention", [match.q, k, match.v, *([] if mask is None else [mask])], **attributes)
     new[-1].name = match.product.name
