@@ -106,7 +106,7 @@ def open_data(
     Args:
         source: a file, by its suffix: `.npz` (an array an input, the first axis counts samples), `.txt` (a
             sample a line) or `.jsonl` (a sample an object); or from Python any iterable of feeds, which is
-            read once, or `Data`.
+            read once, or `Data`. A decoder's cache may be left out: it is empty then.
         model_inputs: from `model_inputs`.
         tokenizer: the `tokenizer.json` that goes with a text.
         samples: at most so many, evenly spread over a file; of an iterable the first. None: 128 windows of a
@@ -158,7 +158,14 @@ def open_data(
 
 
 def model_inputs(model: ir.Model) -> list[InputSpec]:
-    """What the model is to be fed: its inputs but for those that have a default."""
+    """What a prepared model is to be fed: its inputs but for those that have a default.
+
+    Raises UnsupportedError for a cache that `find_cache` refuses.
+    """
+    from qgraph.passes.cache import find_cache
+
+    cache = find_cache(model.graph)
+    pasts = set() if cache is None else {pair.past for pair in cache.pairs}
     specs = []
     for value in model.graph.inputs:
         if value.is_initializer():
@@ -166,7 +173,7 @@ def model_inputs(model: ir.Model) -> list[InputSpec]:
         if value.dtype is None or value.shape is None:
             raise InputError(f"the model's input '{value.name}' has no data type or shape")
         shape = tuple(dim if isinstance(dim, int) else str(dim.value or "?") for dim in value.shape)
-        specs.append(InputSpec(str(value.name), value.dtype.numpy().name, shape))
+        specs.append(InputSpec(str(value.name), value.dtype.numpy().name, shape, value in pasts))
     return specs
 
 
@@ -186,8 +193,10 @@ def fixed_batch(model_inputs: Sequence[InputSpec]) -> int | None:
 def require_feeds(
     feeds: Mapping[str, Any], model_inputs: Sequence[InputSpec], where: str
 ) -> dict[str, npt.NDArray]:
-    """`feeds` as arrays that the model takes. InputError names the input, what it should be and is."""
+    """`feeds` as arrays that the model takes, with an empty cache where they have none. InputError names the
+    input, what it should be and is."""
     known = [spec.name for spec in model_inputs]
+    feeds = with_empty_cache(feeds, model_inputs)
     for label, names in (
         ("lacks the model's input", [name for name in known if name not in feeds]),
         ("has what is no input of the model:", [str(name) for name in feeds if name not in known]),
@@ -222,6 +231,16 @@ def require_feeds(
                     )
         checked[spec.name] = np.ascontiguousarray(array, wanted).reshape(array.shape)
     return checked
+
+
+def with_empty_cache(feeds: Mapping[str, Any], model_inputs: Sequence[InputSpec]) -> Mapping[str, Any]:
+    """`feeds`, and where they have none of a decoder's cache an empty one: a text from its start."""
+    from qgraph.evaluate.text_ports import empty_cache
+
+    pasts = [spec for spec in model_inputs if spec.past]
+    if not pasts or any(spec.name in feeds for spec in pasts):
+        return feeds
+    return {**feeds, **empty_cache(pasts, {name: np.asarray(value) for name, value in feeds.items()})}
 
 
 def require_indices(data: Data, tables: Mapping[str, int]) -> None:

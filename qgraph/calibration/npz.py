@@ -22,7 +22,8 @@ _NPY = b"\x93NUMPY"  # how a file of a single array begins
 
 def read_npz(path: Path, model_inputs: Sequence[InputSpec], samples: int, batch: int | None) -> Data:
     """See `open_data`. One array after the other is read whole; of each the chosen samples stay."""
-    chosen, arrays = _load(path, {spec.name for spec in model_inputs}, samples)
+    optional = {spec.name for spec in model_inputs if spec.past}
+    chosen, arrays = _load(path, {spec.name for spec in model_inputs}, optional, samples)
     fixed = fixed_batch(model_inputs)
     size = fixed or batch or _BATCH
     end = len(chosen) - len(chosen) % size if fixed else len(chosen)
@@ -38,8 +39,10 @@ def read_npz(path: Path, model_inputs: Sequence[InputSpec], samples: int, batch:
     return Data(str(path), batches)
 
 
-def _load(path: Path, names: set[str], samples: int) -> tuple[list[int], dict[str, npt.NDArray]]:
-    """Which samples, and these of every array."""
+def _load(
+    path: Path, names: set[str], optional: set[str], samples: int
+) -> tuple[list[int], dict[str, npt.NDArray]]:
+    """Which samples, and these of every array. The file has arrays of `names`, maybe without `optional`."""
     chosen: list[int] = []
     arrays, lengths = {}, {}
     try:
@@ -50,6 +53,8 @@ def _load(path: Path, names: set[str], samples: int) -> tuple[list[int], dict[st
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path}: not an .npz file, or truncated: make it with np.savez")
         with np.load(path, allow_pickle=False) as file:
+            if not optional.intersection(file.files):
+                names = names - optional
             if odd := sorted(names.symmetric_difference(file.files)):
                 what = "lacks an array for" if odd[0] in names else "has an array that is not"
                 known = ", ".join(sorted(names))

@@ -20,9 +20,10 @@ from qgraph.calibration.session import open_session
 from qgraph.errors import UnsupportedError
 from qgraph.formats.nvfp4 import NVFP4
 from qgraph.passes.base import describe
+from qgraph.passes.cache import Cache
 from qgraph.passes.lowbit_functions import DOMAIN
 from qgraph.passes.lowbit_weights import LOOKUPS
-from qgraph.passes.shapes.dims import from_ir, product
+from qgraph.passes.shapes.dims import from_ir, product, to_ir
 
 Array = npt.NDArray[Any]
 
@@ -245,17 +246,21 @@ def _at_hand(name: str, have: frozenset[str] | set[str]) -> str:
     return name if name in have else name.removesuffix(_ROUNDED)
 
 
-def leading_dims_match(value: ir.Value, mask: ir.Value | None) -> bool:
+def leading_dims_match(value: ir.Value, mask: ir.Value | None, cache: Cache | None = None) -> bool:
     """Whether `value` [batch, sequence, K], or [batch * sequence, K], has a row for every element of `mask`
     [batch, sequence].
 
     By the dims' names, not by sizes that may agree by accident. A mask that covers more than the value does,
-    such as one over a cache and the new tokens, [batch, past + sequence], matches as well: where nothing is
-    in the cache the sizes agree, and elsewhere `masked_rows` does not use it.
+    such as one over a cache and the new tokens, [batch, total], matches as well: where nothing is in the
+    cache the sizes agree, and elsewhere `masked_rows` does not use it.
     """
     if mask is None or mask.shape is None or value.shape is None or len(mask.shape) != 2:
         return False
-    rows, wanted = list(value.shape)[:-1], list(mask.shape)
+    rows = list(value.shape)[:-1]
+    wanted = [
+        to_ir(cache.sequence) if cache and not isinstance(dim, int) and dim.value == cache.total else dim
+        for dim in mask.shape
+    ]
     if len(rows) == 1:
         both = [from_ir(dim) for dim in wanted]
         return None not in both and product(both) == from_ir(rows[0])

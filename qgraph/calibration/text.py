@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qgraph.calibration.data import MASK, Batch, Data, fixed_batch, spread
+from qgraph.calibration.data import MASK, Batch, Data, fixed_batch, spread, with_empty_cache
 from qgraph.errors import InputError, ResourceError, UsageError
 from qgraph.evaluate.files import existing_file
 from qgraph.evaluate.samples import InputSpec
@@ -45,9 +45,10 @@ def read_text(
     the model's inputs are of a fixed length after that. Windows are never padded: what is left of the text
     at its end is not used.
     """
-    _require_inputs(path, model_inputs)
+    tokens = [spec for spec in model_inputs if not spec.past]
+    _require_inputs(path, tokens)
     tokenize, pad = _open_tokenizer(tokenizer)
-    fixed = _fixed_length(model_inputs)
+    fixed = _fixed_length(tokens)
     if length is not None:
         if fixed not in (None, length):
             raise UsageError(
@@ -63,12 +64,10 @@ def read_text(
         width = fixed or max(len(sample.ids) for sample in part)
         if not has_mask and width != len(part[0].ids):
             continue
-        feeds = _feeds(part, width, pad)
+        made = _feeds(part, width, pad)
+        feeds = {spec.name: made[spec.name].astype(spec.dtype) for spec in tokens}
         batches.append(
-            Batch(
-                {spec.name: feeds[spec.name].astype(spec.dtype) for spec in model_inputs},
-                tuple(sample.label for sample in part),
-            )
+            Batch(dict(with_empty_cache(feeds, model_inputs)), tuple(sample.label for sample in part))
         )
     if not batches:
         wanted = f"[{size or 'batch'}, {fixed or 'sequence'}]" + ("" if has_mask else " without a mask")

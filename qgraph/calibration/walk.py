@@ -54,6 +54,9 @@ def make_taps(
     """
     import onnx_ir as ir
 
+    from qgraph.passes.cache import find_cache
+
+    cache = find_cache(model.graph)
     known = {str(v.name): v for node in model.graph for v in node.outputs if v.name}
     known |= {str(v.name): v for v in model.graph.inputs if not v.is_initializer()}
     mask = next((v for v in model.graph.inputs if v.name == MASK), None)
@@ -69,7 +72,7 @@ def make_taps(
             sizes.add(K)
         if len(sizes) != 1:
             raise UsageError(f"values of different sizes cannot be measured together: {', '.join(names)}")
-        masked = frozenset(name for name in names if leading_dims_match(known[name], mask))
+        masked = frozenset(name for name in names if leading_dims_match(known[name], mask, cache))
         taps.append(Tap(tuple(names), sizes.pop(), masked))
     for i, others in enumerate(beside):
         widths = {name: shape[-1] for name in others if name and (shape := known[name].shape)}

@@ -46,11 +46,16 @@ _CARRIERS = dict.fromkeys(
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input as the user sees it: `shape` holds ints and the names (or expressions) of symbolic dims."""
+    """An input as the user sees it: `shape` holds ints and the names (or expressions) of symbolic dims.
+
+    past: whether it is the cache of a decoder, [batch, heads, tokens before, width]: empty where a text
+        begins.
+    """
 
     name: str
     dtype: str  # numpy's name
     shape: tuple[int | str, ...]
+    past: bool = False
 
 
 def input_ranges(model: ir.Model) -> dict[str, tuple[int, int]]:

@@ -1,5 +1,5 @@
-"""Calibration tests import `calibration_harness` from this folder (pytest's importlib mode adds no path by
-itself), and keep their journals to themselves."""
+"""Calibration tests import `calibration_harness` from this folder and `tiny_decoder` from its neighbour
+(pytest's importlib mode adds no path by itself), and keep their journals to themselves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent.parent / "evaluate"))
 
 
 @pytest.fixture(autouse=True)
