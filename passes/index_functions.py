@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from qgraph.passes.base import attribute, constant, register, scalar
-from qgraph.passes.infer_shapes import CONTENT
-from qgraph.passes.shapes.dims import Dim, from_ir, tidy
+from qgraph.passes.infer_shapes import CONTENT, known_checks
+from qgraph.passes.shapes.dims import Dim, World, from_ir, tidy
 
 Formula: TypeAlias = sympy.Expr | Boolean
 
@@ -89,11 +90,15 @@ class _Found:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.known: dict[ir.Value, IndexFunction] = {}
+        self.world = World(at_least=known_checks(graph))
         for value in graph.initializers.values():
             number = scalar(value)
             if number is not None and value.dtype in _INTEGERS:
                 whole = int(constant(value).reshape(()))  # type: ignore[union-attr]
                 self.add(value, _number(whole, value.dtype), dims_of(value) or ())
+            elif _is_lower_triangle(value):
+                rank = len(dims_of(value) or ())
+                self.add(value, sympy.Le(axis(rank - 1), axis(rank - 2)), dims_of(value) or ())
         for node in graph:
             for value in node.outputs:
                 content = value.meta.get(CONTENT)
@@ -124,6 +129,19 @@ class _Found:
             lead = rank - len(function.shape)
             formulas.append(_renumber(function.formula, {k: k + lead for k in range(len(function.shape))}))
         return formulas
+
+
+def _is_lower_triangle(value: ir.Value) -> bool:
+    """Whether it is a constant matrix, true on and below the diagonal: the causal mask of the longest text."""
+    dims = dims_of(value) or ()
+    if value.dtype != ir.DataType.BOOL or len(dims) < 2 or dims[-1] != dims[-2] or dims[-1] == 1:
+        return False
+    array = constant(value)
+    return (
+        array is not None
+        and array.size == array.shape[-1] ** 2
+        and bool((array == np.tri(array.shape[-1])).all())
+    )
 
 
 def _number(value: Any, dtype: ir.DataType | None) -> Formula:
@@ -219,7 +237,7 @@ def _slice(node: ir.Node, found: _Found, shape: tuple[Dim, ...]) -> Formula | No
             return None
         at %= len(shape)
         first = tidy(x.shape[at] + start) if isinstance(start, int) and start < 0 else start
-        if not _nonnegative(first):
+        if not found.world.nonnegative(first):
             return None
         places[axis(at)] = first + step * axis(at)
     return _at(x.formula, places)

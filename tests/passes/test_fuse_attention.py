@@ -313,3 +313,35 @@ def test_the_shape_of_a_present_comes_from_the_inputs() -> None:
     prepared = prepare_model(model)
     (node,) = [n for n in prepared.graph if n.op_type == "Attention"]
     assert len(node.outputs) == 3
+
+
+GPT2 = """(int64[b, s] input_ids, float[b, 4, p, 8] past_k, float[b, 4, p, 8] past_v)
+    => (float[b, 4, s, 8] y, float[b, 4, t, 8] pk, float[b, 4, t, 8] pv)
+    <int64[4] split = {0, 0, 4, 8}, int64[1] two = {2}, int64[1] three = {3}, int64[1] nought = {0},
+     float hidden = {-10000}>
+    { x = Gather(table, input_ids) x4 = Reshape(x, split) h = Transpose<perm = [0, 2, 1, 3]>(x4)
+      pk = Concat<axis = -2>(past_k, h) pv = Concat<axis = -2>(past_v, h)
+      all = Shape<start = 2, end = 3>(pk) new = Shape<start = 2, end = 3>(h) old = Sub(all, new)
+      rows = Slice(bias, old, all, two) mask = Slice(rows, nought, all, three)
+      kt = Transpose<perm = [0, 1, 3, 2]>(pk) a = MatMul(h, kt) a1 = Where(mask, a, hidden) w = Softmax(a1)
+      y = MatMul(w, pv) }"""
+
+
+def test_a_causal_mask_cut_from_a_table() -> None:
+    """The buffer of older GPT-2 files, whose -10^4 hides as well as -inf: each query attends itself."""
+    bias = np.tri(16, dtype=bool).reshape(1, 1, 16, 16)
+    table = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
+    original = parse(GPT2, bias=bias, table=table)
+    prepared = parse(GPT2, bias=bias, table=table)
+    prepare_model(prepared)
+    assert not {"Slice", "Where", "Softmax", "Concat"} & set(ops(prepared)), ops(prepared)
+    (node,) = [n for n in prepared.graph if n.op_type == "Attention"]
+    assert node.attributes.get_int("is_causal") == 1
+    assert node.inputs[3] is None
+    for b, s, p in ((1, 1, 0), (3, 4, 0), (1, 4, 5), (3, 1, 5)):
+        feeds = feeds_for(original, high=5, b=b, s=s, p=p)
+        expected = run_ort(original, feeds)
+        reference = ReferenceEvaluator(ir.to_proto(prepared)).run(None, feeds)
+        for x, y, z in zip(expected, run_ort(prepared, feeds), reference, strict=True):
+            np.testing.assert_allclose(y, x, atol=2e-6)
+            np.testing.assert_allclose(z, x, atol=2e-6)
