@@ -126,8 +126,10 @@ def test_copied_rows(model: Model, session: Session, decoder_parts: Parts) -> No
             other.copy_state(session, rows)
             text = np.concatenate([IDS[rows, :6], IDS[rows, 6:8]], axis=1)
             check(decoder_parts, feed(other, IDS[rows, 6:8]), text)
-        session.copy_state(session, [0, 2])
-        check(decoder_parts, feed(session, IDS[[0, 2], 6:7]), IDS[[0, 2], :7])
+        session.copy_state(session, [2, 1, 0])
+        check(decoder_parts, feed(session, IDS[::-1, 6:7]), IDS[::-1, :7])
+        session.copy_state(session, [2, 0])
+        check(decoder_parts, feed(session, IDS[[0, 2], 7:8]), IDS[[0, 2], :8])
         with pytest.raises(InputError, match="row 2 of a state of 2 does not exist"):
             other.copy_state(session, [2])
         with pytest.raises(InputError, match="number of rows to copy is 0"):
@@ -171,6 +173,29 @@ def test_failed_runs_leave_the_state(session: Session, decoder_parts: Parts) -> 
     ):
         session.run({"input_ids": IDS[:, 5:8], "attention_mask": np.ones((3, 7), np.int64)})
     check(decoder_parts, feed(session, IDS[:, 5:8]), IDS[:, :8])
+
+
+def test_inputs_need_not_grow(cache: Path, decoder_parts: Parts, tmp_path: Path) -> None:
+    """Without a mask the state's length is all that changes from step to step."""
+    parts = copy.deepcopy(decoder_parts)
+    parts.plan["inputs"].pop()
+    parts.plan["values"][1] = {"kind": "weight", "tensor": "w/ones"}
+    parts.weights["w/ones"] = np.ones(3 * CAPACITY, np.int64)
+    with load_parts(parts, tmp_path) as model, model.session() as session:
+        for at in range(CAPACITY):
+            got = session.run({"input_ids": IDS[:, at : at + 1]})
+            check(parts, got, IDS[:, : at + 1])
+
+
+def test_a_step_may_begin_later(cache: Path, decoder_parts: Parts, tmp_path: Path) -> None:
+    """A step without blocks in the first run has all of its arguments in the second."""
+    past = ["sub", "total_sequence", "sequence"]
+    path = ("steps", 5, "blocks")
+    changed = load_changed(decoder_parts, tmp_path, path, ["min", "batch", ["mul", 64, past]])
+    with changed as model, model.session() as session:
+        feed(session, IDS[:, :1])
+        for at in range(1, 4):
+            check(decoder_parts, feed(session, IDS[:, at : at + 1]), IDS[:, : at + 1])
 
 
 def test_model_run_begins_anew(model: Model, decoder_parts: Parts) -> None:
