@@ -4,6 +4,7 @@ are."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 
@@ -11,14 +12,16 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import qgraph
-from qgraph.errors import InputError, UsageError
+from qgraph.errors import InputError, UnsupportedError, UsageError
 from qgraph.evaluate.perplexity import perplexity, split_windows
 from qgraph.evaluate.runners import open_runner
 from qgraph.evaluate.similarity import relative_error
 from qgraph.evaluate.tokenizer import leading_tokens, load_tokenizer, read_documents
 from qgraph.models import get_model, open_model
+from qgraph.models.__main__ import main
 from qgraph.models.causal_lm import CausalLM
 from qgraph.models.export_onnx import quiet
 
@@ -54,6 +57,92 @@ def llama(folder: Path) -> Path:
     with quiet():
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@needs_packages
+@pytest.mark.parametrize("mask", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_export_with_cache(mask: bool, tmp_path: Path) -> None:
+    """ONNX Runtime against torch: a text, or several padded on the left, cut in two anywhere."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = llama(tmp_path / "tiny-llama")
+    path = CausalLM(folder).export(tmp_path / "model.onnx", mask=mask)
+    runner = open_runner(path)
+    text = ("input_ids", "attention_mask", "position_ids") if mask else ("input_ids",)
+    assert runner.inputs == (*text, "past_key_values.0.key", "past_key_values.0.value")
+    assert runner.outputs == ("logits", "present.0.key", "present.0.value")
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rng = np.random.default_rng(0)
+    for batch, past, length in itertools.product((1, 3), (0, 1, 5), (1, 4)):
+        ids = rng.integers(0, 96, (batch, past + length))
+        kept = np.ones_like(ids)
+        if mask and past > 1:
+            kept[0, :past] = 0  # nothing of the past is text
+        positions = np.maximum(kept.cumsum(1) - 1, 0)
+        with torch.no_grad():
+            given = {"input_ids": ids, "attention_mask": kept, "position_ids": positions}
+            wanted = module(**{name: torch.from_numpy(array) for name, array in given.items()})
+        (layer,) = wanted.past_key_values.layers
+        feeds = {"input_ids": ids[:, past:], "attention_mask": kept, "position_ids": positions[:, past:]}
+        feeds = {name: feeds[name] for name in text}
+        feeds["past_key_values.0.key"] = layer.keys[:, :, :past].numpy()
+        feeds["past_key_values.0.value"] = layer.values[:, :, :past].numpy()
+        found = runner.run(feeds)
+        for name, array in (
+            ("logits", wanted.logits[:, past:]),
+            ("present.0.key", layer.keys),
+            ("present.0.value", layer.values),
+        ):
+            assert relative_error(found[name], array.numpy()) < 1e-5, (batch, past, length, name)
+    if mask:
+        again = CausalLM(folder).export(tmp_path / "again.onnx", mask=mask)
+        assert again.read_bytes() == path.read_bytes()
+
+
+@needs_packages
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("Mistral", r"layer 0 \(DynamicSlidingWindowLayer\) of MistralForCausalLM"),
+        ("Mamba", "MambaForCausalLM"),
+    ],
+)
+def test_other_caches_are_refused(kind: str, reason: str, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1}
+    if kind == "Mistral":
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    with quiet():
+        getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "hf")
+    with pytest.raises(UnsupportedError, match=f"{reason} does not keep the keys and values.*--no-cache"):
+        CausalLM(tmp_path / "hf").export(tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_options_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    given: dict[str, object] = {}
+
+    def export(self, path, *, cache=True, mask=False, opset=0, verbose=False) -> Path:
+        given.update(cache=cache, mask=mask, opset=opset)
+        Path(path).write_bytes(b"")
+        return Path(path)
+
+    monkeypatch.setattr(CausalLM, "export", export)
+    run = CliRunner().invoke
+    model, path = str(tmp_path), str(tmp_path / "model.onnx")
+    assert run(main, ["export", model, path]).exit_code == 0
+    assert given == {"cache": True, "mask": False, "opset": 0}
+    assert run(main, ["export", model, path, "--no-cache", "--mask", "--opset", "20"]).exit_code == 0
+    assert given == {"cache": False, "mask": True, "opset": 20}
+    refused = run(main, ["export", "minilm", path, "--no-cache", "--opset", "20"])
+    assert isinstance(refused.exception, UsageError)
+    assert str(refused.exception) == (
+        "minilm is no causal language model: it is exported without --no-cache, --opset"
+    )
 
 
 def compile_float(model: Path, folder: Path) -> Path:
