@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
@@ -19,21 +20,21 @@ from qgraph.codegen.kernels.weights import Columns, F32Reader, NVFP4Reader, Read
 from qgraph.codegen.kernels.weights_group import GroupReader
 from qgraph.codegen.packing import LANES
 from qgraph.codegen.spec import KernelSpec
+from qgraph.formats.group import GROUP_FORMATS
+from qgraph.formats.nvfp4 import NVFP4
 
 
-@kernel("gather_columns")
-def gather_columns(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
-    """y[i, :] = column indices[i] of a weight [k, n], dequantized.
+def _gather_columns(weight: str, spec: KernelSpec, isa: Isa, symbol: str) -> Any:
+    """y[i, :] = column indices[i] of a weight [k, n], dequantized: `gather_columns_f32`, `_nvfp4` and so on.
 
     An embedding tied to a linear layer: vectors of neighbouring columns are decoded, and all but one number
     of each dropped, which is little work for the few rows that a run looks up.
 
-    Parameters: k, n, weight (`f32` or a format), index (i64 | i32); of a group format block, and of ternary
-    packing, as of its product.
+    Parameters: k, n, index (i64 | i32); of a group format block, and of ternary packing, as of its product.
     Arguments: y f32 [m, k], the weight's as in its product, indices [m], status i32 [1]. Block: 1 of m.
     """
     K, N = spec["k"], spec["n"]
-    reader = _reader(spec, isa)
+    reader = _reader(weight, spec, isa)
     names = [f"weight{i}" for i in range(len(reader.operands))]
     pointers = [
         ("y", "float32"),
@@ -57,8 +58,8 @@ def gather_columns(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     return f.result
 
 
-def _reader(spec: KernelSpec, isa: Isa) -> Reader:
-    K, N, weight = spec["k"], spec["n"], spec["weight"]
+def _reader(weight: str, spec: KernelSpec, isa: Isa) -> Reader:
+    K, N = spec["k"], spec["n"]
     if weight == "f32":
         return F32Reader(K, N)
     if weight == "nvfp4":
@@ -98,3 +99,8 @@ def _decode_column(
             decode_block(kb, reader.block)
     if K % reader.block:
         decode_block(index(K // reader.block), K % reader.block)
+
+
+kernel("gather_columns_f32")(partial(_gather_columns, "f32"))
+for _format in (NVFP4, *GROUP_FORMATS):
+    kernel(f"gather_columns_{_format.suffix}")(partial(_gather_columns, _format.name))

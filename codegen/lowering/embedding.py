@@ -14,6 +14,8 @@ from qgraph.codegen.lowering.linear import f32_weight, nvfp4_weight
 from qgraph.codegen.lowering.linear_group import OPERATORS, group_weight
 from qgraph.codegen.memory import Buffer, View
 from qgraph.codegen.spec import KernelSpec
+from qgraph.formats import FORMATS
+from qgraph.formats.nvfp4 import NVFP4
 
 _GRAIN_ELEMENTS = 4096  # decoded at least by a thread at once
 
@@ -33,14 +35,14 @@ def qgather_nvfp4(low: Lowering, node: ir.Node) -> None:
 def qgather_columns_nvfp4(low: Lowering, node: ir.Node) -> None:
     """`QGatherColumnsNVFP4(ids, codes, block_scale, global_scale)`: the weight of a layer, `nvfp4_n16k8`."""
     shape, weights = nvfp4_weight(low, node, "n16k8", packing.pack_nvfp4_n16k8)
-    _columns(low, node, 0, "nvfp4", shape, weights, {})
+    _columns(low, node, 0, NVFP4.suffix, shape, weights, {})
 
 
 @lowers(*(f"QGatherColumns{title}" for title in OPERATORS), domain="ai.qgraph", data=(0,))
 def qgather_columns_group(low: Lowering, node: ir.Node) -> None:
     """`QGatherColumns<Format>(ids, codes, block_scale, ..)`: the weight of a layer, as its product has it."""
     q, weights, params = group_weight(low, node, OPERATORS[node.op_type.removeprefix("QGatherColumns")])
-    _columns(low, node, 0, q.format, q.shape, weights, params)
+    _columns(low, node, 0, FORMATS[q.format].suffix, q.shape, weights, params)
 
 
 def gather_columns(low: Lowering, node: ir.Node, weight: ir.Value, array: np.ndarray) -> None:
@@ -53,7 +55,7 @@ def _columns(
     low: Lowering,
     node: ir.Node,
     ids_at: int,
-    weight: str,
+    suffix: str,
     shape: tuple[int, int],
     weights: tuple[Buffer, ...],
     params: dict[str, Any],
@@ -62,7 +64,7 @@ def _columns(
     K, N = shape
     ids = _indices(low, node, ids_at)
     rows = low.temp("f32", (*ids.shape, K))
-    spec = KernelSpec.make("gather_columns", k=K, n=N, weight=weight, index=ids.dtype, **params)
+    spec = KernelSpec.make(f"gather_columns_{suffix}", k=K, n=N, index=ids.dtype, **params)
     _emit(low, node, spec, weights, [rows, *(View.of(part) for part in weights), ids, ("status",)], K)
     low.bind(node, rows.transpose((rows.rank - 1, *range(rows.rank - 1))))
 

@@ -42,9 +42,14 @@ class BlockFormat:
         return codes + blocks * self.scale_dtype.itemsize + offsets + 4 * self.has_global_scale
 
     @property
+    def suffix(self) -> str:
+        """What the names of kernels that read it end with: `int4sym` of `int4-sym`."""
+        return self.title.lower()
+
+    @property
     def kernel(self) -> str:
         """The kernel that multiplies by a weight of it: `matmul_int4sym` of `int4-sym`."""
-        return f"matmul_{self.title.lower()}"
+        return f"matmul_{self.suffix}"
 
     @property
     def offset_dtype(self) -> np.dtype:

@@ -67,7 +67,7 @@ class LayerReport:
         read."""
         from qgraph.formats import FORMATS
 
-        return bool(self.scheme) and FORMATS[self.scheme].title.lower() in self.kernel.split("_")
+        return bool(self.scheme) and FORMATS[self.scheme].suffix in self.kernel.split("_")
 
     def to_json(self) -> dict[str, Any]:
         """All fields; a float or exact layer has no SQNR that JSON could say."""

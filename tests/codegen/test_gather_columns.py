@@ -40,7 +40,8 @@ def look_up(isa: Isa, name: str, packing: str, shape: tuple[int, int], ids: np.n
     params: dict[str, Any] = {"block": FORMATS[name].block} if name not in ("f32", "nvfp4") else {}
     params |= {"packing": packing} if packing else {}
     index = {np.dtype(np.int64): "i64", np.dtype(np.int32): "i32"}[ids.dtype]
-    spec = KernelSpec.make("gather_columns", k=K, n=N, weight=name, index=index, **params)
+    suffix = name if name == "f32" else FORMATS[name].suffix
+    spec = KernelSpec.make(f"gather_columns_{suffix}", k=K, n=N, index=index, **params)
     y, status = np.full((len(ids), K), np.nan, np.float32), np.zeros(1, np.int32)
     compile_kernel(spec, isa)(y, *arrays, ids, status, blocks=len(ids), guard=True)
     return y, W, int(status[0])

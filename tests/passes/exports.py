@@ -202,6 +202,7 @@ DECODERS = {
     "qwen3-cache": ("qwen3", True, False),
     "gpt2-cache": ("gpt2", True, False),
     "gpt2-cache-mask": ("gpt2", True, True),
+    "llama-text": ("llama", False, False),
     "qwen3": ("qwen3", False, False),
     "qwen3-mask": ("qwen3", False, True),
     "gpt2": ("gpt2", False, False),
