@@ -133,18 +133,25 @@ def _fuse(graph: ir.Graph, match: Decomposed, known: Known) -> None:
             summands.append(op("Where", [mask, zero, hidden]))
     if summands:
         mask = functools.reduce(lambda a, b: op("Add", [a, b]), summands)
-    k, perm = match.k, [0, 1, 3, 2]
+    k = match.k
     if match.k_transposed:
-        turn = k.producer()
-        if turn is not None and is_op(turn, "Transpose") and (first := attribute(turn, "perm", None)):
-            k, perm = turn.inputs[0], [first[axis] for axis in perm]
-        k = op("Transpose", [k], perm=perm)
+        source, perm = _before_transpose(k)
+        k = op("Transpose", [source], perm=[perm[axis] for axis in (0, 1, 3, 2)])
     attributes = {"scale": match.scale, **({"softcap": match.softcap} if match.softcap else {})}
     op("Attention", [match.q, k, match.v, *([] if mask is None else [mask])], **attributes)
     new[-1].name = match.product.name
     replaced = list(match.product.inputs)
     replace_node(match.product, new)
     remove_dead(replaced)
+
+
+def _before_transpose(value: ir.Value) -> tuple[ir.Value, Sequence[int]]:
+    """(x, perm): `value`, of rank 4, is x with its axes in this order."""
+    node = value.producer()
+    source = node.inputs[0] if node is not None and is_op(node, "Transpose") else None
+    if node is None or source is None:
+        return value, (0, 1, 2, 3)
+    return source, attribute(node, "perm", (3, 2, 1, 0))
 
 
 def _fill_value(graph: ir.Graph, match: Decomposed, known: Known) -> float | None:

@@ -132,7 +132,7 @@ class _Found:
 
 
 def _is_lower_triangle(value: ir.Value) -> bool:
-    """Whether it is a constant matrix, true on and below the diagonal: the causal mask of the longest text."""
+    """Whether it is a constant matrix, true on and below the diagonal: a causal mask of the longest text."""
     dims = dims_of(value) or ()
     if value.dtype != ir.DataType.BOOL or len(dims) < 2 or dims[-1] != dims[-2] or dims[-1] == 1:
         return False
