@@ -39,8 +39,8 @@ class UnifyCache(GraphPass):
         pairs = _pairs(graph)
         tokens = next((v for name in _TOKENS for v in graph.inputs if v.name == name), None)
         for value in graph.inputs:
-            if "past" in (value.name or "") and len(shape_of(value) or ()) == 4 and value not in pairs:
-                self.refuse(value, "no node puts new tokens behind it and gives the result as an output")
+            if "past" in (value.name or "") and value not in pairs:
+                self.refuse(value, "no node puts new tokens behind it, on axis 2, and gives that as an output")
         if not pairs:
             return ir.passes.PassResult(model, False)
         if tokens is None or len(shape_of(tokens) or ()) < 2:
