@@ -40,7 +40,7 @@ class UnifyCache(GraphPass):
         tokens = next((v for name in _TOKENS for v in graph.inputs if v.name == name), None)
         for value in graph.inputs:
             if "past" in (value.name or "") and value not in pairs:
-                self.refuse(value, "no node puts new tokens behind it, on axis 2, and gives that as an output")
+                self.refuse(value, "no node puts new tokens behind it on axis 2 and gives that as an output")
         if not pairs:
             return ir.passes.PassResult(model, False)
         if tokens is None or len(shape_of(tokens) or ()) < 2:
