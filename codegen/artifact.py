@@ -32,6 +32,7 @@ _COMPUTE = {
     "gather_nvfp4": "NVFP4 table, float32 rows",
     "dynamic_nvfp4": "rounds to NVFP4 and back in float32",
     "dynamic_int8": "rounds to int8 and back in float32",
+    "store_int8": "rounds to int8 codes with a scale",
 }
 # The same of products whose left operand was rounded by an operator: the rounding is real, the product is not
 # done in the format.

@@ -129,7 +129,9 @@ def _cut(graph: ir.Graph, value: ir.Value, readers: list[tuple[ir.Node, int]], l
     def integers(name: str, item: object) -> ir.Value:
         content = np.empty(1, object)
         content[0] = item
-        made = ir.Value(f"{value.name}/{name}", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+        made = ir.Value(
+            name=f"{value.name}/{name}", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64)
+        )
         made.meta["qgraph.content"] = content
         return made
 

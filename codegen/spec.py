@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 ELEMENTWISE_BLOCK = 4096  # elements of one block of an elementwise kernel over a single dim
+ATTENTION_TILE = 64  # keys that `attention` decodes to its scratch at a time, at most
+
+
+def attention_scratch(head_dim: int, value_dim: int) -> int:
+    """Bytes of a worker's scratch memory, for `attention` over keys and values as int8 codes."""
+    return ATTENTION_TILE * (head_dim + value_dim) * 4
 
 
 def _freeze(value: Any) -> Any:

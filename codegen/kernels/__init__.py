@@ -24,6 +24,7 @@ BUILDERS: dict[str, Builder] = {}
 
 _MODULES = (
     "attention",
+    "attention_decode",
     "block_sums",
     "dynamic_quantize",
     "elementwise",

@@ -10,6 +10,8 @@ Two arrangements of the same sums:
   the end.
 * one query at a time, for the last few of a chunk (in decoding, the only one): head dims and keys in lanes.
 
+Keys and values may be int8 codes with a scale each: a tile of them is decoded to scratch memory first.
+
 Scores that the mask or causality forbids are -inf whatever their value. As in ONNX's reference, a query with
 no key to attend (or none with a score above -inf) gives zeros.
 """
@@ -29,7 +31,7 @@ from qgraph.codegen.kernels.gemm import TILES, accumulate
 from qgraph.codegen.kernels.signature import drop_parameters
 from qgraph.codegen.kernels.vector import f32, first, lanes_at, load_first, reduce_lanes, splat, store_first
 from qgraph.codegen.kernels.vmath import const_like, let, named, vexp_nonpositive, vtanh
-from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.spec import ATTENTION_TILE, KernelSpec
 from qgraph.errors import QGraphError
 
 _STACK_FLOATS = 15 * 1024  # of the 16 Ki that a kernel may put on the stack
@@ -46,7 +48,11 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     Arguments: y, q, k, v, [mask], H query heads, G of them per key head, Sq, Sk, P, strides qs_b, qs_h, qs_s,
     ks_b, ks_h, ks_s, vs_b, vs_h, vs_s, [ms_b, ms_h, ms_q, ms_k], ys_b, ys_h, ys_s; begin, end. The stride
     within a head is 1. Blocks: batch * H * ceil(Sq/q_block), the last fastest.
+    With the parameter cache = "i8", k and v are codes; k_scale, v_scale and a scratch of `attention_scratch`
+    bytes follow them, strides ss_b, ss_h of both scales follow vs_s. The stride between tokens' scales is 1.
     """
+    coded = dict(spec.params).get("cache", "f32") == "i8"
+    stored = "int8" if coded else "float32"
     D, Dv, mask_kind, causal = spec["head_dim"], spec["value_dim"], spec["mask"], spec["causal"]
     scale, softcap, q_block = spec["scale"], spec["softcap"], spec["q_block"]
     if not (0 < D <= _MAX_HEAD and 0 < Dv <= _MAX_HEAD and q_block > 0 and mask_kind in _MASK_DTYPE):
@@ -55,6 +61,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     L = isa.lanes
     R, V = TILES[L]
     KT = 8 * R  # keys of a tile
+    assert KT <= ATTENTION_TILE
     Dv_rows = -(-Dv // R) * R
     biased = mask_kind != "none"
     adjusted = bool(softcap or biased or causal)
@@ -99,6 +106,19 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
         """1 / sum of weights; of no weights, 1: the outputs are zeros already."""
         one = const_like(total, 1.0)
         return one / T.Select(total == const_like(total, 0.0), one, total)
+
+    @T.inline
+    def decode_tile(F, A, a0, stride, scales, s0, keys, width):
+        """F[j, :] = code * scale of `keys` rows of A from a0."""
+        for j in T.serial(keys):
+            for c in T.serial(T.int64(width // L)):
+                F[lanes_at(j * width + c * L, L)] = T.Cast(
+                    f"float32x{L}", A[lanes_at(a0 + j * stride + c * L, L)]
+                ) * splat(scales[s0 + j], L)
+            for d in T.serial(T.int64(width % L)):
+                F[j * width + width // L * L + d] = (
+                    T.Cast("float32", A[a0 + j * stride + width // L * L + d]) * scales[s0 + j]
+                )
 
     # ---- queries in lanes ----
 
@@ -180,7 +200,9 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
                     )
 
     @T.inline
-    def many_queries(Y, Q, K, Vb, B, Qt, Ot, S, Bt, y0, q0, k0, v0, b0, sy, sq, sk, sv, bq, bk, n, Sk, last):
+    def many_queries(
+        Y, Q, K, Vb, C, B, Qt, Ot, S, Bt, y0, q0, k0, v0, s0, b0, sy, sq, sk, sv, bq, bk, n, Sk, last
+    ):
         """Queries 0 .. n-1, n <= W, from the offsets given; query i attends keys j < Sk, j <= last + i."""
         m = T.alloc_buffer((V, L), "float32", scope="local")
         norm = T.alloc_buffer((V, L), "float32", scope="local")
@@ -207,9 +229,17 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
             keys: T.let = T.min(T.int64(KT), reach - j0)
             if biased:
                 bias_tile(Bt, B, b0 + j0 * bk, bq, bk, keys, n)
-            score_tile(S, Qt, Bt, K, k0 + j0 * sk, sk, keys, last - j0)
+            if coded:
+                decode_tile(C[2], K, k0 + j0 * sk, sk, C[0], s0 + j0, keys, D)
+                decode_tile(C[3], Vb, v0 + j0 * sv, sv, C[1], s0 + j0, keys, Dv)
+                score_tile(S, Qt, Bt, C[2], T.int64(0), T.int64(D), keys, last - j0)
+            else:
+                score_tile(S, Qt, Bt, K, k0 + j0 * sk, sk, keys, last - j0)
             weight_tile(S, m, norm, corr, keys)
-            add_values(Ot, S, corr, Vb, v0 + j0 * sv, sv, keys)
+            if coded:
+                add_values(Ot, S, corr, C[3], T.int64(0), T.int64(Dv), keys)
+            else:
+                add_values(Ot, S, corr, Vb, v0 + j0 * sv, sv, keys)
         for v in T.unroll(V):
             corr[v, lanes_at(0, L)] = inverse(norm[v, lanes_at(0, L)])
         for d in T.serial(T.int64(Dv)):
@@ -273,7 +303,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
         norm[0] = norm[0] * corr[0] + reduce_lanes(add, total[lanes_at(0, L)])
 
     @T.inline
-    def one_query(Y, Q, K, Vb, B, Qr, Or, Sr, Br, y0, q0, k0, v0, b0, sk, sv, bk, Sk, last):
+    def one_query(Y, Q, K, Vb, C, B, Qr, Or, Sr, Br, y0, q0, k0, v0, s0, b0, sk, sv, bk, Sk, last):
         """A query that attends keys j < Sk, j <= last."""
         m = T.alloc_buffer((1,), "float32", scope="local")
         norm = T.alloc_buffer((1,), "float32", scope="local")
@@ -288,7 +318,12 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
         for t in T.serial(T.truncdiv(reach + (KT - 1), T.int64(KT))):
             j0: T.let = t * KT
             keys: T.let = T.min(T.int64(KT), reach - j0)
-            score_row(Sr, Qr, K, k0 + j0 * sk, sk, keys)
+            if coded:
+                decode_tile(C[2], K, k0 + j0 * sk, sk, C[0], s0 + j0, keys, D)
+                decode_tile(C[3], Vb, v0 + j0 * sv, sv, C[1], s0 + j0, keys, Dv)
+                score_row(Sr, Qr, C[2], T.int64(0), T.int64(D), keys)
+            else:
+                score_row(Sr, Qr, K, k0 + j0 * sk, sk, keys)
             if biased:
                 for j in T.serial(keys):
                     Br[j] = bias_at(B, b0 + (j0 + j) * bk)
@@ -298,7 +333,9 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
                 accumulate(
                     acc,
                     element_of_row(Sr),
-                    value_row(Vb, v0 + j0 * sv, sv, chunk),
+                    value_row(C[3], T.int64(0), T.int64(Dv), chunk)
+                    if coded
+                    else value_row(Vb, v0 + j0 * sv, sv, chunk),
                     keys,
                     1,
                     chunk_vectors,
@@ -316,8 +353,11 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     def func(
         y: T.handle("float32"),
         q: T.handle("float32"),
-        k: T.handle("float32"),
-        v: T.handle("float32"),
+        k: T.handle(stored),
+        v: T.handle(stored),
+        k_scale: T.handle("float32"),
+        v_scale: T.handle("float32"),
+        scratch: T.handle("float32"),
         mask: T.handle(_MASK_DTYPE[mask_kind]),
         H: T.int64,
         G: T.int64,
@@ -333,6 +373,8 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
         vs_b: T.int64,
         vs_h: T.int64,
         vs_s: T.int64,
+        ss_b: T.int64,
+        ss_h: T.int64,
         ms_b: T.int64,
         ms_h: T.int64,
         ms_q: T.int64,
@@ -347,8 +389,17 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
         # Only addresses matter: the shapes of strided operands are not known.
         Y = T.decl_buffer((1,), "float32", data=y)
         Q = T.decl_buffer((1,), "float32", data=q)
-        K = T.decl_buffer((1,), "float32", data=k)
-        Vb = T.decl_buffer((1,), "float32", data=v)
+        K = T.decl_buffer((1,), stored, data=k)
+        Vb = T.decl_buffer((1,), stored, data=v)
+        KS = T.decl_buffer((1,), "float32", data=k_scale) if coded else T.meta_var(None)
+        VS = T.decl_buffer((1,), "float32", data=v_scale) if coded else T.meta_var(None)
+        Kf = T.decl_buffer((KT * D,), "float32", data=scratch) if coded else T.meta_var(None)
+        Vf = (
+            T.decl_buffer((KT * Dv,), "float32", data=scratch, elem_offset=KT * D)
+            if coded
+            else T.meta_var(None)
+        )
+        C = T.meta_var((KS, VS, Kf, Vf))
         B = T.decl_buffer((1,), _MASK_DTYPE[mask_kind], data=mask) if biased else T.meta_var(None)
         Qt = T.alloc_buffer((D, W), "float32")
         Ot = T.alloc_buffer((Dv_rows, W), "float32")
@@ -367,6 +418,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
             to_q: T.let = T.min(from_q + q_block, Sq)
             k0: T.let = i_b * ks_b + T.truncdiv(i_h, G) * ks_h
             v0: T.let = i_b * vs_b + T.truncdiv(i_h, G) * vs_h
+            s0: T.let = i_b * ss_b + T.truncdiv(i_h, G) * ss_h if coded else T.int64(0)
             for g in T.serial(T.truncdiv(to_q - from_q + (W - 1), T.int64(W))):
                 i0: T.let = from_q + g * W
                 n: T.let = T.min(T.int64(W), to_q - i0)
@@ -378,13 +430,17 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
                 if n <= few or q_block <= few:
                     for i in T.serial(n):
                         one_query(
-                            Y, Q, K, Vb, B, Qr, Or, Sr, Br,
-                            y0 + i * ys_s, q0 + i * qs_s, k0, v0, b0 + i * mq, ks_s, vs_s, mk, Sk, i0 + i + P,
+                            Y, Q, K, Vb, C, B, Qr, Or, Sr, Br,
+                            y0 + i * ys_s, q0 + i * qs_s, k0, v0, s0, b0 + i * mq,
+                            ks_s, vs_s, mk, Sk, i0 + i + P,
                         )  # fmt: skip
                 else:
                     many_queries(
-                        Y, Q, K, Vb, B, Qt, Ot, S, Bt,
-                        y0, q0, k0, v0, b0, ys_s, qs_s, ks_s, vs_s, mq, mk, n, Sk, i0 + P,
+                        Y, Q, K, Vb, C, B, Qt, Ot, S, Bt,
+                        y0, q0, k0, v0, s0, b0, ys_s, qs_s, ks_s, vs_s, mq, mk, n, Sk, i0 + P,
                     )  # fmt: skip
 
-    return func if biased else drop_parameters(func, ("mask", "ms_b", "ms_h", "ms_q", "ms_k"))
+    unused = () if biased else ("mask", "ms_b", "ms_h", "ms_q", "ms_k")
+    return drop_parameters(
+        func, unused + (() if coded else ("k_scale", "v_scale", "scratch", "ss_b", "ss_h"))
+    )

@@ -18,7 +18,7 @@ from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.function import function
 from qgraph.codegen.kernels.loops import accumulate, each_vector, index, load, store
 from qgraph.codegen.kernels.vector import load_first, reduce_lanes, store_first
-from qgraph.codegen.kernels.vmath import Expr, bits_as, clamp, const_like, named, splat
+from qgraph.codegen.kernels.vmath import Expr, bits_as, clamp, const_like, convert, named, splat
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats import e2m1, e4m3
 from qgraph.formats.activations import BLOCK, INT8_MAX, SMALLEST_NORMAL
@@ -118,19 +118,9 @@ def dynamic_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     lanes = isa.lanes
     with function(symbol, [("y", "float32"), ("x", "float32")], ["n"]) as f:
         x, y, n = f.buffers["x"], f.buffers["y"], f.scalars["n"]
-        # Named, or TVM's simplifier would multiply by 1 / 127 in place of the division.
-        top = named(splat(INT8_MAX, "float32", 1))
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
             base = B.bind(row * n)
-            largest = accumulate(
-                n,
-                splat(0, "int32", lanes),
-                T.max,
-                lambda start, count: _magnitude_bits(named(load(x, base + start, lanes, count))),
-            )
-            ratio = named(named(bits_as(largest, "float32")) / top)
-            # A maximum that keeps NaN: TIR's gives its second operand when unordered.
-            s = named(T.max(splat(SMALLEST_NORMAL, "float32", 1), ratio))
+            s = _int8_scale(x, base, n, lanes)
 
             def finish(start: Expr, count: Expr | None) -> None:
                 wide = T.broadcast(s, lanes)
@@ -139,6 +129,53 @@ def dynamic_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
 
             each_vector(n, lanes, finish)
     return f.result
+
+
+@kernel("store_int8")
+def store_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
+    """Rows as int8 codes and a scale each: codes[i] scale is what `dynamic_int8` makes of x[i], but for the
+    sign of zeros. A row that is NaN there has scale NaN, or infinity and codes 0.
+
+    Arguments: codes i8, scale f32, x f32, n, H, S: rows are [batch, H, S], strides of x xs_b, xs_h, xs_s, of
+    codes cs_b, cs_h, of scale ss_b, ss_h. The rows of a head lie one behind the other in codes and in scale.
+    Block: 1 row.
+    """
+    lanes = isa.lanes
+    pointers = [("codes", "int8"), ("scale", "float32"), ("x", "float32")]
+    strides = ["xs_b", "xs_h", "xs_s", "cs_b", "cs_h", "ss_b", "ss_h"]
+    with function(symbol, pointers, ["n", "H", "S", *strides]) as f:
+        x, codes, n, v = f.buffers["x"], f.buffers["codes"], f.scalars["n"], f.scalars
+        with B.serial(v["begin"], v["end"]) as row:
+            i_s, head = B.bind(T.truncmod(row, v["S"])), B.bind(T.truncdiv(row, v["S"]))
+            i_h, i_b = B.bind(T.truncmod(head, v["H"])), B.bind(T.truncdiv(head, v["H"]))
+            base = B.bind(i_b * v["xs_b"] + i_h * v["xs_h"] + i_s * v["xs_s"])
+            to = B.bind(i_b * v["cs_b"] + i_h * v["cs_h"] + i_s * n)
+            s = _int8_scale(x, base, n, lanes)
+            B.buffer_store(f.buffers["scale"], s, [i_b * v["ss_b"] + i_h * v["ss_h"] + i_s])
+
+            def finish(start: Expr, count: Expr | None) -> None:
+                q = named(_round_even(load(x, base + start, lanes, count) / T.broadcast(s, lanes)))
+                bits = named(_magnitude_bits(q))
+                number = named(T.Select(bits > const_like(bits, _EXPONENT), const_like(q, 0.0), q))
+                store(codes, convert(number, "int8"), to + start, count)
+
+            each_vector(n, lanes, finish)
+    return f.result
+
+
+def _int8_scale(x: Any, base: Expr, n: Expr, lanes: int) -> Expr:
+    """max(max|row| / 127, 2^-126) of the row of n elements at `base`; NaN where an element is."""
+    # Named, or TVM's simplifier would multiply by 1 / 127 in place of the division.
+    top = named(splat(INT8_MAX, "float32", 1))
+    largest = accumulate(
+        n,
+        splat(0, "int32", lanes),
+        T.max,
+        lambda start, count: _magnitude_bits(named(load(x, base + start, lanes, count))),
+    )
+    ratio = named(named(bits_as(largest, "float32")) / top)
+    # A maximum that keeps NaN: TIR's gives its second operand when unordered.
+    return named(T.max(splat(SMALLEST_NORMAL, "float32", 1), ratio))
 
 
 def _round_even(x: Expr) -> Expr:

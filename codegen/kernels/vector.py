@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as B
 
 from qgraph.codegen.kernels.vmath import lanes_of, let, named
 
@@ -47,6 +48,11 @@ def load_first(buffer: Any, start: Any, count: Any, lanes: int) -> Any:
 def store_first(buffer: Any, value: Any, start: Any, count: Any, lanes: int) -> Any:
     """Statement: store the first `count` lanes of `value` to a flat buffer from `start`."""
     return T.evaluate(T.masked_store(buffer, value, T.ramp(start, 1, lanes), first(count, lanes)))
+
+
+def prefetch(buffer: Any, at: Any) -> None:
+    """Emits a hint that an element is wanted soon. It may lie beyond the buffer: nothing is read."""
+    B.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(buffer[at]), 0, 3, 1))
 
 
 def reduce_lanes(op: Callable[[Any, Any], Any], value: Any) -> Any:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import onnx_ir as ir
 import sympy
 
 from qgraph.codegen.dims import Dim, ceildiv, equal, is_one, product, static
-from qgraph.codegen.lowering.context import Arg, Lowering, lowers, unsupported
+from qgraph.codegen.lowering.context import Lowering, Step, lowers, unsupported
 from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import View
-from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.spec import KernelSpec, attention_scratch
 
 _Q_BLOCK = 32
 _MAX_HEAD_DIM = 256
+_CHUNK = 256  # keys that one block of a decode step reads
 
 
 def _heads(low: Lowering, node: ir.Node, value: ir.Value, heads: int) -> View:
@@ -41,11 +43,11 @@ def _heads_of_copy(low: Lowering, view: View, heads: int, value: ir.Value) -> Vi
     return split.transpose((0, 2, 1, 3))
 
 
-def _append(low: Lowering, state: State, new: View, name: str) -> View:
+def _append(low: Lowering, node: ir.Node, state: State, new: ir.Value, heads: int) -> View:
     """All that `state` holds, the new tokens written behind the others if they are not yet there."""
-    if new.buffer is not state.buffer:
-        low.copy(new, name, state.window)
-    return state.held
+    if state.scale is None:
+        state.store(low, _heads(low, node, new, heads), f"{new.name}/append")
+    return state.held(state.buffer)
 
 
 def _mask(low: Lowering, node: ir.Node, value: ir.Value, scores: tuple[Dim, ...]) -> View:
@@ -58,6 +60,51 @@ def _mask(low: Lowering, node: ir.Node, value: ir.Value, scores: tuple[Dim, ...]
     if not equal(view.shape[-1], scores[-1]):
         raise unsupported(node, f"a mask for {view.shape[-1]} of {scores[-1]} keys is not supported yet")
     return view.expand(scores)
+
+
+def _decode(
+    low: Lowering,
+    name: str,
+    alike: dict[str, Any],
+    y: View,
+    q: View,
+    held: tuple[View, View],
+    scales: list[View],
+    mask: list[View],
+    mask_strides: list[Dim],
+    single: Dim,
+) -> Step:
+    """The steps of a run with one query, which do nothing where `single` is 0."""
+    k, v = held
+    (batch, hkv, total, _), dv = k.shape, alike["value_dim"]
+    group = int(q.shape[1] / hkv)
+    chunks = ceildiv(total, _CHUNK)
+    part = low.temp("f32", (batch, hkv, chunks, sympy.Integer(group), sympy.Integer(dv + 2)))
+    spec = KernelSpec.make(
+        "attention_decode", **alike, group=group, chunk=_CHUNK, cache="i8" if scales else "f32"
+    )
+    args = [
+        y,
+        part,
+        q,
+        k,
+        v,
+        *scales,
+        *mask,
+        total,
+        chunks,
+        hkv,
+        *q.strides[:2],
+        *k.strides[:2],
+        *v.strides[:2],
+    ]
+    args += [*(scales[0].strides[:2] if scales else ())]
+    args += [stride for i, stride in enumerate(mask_strides) if i != 2] + [*y.strides[:2]]
+    step = low.emit(name, spec, args, product((batch, hkv)) * chunks * single)
+    spec = KernelSpec.make("attention_merge", value_dim=dv, group=group)
+    blocks = product(q.shape[:2]) * sympy.Min(1, chunks - 1) * single
+    low.emit(f"{name}/merge", spec, [y, part, chunks, hkv, *y.strides[:2]], blocks)
+    return step
 
 
 # `qk_matmul_output_mode` shapes an output that is refused below; the softmax is always computed in float32.
@@ -81,15 +128,18 @@ def attention(low: Lowering, node: ir.Node) -> None:
         raise unsupported(node, f"data type {low.dtype(q_value)}; supported is f32")
     flat = len(low.shape(q_value)) == 3
     q = _heads(low, node, q_value, attrs.get_int("q_num_heads", 0))
-    k = _heads(low, node, k_value, attrs.get_int("kv_num_heads", 0))
-    v = _heads(low, node, v_value, attrs.get_int("kv_num_heads", 0))
-    past: Dim = sympy.Integer(0)
+    grouped = attrs.get_int("kv_num_heads", 0)
     if states:
-        past = states[0].past
+        past, scales = states[0].past, [state.held(state.scale) for state in states if state.scale]
         k, v = (
-            _append(low, state, new, f"{value.name}/append")
-            for state, new, value in zip(states, (k, v), (k_value, v_value), strict=True)
+            _append(low, node, state, value, grouped)
+            for state, value in zip(states, (k_value, v_value), strict=True)
         )
+        if len(scales) == 1:
+            raise unsupported(node, "of keys and values one is rounded to int8, the other is not")
+    else:
+        past, scales = sympy.Integer(0), []
+        k, v = (_heads(low, node, value, grouped) for value in (k_value, v_value))
     batch, heads, sq, head_dim = q.shape
     kv_heads, sk, value_dim = k.shape[1], k.shape[2], v.shape[3]
     d, dv, h, hkv = static(head_dim), static(value_dim), static(heads), static(kv_heads)
@@ -101,7 +151,7 @@ def attention(low: Lowering, node: ir.Node) -> None:
         raise unsupported(node, f"head size {max(d, dv)}; kernels go up to {_MAX_HEAD_DIM}")
     scale = attrs.get_float("scale", 0.0) or 1.0 / math.sqrt(d)
 
-    mask: list[Arg | View | Dim] = []
+    mask: list[View] = []
     mask_strides: list[Dim] = []
     kind = "none"
     if mask_value is not None:
@@ -122,19 +172,36 @@ def attention(low: Lowering, node: ir.Node) -> None:
         by_head = split.transpose((0, 2, 1, 3))
     else:
         by_head = View.of(low.outputs[result])
-    spec = KernelSpec.make(
-        "attention",
-        head_dim=d,
-        value_dim=dv,
-        mask=kind,
-        causal=bool(attrs.get_int("is_causal", 0)),
-        scale=float(scale),
-        softcap=float(attrs.get_float("softcap", 0.0)),
-        q_block=_Q_BLOCK,
-    )
-    args = [by_head, q, k, v, *mask, h, h // hkv, sq, sk, past]
-    args += [*q.strides[:3], *k.strides[:3], *v.strides[:3], *mask_strides, *by_head.strides[:3]]
-    step = low.emit(node.name or "Attention", spec, args, product((batch, heads)) * ceildiv(sq, _Q_BLOCK))
+    alike = {
+        "head_dim": d,
+        "value_dim": dv,
+        "mask": kind,
+        "scale": float(scale),
+        "softcap": float(attrs.get_float("softcap", 0.0)),
+    }
+    name = node.name or "Attention"
+    # 1 in a run with one query, which has a kernel of its own, else 0. A step of no blocks is skipped.
+    single = sympy.Max(0, 2 - sq) if states else sympy.Integer(0)
+    if single != 0:
+        step = _decode(low, name, alike, by_head, q, (k, v), scales, mask, mask_strides, single)
+    if single != 1:
+        spec = KernelSpec.make(
+            "attention",
+            **alike,
+            causal=bool(attrs.get_int("is_causal", 0)),
+            q_block=_Q_BLOCK,
+            **({"cache": "i8"} if scales else {}),
+        )
+        coded = [*scales, ("scratch", attention_scratch(d, dv))] if scales else []
+        args = [by_head, q, k, v, *coded, *mask, h, h // hkv, sq, sk, past, *q.strides[:3], *k.strides[:3]]
+        args += [
+            *v.strides[:3],
+            *(scales[0].strides[:2] if scales else ()),
+            *mask_strides,
+            *by_head.strides[:3],
+        ]
+        blocks = product((batch, heads)) * ceildiv(sq, _Q_BLOCK)
+        step = low.emit(name, spec, args, blocks * sympy.Min(1, sq - 1) if single != 0 else blocks)
     low.layers.append((node, step))
     if flat:
         merged = by_head.transpose((0, 2, 1, 3)).reshape((batch, sq, sympy.expand(heads * value_dim)))

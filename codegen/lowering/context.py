@@ -146,7 +146,7 @@ class Lowering:
         positions: how many positions the logits have, where a run may ask for fewer (last_positions.py).
         cache: that of the graph, if it has one.
         states: the memory of the session that stands for an input of the graph, and the output it becomes.
-        places: where to compute a value that only its place is read from (`allocate` with `strided`).
+        places: the states that new keys and values are computed in (`allocate` with `strided`).
     """
 
     graph: ir.Graph
@@ -161,7 +161,7 @@ class Lowering:
     positions: Dim | None = None
     cache: Cache | None = None
     states: dict[ir.Value, State] = field(default_factory=dict)
-    places: dict[ir.Value, View] = field(default_factory=dict)
+    places: dict[ir.Value, State] = field(default_factory=dict)
     _dense: dict[ir.Value, View] = field(default_factory=dict)
     _block_sums: dict[tuple[ir.Value, int], View] = field(default_factory=dict)
 
@@ -262,7 +262,7 @@ class Lowering:
         With `strided`, for who writes any strides, its place if it has one.
         """
         if strided and value in self.places:
-            return self.places[value]
+            return self.places[value].window(self.places[value].buffer)
         if value in self.outputs:
             return View.of(self.outputs[value])
         return self.temp(self.dtype(value), self.shape(value))

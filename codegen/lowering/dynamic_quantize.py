@@ -19,6 +19,12 @@ def dynamic_qdq(low: Lowering, node: ir.Node) -> None:
     x = node.inputs[0]
     if x is None or low.dtype(x) != "f32" or not low.shape(x):
         raise unsupported(node, "supported are rows of f32")
+    state = low.places.get(node.outputs[0])
+    if state is not None:
+        stored = state.store(low, low.view(x), node.name or node.op_type)
+        assert stored is not None, "what is rounded has a scale"
+        low.layers.append((node, stored))
+        return
     scales: list[View] = []
     if node.op_type == "DynamicQDQNVFP4":
         value = node.inputs[1]
