@@ -36,6 +36,7 @@ from qgraph.passes.remove_unused import RemoveUnused
 from qgraph.passes.simplify_mask import SimplifyMask
 from qgraph.passes.simplify_reshape import SimplifyReshape
 from qgraph.passes.tie_initializers import TieInitializers
+from qgraph.passes.unflatten_linear import UnflattenLinear
 from qgraph.passes.unify_cache import UnifyCache
 
 Pass = ir.passes.InPlacePass
@@ -83,6 +84,7 @@ def prepare(options: PrepareOptions) -> list[Pass]:
         InferShapes(),
         OrientWeights(),
         InferShapes(),
+        UnflattenLinear(),
         FuseAttention(),
         InferShapes(),
         SimplifyMask(),

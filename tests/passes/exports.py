@@ -175,24 +175,26 @@ def decoder(name: str) -> Any:
         "eos_token_id": 0,
     }
     if name == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
-    if name == "qwen3":
-        config = transformers.Qwen3Config(**sizes, head_dim=16)
-        module = transformers.Qwen3ForCausalLM(config)
-        for parameter in (p for n, p in module.named_parameters() if "norm" in n):
-            torch.nn.init.normal_(parameter, 1, 0.2)  # norms of ones would be one initializer
-        return module
-    config = transformers.GPT2Config(
-        vocab_size=50,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return transformers.GPT2LMHeadModel(config)
+        module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
+    elif name == "qwen3":
+        module = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, head_dim=16))
+    else:
+        module = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=50,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                initializer_range=0.3,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+    for key, parameter in module.named_parameters():
+        if parameter.ndim == 1:  # norms of ones would be one initializer, biases of zeros none
+            torch.nn.init.normal_(parameter, 0 if key.endswith("bias") else 1, 0.2)
+    return module
 
 
 # name of the export -> model, with cache, with mask and positions as inputs
