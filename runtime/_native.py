@@ -178,7 +178,7 @@ class View:
     def set(self, pointer: int, shape: tuple[int, ...]) -> None:
         """Make it that of a dense tensor at an address. The library refuses a rank above MAX_RANK."""
         self.tensor.data, self.tensor.ndim = pointer, len(shape)
-        self.shape[: min(len(shape), MAX_RANK)] = shape[:MAX_RANK]
+        self.shape[: min(len(shape), MAX_RANK)] = list(shape[:MAX_RANK])
 
 
 def copy_state(target: c_void_p, source: c_void_p, rows: Sequence[int] | None) -> None:

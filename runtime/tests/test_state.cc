@@ -179,13 +179,13 @@ void test_rows(const qgraph::Model& model) {
   // Rows follow the batch, too, when it is that of a refused run before, or of the last run before a copy.
   three.session.reset();
   three.batch = 2;
-  three.choose(2);
-  CHECK(fails([&] { three.feed(1); }, QG_INVALID_ARGUMENT, "logits must be at most sequence"));
-  three.choose(1);
+  three.bind(1);
+  three.session.bind_input(1, three.mask.data(), {2, 2});
+  CHECK(fails([&] { three.session.run(); }, QG_INVALID_ARGUMENT, "expected total_sequence = 1"));
   for (int i = 0; i < 3; ++i) three.feed(1);
   CHECK(three.holds(1, 1));
   Decoder one(model, 1, 8);
-  one.feed(2);
+  for (int i = 0; i < 2; ++i) one.feed(1);
   one.session.copy_state(three.session);
   one.session.reset();
   for (int i = 0; i < 3; ++i) one.feed(1);

@@ -183,7 +183,7 @@ PLANS: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("outputs", 0, "value"), 0, "is a value of another kind"),
     (("values", 2, "tensor"), "w/none", "a tensor that the file does not have"),
     (("values", 2, "tensor"), "qgraph.plan", "is not a weight"),
-    (("values", 0, "kind"), "state", "unknown kind 'state'"),
+    (("values", 0, "kind"), "stat", "unknown kind 'stat'"),
     (("values", 0, "dtype"), "f8", "unknown dtype 'f8'"),
     (("values", 4, "shape"), [1] * 9, "rank above 8"),
     (("values", 4, "shape"), [-1], "is negative"),
