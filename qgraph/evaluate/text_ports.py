@@ -37,21 +37,21 @@ class TextPorts:
     cache: Mapping[str, str]  # past input -> present output
     pasts: tuple[InputSpec, ...]
 
-    def feeds(
-        self, ids: npt.NDArray[np.int64], held: int, mask: npt.NDArray[np.int64] | None = None
-    ) -> dict[str, npt.NDArray]:
-        """The token inputs for `ids` [batch, sequence] behind `held` tokens.
-
-        mask: int64 [batch, held + sequence], 0 for padding; None is none.
-        """
+    def feeds(self, ids: npt.NDArray[np.int64], held: int) -> dict[str, npt.NDArray]:
+        """The token inputs for `ids` [batch, sequence] behind `held` tokens, none of them padding."""
         import numpy as np
 
         batch, sequence = ids.shape
-        if mask is None:
-            mask = np.ones((batch, held + sequence), np.int64)
-        positions = np.broadcast_to(np.arange(held, held + sequence), ids.shape)
-        known = {IDS: ids, MASK: mask, POSITIONS: positions}
-        return {spec.name: np.ascontiguousarray(known[spec.name], spec.dtype) for spec in self.tokens}
+        found = {}
+        for spec in self.tokens:
+            if spec.name == MASK:
+                values = np.ones((batch, held + sequence), spec.dtype)
+            elif spec.name == POSITIONS:
+                values = np.broadcast_to(np.arange(held, held + sequence), ids.shape)
+            else:
+                values = ids
+            found[spec.name] = np.ascontiguousarray(values, spec.dtype)
+        return found
 
 
 def empty_cache(pasts: Iterable[InputSpec], feeds: Mapping[str, npt.NDArray]) -> dict[str, npt.NDArray]:

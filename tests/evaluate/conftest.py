@@ -10,17 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_decoder import save_decoder
-
-import qgraph
+from tiny_decoder import build_decoders
 
 
 @pytest.fixture(scope="session")
 def decoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `cache0` and `cache1`, the same decoder without a cache and with one: the float model
-    (.onnx) and its artifact (.qg)."""
-    folder = tmp_path_factory.mktemp("decoders")
-    for cache in (False, True):
-        path = save_decoder(folder / f"cache{int(cache)}.onnx", cache=cache)
-        qgraph.build(path, verify=False)
-    return folder
+    """The folder of `build_decoders`."""
+    return build_decoders(tmp_path_factory.mktemp("decoders"))

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-VOCABULARY, HEADS, KV_HEADS, WIDTH, INNER, POSITIONS = 61, 4, 2, 32, 96, 64
+VOCABULARY, HEADS, KV_HEADS, WIDTH, INNER, POSITIONS = 61, 4, 2, 32, 96, 128
 HIDDEN = HEADS * WIDTH
 
 
@@ -137,3 +137,13 @@ def save_decoder(path: Path, *, cache: bool, **options: object) -> Path:
     """Write the tiny decoder to `path`."""
     onnx.save(tiny_decoder(cache=cache, **options), path)  # type: ignore[arg-type]
     return path
+
+
+def build_decoders(folder: Path) -> Path:
+    """`cache0` and `cache1`, the same decoder without a cache and with one: the float model (.onnx) and its
+    artifact (.qg)."""
+    import qgraph
+
+    for cache in (False, True):
+        qgraph.build(save_decoder(folder / f"cache{int(cache)}.onnx", cache=cache), verify=False)
+    return folder

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_decoder import VOCABULARY, save_decoder
+from tiny_decoder import VOCABULARY
 from tokenizers_for_tests import saved
 
 import qgraph
@@ -22,14 +22,6 @@ from qgraph.generation import Generator, Sampling, Token, open_generator
 from qgraph.generation.text import Text
 
 PROMPT = [3, 1, 4, 1, 5]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("generator")
-    for cache in (False, True):
-        save_decoder(path / f"cache{int(cache)}.onnx", cache=cache)
-    return path
 
 
 def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
@@ -46,19 +38,23 @@ def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("cache", [0, 1])
-def test_greedy_is_the_loop_over_whole_texts(cache: int, folder: Path) -> None:
-    with open_generator(folder / f"cache{cache}.onnx", threads=1) as generator:
-        tokens = list(generator.stream(PROMPT, max_tokens=20))
-        assert [token.id for token in tokens] == greedy(folder / "cache0.onnx", PROMPT, 20)
-        assert [token.reason for token in tokens] == [""] * 19 + ["length"]
+FILES = ("cache0.onnx", "cache1.onnx", "cache0.qg", "cache1.qg")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_greedy_is_the_loop_over_whole_texts(file: str, folder: Path) -> None:
+    with open_generator(folder / file, threads=1) as generator:
+        tokens = list(generator.stream(PROMPT, max_tokens=64))
+        assert [token.id for token in tokens] == greedy(folder / "cache0.onnx", PROMPT, 64)
+        assert [token.reason for token in tokens] == [""] * 63 + ["length"]
         assert all(token.text == "" for token in tokens)
         assert [token.id for token in generator.stream(PROMPT, max_tokens=3)] == [t.id for t in tokens[:3]]
 
 
-def test_samples_are_what_they_are_alone(folder: Path) -> None:
+@pytest.mark.parametrize("file", ["cache1.onnx", "cache1.qg"])
+def test_samples_are_what_they_are_alone(file: str, folder: Path) -> None:
     how = Sampling(temperature=1.0, seed=5)
-    with open_generator(folder / "cache1.onnx", threads=1) as generator:
+    with open_generator(folder / file, threads=1) as generator:
         heard: list[tuple[int, Token]] = []
         three = generator.generate(
             PROMPT, samples=3, max_tokens=12, sampling=how, on_token=lambda i, token: heard.append((i, token))
@@ -80,12 +76,13 @@ def test_samples_are_what_they_are_alone(folder: Path) -> None:
             assert three[index].ids == tuple(text[len(PROMPT) :])
 
 
-def test_samples_that_end_at_different_times(folder: Path) -> None:
+@pytest.mark.parametrize("file", ["cache1.onnx", "cache1.qg"])
+def test_samples_that_end_at_different_times(file: str, folder: Path) -> None:
     how = Sampling(temperature=1.0, seed=1)
-    with open_generator(folder / "cache1.onnx", threads=1) as generator:
+    with open_generator(folder / file, threads=1) as generator:
         endless = generator.generate(PROMPT, samples=4, max_tokens=12, sampling=how)
         ends = {endless[0].ids[7], endless[2].ids[2]}
-    with open_generator(folder / "cache1.onnx", threads=1, ends=ends) as generator:
+    with open_generator(folder / file, threads=1, ends=ends) as generator:
         found = generator.generate(PROMPT, samples=4, max_tokens=12, sampling=how)
     for with_ends, without in zip(found, endless, strict=True):
         cut = next((i + 1 for i, token in enumerate(without.ids) if token in ends), 12)
@@ -195,8 +192,8 @@ def test_a_tokenizer_of_another_model(tmp_path: Path, folder: Path) -> None:
 
 
 def test_a_capacity_ends_a_text(folder: Path) -> None:
-    for cache in (0, 1):
-        with open_generator(folder / f"cache{cache}.onnx", threads=1, capacity=8) as generator:
+    for file in FILES:
+        with open_generator(folder / file, threads=1, capacity=8) as generator:
             tokens = list(generator.stream(PROMPT))
             assert [token.id for token in tokens] == greedy(folder / "cache0.onnx", PROMPT, 4)
             assert tokens[-1].reason == "capacity"
