@@ -106,7 +106,10 @@ class InferShapes(GraphPass):
                 value.meta.pop(CONTENT, None)
             else:
                 value.meta[CONTENT] = content
-        checks = [(to_ir(a), to_ir(b), message) for a, b, message in world.at_least]
+        checks = [
+            (to_ir(world.substitute(a)), to_ir(world.substitute(b)), message)
+            for a, b, message in world.at_least
+        ]
         modified |= checks != graph.meta.get(CHECKS, [])
         graph.meta[CHECKS] = checks
         return modified
