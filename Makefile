@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Both make their own virtual environment, once.
-#   make demo   MiniLM to NVFP4, compiled, run beside ONNX Runtime; results in out/
+#   make demo   MiniLM to NVFP4, a decoder to NVFP4 and ternary, beside ONNX Runtime; results in out/
 #   make test   lint, types, and all tests, those in C++ included
 #   make lint   the first part of it
 
@@ -12,17 +12,18 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 BIN := .venv/bin
-MODEL := out/minilm.onnx
+MODELS := out/minilm.onnx out/tinystories.onnx
 SOURCES := git ls-files -z 'runtime/*.h' 'runtime/*.hpp' 'runtime/*.c' 'runtime/*.cc'
 
 .PHONY: demo test lint format clean check-tools
 
-demo: .venv/.demo $(MODEL)
-	$(BIN)/python benchmarks/demo.py $(MODEL)
+demo: .venv/.demo $(MODELS)
+	$(BIN)/python benchmarks/demo.py out/minilm.onnx
+	$(BIN)/python benchmarks/demo_decoder.py out/tinystories.onnx
 
-$(MODEL): | .venv/.demo
+$(MODELS): out/%.onnx: | .venv/.demo
 	@mkdir -p out
-	$(BIN)/python -m qgraph.models export minilm $@
+	$(BIN)/python -m qgraph.models export $* $@
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
