@@ -88,7 +88,8 @@ _QUANTIZE = (
     click.option(
         "--embeddings",
         metavar="FORMAT",
-        help="How lookup tables are stored: float or nvfp4.  [default: float]",
+        help="How lookup tables are stored: float; tied, those that are a layer's weight with it; or nvfp4, "
+        "all others too.  [default: float]",
     ),
     click.option(
         "--kv-cache",
