@@ -49,7 +49,8 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     ks_b, ks_h, ks_s, vs_b, vs_h, vs_s, [ms_b, ms_h, ms_q, ms_k], ys_b, ys_h, ys_s; begin, end. The stride
     within a head is 1. Blocks: batch * H * ceil(Sq/q_block), the last fastest.
     With the parameter cache = "i8", k and v are codes; k_scale, v_scale and a scratch of `attention_scratch`
-    bytes follow them, strides ss_b, ss_h of both scales follow vs_s. The stride between tokens' scales is 1.
+    bytes follow them. The tokens of a head lie one behind the other, in codes and in scales: there is no ks_s
+    and no vs_s, and strides ss_b, ss_h of both scales follow vs_h.
     """
     coded = dict(spec.params).get("cache", "f32") == "i8"
     stored = "int8" if coded else "float32"
@@ -421,6 +422,8 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
             s0: T.let = i_b * ss_b + T.truncdiv(i_h, G) * ss_h if coded else T.int64(0)
             for g in T.serial(T.truncdiv(to_q - from_q + (W - 1), T.int64(W))):
                 i0: T.let = from_q + g * W
+                sk: T.let = T.int64(D) if coded else ks_s
+                sv: T.let = T.int64(Dv) if coded else vs_s
                 n: T.let = T.min(T.int64(W), to_q - i0)
                 y0: T.let = i_b * ys_b + i_h * ys_h + i0 * ys_s
                 q0: T.let = i_b * qs_b + i_h * qs_h + i0 * qs_s
@@ -432,15 +435,15 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
                         one_query(
                             Y, Q, K, Vb, C, B, Qr, Or, Sr, Br,
                             y0 + i * ys_s, q0 + i * qs_s, k0, v0, s0, b0 + i * mq,
-                            ks_s, vs_s, mk, Sk, i0 + i + P,
+                            sk, sv, mk, Sk, i0 + i + P,
                         )  # fmt: skip
                 else:
                     many_queries(
                         Y, Q, K, Vb, C, B, Qt, Ot, S, Bt,
-                        y0, q0, k0, v0, s0, b0, ys_s, qs_s, ks_s, vs_s, mq, mk, n, Sk, i0 + P,
+                        y0, q0, k0, v0, s0, b0, ys_s, qs_s, sk, sv, mq, mk, n, Sk, i0 + P,
                     )  # fmt: skip
 
     unused = () if biased else ("mask", "ms_b", "ms_h", "ms_q", "ms_k")
     return drop_parameters(
-        func, unused + (() if coded else ("k_scale", "v_scale", "scratch", "ss_b", "ss_h"))
+        func, unused + (("ks_s", "vs_s") if coded else ("k_scale", "v_scale", "scratch", "ss_b", "ss_h"))
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import sympy
 
 from qgraph.codegen.dims import Dim, ceildiv, equal, is_one, product, static
-from qgraph.codegen.lowering.context import Lowering, Step, lowers, unsupported
+from qgraph.codegen.lowering.context import Arg, Lowering, Step, lowers, unsupported
 from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec, attention_scratch
@@ -62,49 +63,70 @@ def _mask(low: Lowering, node: ir.Node, value: ir.Value, scores: tuple[Dim, ...]
     return view.expand(scores)
 
 
-def _decode(
-    low: Lowering,
-    name: str,
-    alike: dict[str, Any],
-    y: View,
-    q: View,
-    held: tuple[View, View],
-    scales: list[View],
-    mask: list[View],
-    mask_strides: list[Dim],
-    single: Dim,
-) -> Step:
-    """The steps of a run with one query, which do nothing where `single` is 0."""
-    k, v = held
-    (batch, hkv, total, _), dv = k.shape, alike["value_dim"]
-    group = int(q.shape[1] / hkv)
-    chunks = ceildiv(total, _CHUNK)
-    part = low.temp("f32", (batch, hkv, chunks, sympy.Integer(group), sympy.Integer(dv + 2)))
-    spec = KernelSpec.make(
-        "attention_decode", **alike, group=group, chunk=_CHUNK, cache="i8" if scales else "f32"
-    )
-    args = [
-        y,
-        part,
-        q,
-        k,
-        v,
-        *scales,
-        *mask,
-        total,
-        chunks,
-        hkv,
-        *q.strides[:2],
-        *k.strides[:2],
-        *v.strides[:2],
-    ]
-    args += [*(scales[0].strides[:2] if scales else ())]
-    args += [stride for i, stride in enumerate(mask_strides) if i != 2] + [*y.strides[:2]]
-    step = low.emit(name, spec, args, product((batch, hkv)) * chunks * single)
-    spec = KernelSpec.make("attention_merge", value_dim=dv, group=group)
-    blocks = product(q.shape[:2]) * sympy.Min(1, chunks - 1) * single
-    low.emit(f"{name}/merge", spec, [y, part, chunks, hkv, *y.strides[:2]], blocks)
-    return step
+@dataclass(frozen=True)
+class _Call:
+    """What the kernels of attention are given: y, q, k, v as [batch, heads, tokens, size of a head], the scales
+    of k and v if these are int8 codes, the mask as wide as the scores, and what all their specs say."""
+
+    name: str
+    y: View
+    q: View
+    k: View
+    v: View
+    scales: tuple[View, ...]
+    mask: tuple[View, ...]
+    params: dict[str, Any]
+
+    @property
+    def group(self) -> int:
+        return int(self.q.shape[1] / self.k.shape[1])
+
+    def scale_strides(self) -> list[Dim]:
+        return [stride for view in self.scales[:1] for stride in view.strides[:2]]
+
+    def emit_many(self, low: Lowering, causal: bool, past: Dim, runs: Dim) -> Step:
+        """Any number of queries; nothing where `runs` is 0 and not 1."""
+        batch, heads, sq, _ = self.q.shape
+        params = {**self.params, "causal": causal, "q_block": _Q_BLOCK}
+        coded: list[Arg | View] = []
+        if self.scales:
+            params["cache"] = "i8"
+            coded = [*self.scales, ("scratch", attention_scratch(params["head_dim"], params["value_dim"]))]
+        kept = 2 if self.scales else 3  # strides of k and v that the kernel takes
+        args = [
+            self.y,
+            self.q,
+            self.k,
+            self.v,
+            *coded,
+            *self.mask,
+            heads,
+            self.group,
+            sq,
+            self.k.shape[2],
+            past,
+        ]
+        args += [*self.q.strides[:3], *self.k.strides[:kept], *self.v.strides[:kept], *self.scale_strides()]
+        args += [stride for view in self.mask for stride in view.strides] + [*self.y.strides[:3]]
+        blocks = product((batch, heads)) * ceildiv(sq, _Q_BLOCK) * runs
+        return low.emit(self.name, KernelSpec.make("attention", **params), args, blocks)
+
+    def emit_single(self, low: Lowering, runs: Dim) -> Step:
+        """One query, which attends all keys; nothing where `runs` is 0 and not 1."""
+        (batch, hkv, total, _), dv = self.k.shape, self.params["value_dim"]
+        chunks = ceildiv(total, _CHUNK)
+        part = low.temp("f32", (batch, hkv, chunks, sympy.Integer(self.group), sympy.Integer(dv + 2)))
+        coded = {"group": self.group, "chunk": _CHUNK, "cache": "i8" if self.scales else "f32"}
+        spec = KernelSpec.make("attention_decode", **self.params, **coded)
+        ends = self.y.strides[:2]
+        args = [self.y, part, self.q, self.k, self.v, *self.scales, *self.mask, total, chunks, hkv]
+        args += [*self.q.strides[:2], *self.k.strides[:2], *self.v.strides[:2], *self.scale_strides()]
+        args += [view.strides[i] for view in self.mask for i in (0, 1, 3)] + [*ends]
+        step = low.emit(self.name, spec, args, product((batch, hkv)) * chunks * runs)
+        spec = KernelSpec.make("attention_merge", value_dim=dv, group=self.group)
+        blocks = product(self.q.shape[:2]) * sympy.Min(1, chunks - 1) * runs
+        low.emit(f"{self.name}/merge", spec, [self.y, part, chunks, hkv, *ends], blocks)
+        return step
 
 
 # `qk_matmul_output_mode` shapes an output that is refused below; the softmax is always computed in float32.
@@ -129,16 +151,17 @@ def attention(low: Lowering, node: ir.Node) -> None:
     flat = len(low.shape(q_value)) == 3
     q = _heads(low, node, q_value, attrs.get_int("q_num_heads", 0))
     grouped = attrs.get_int("kv_num_heads", 0)
+    past: Dim = sympy.Integer(0)
+    scales: tuple[View, ...] = ()
     if states:
-        past, scales = states[0].past, [state.held(state.scale) for state in states if state.scale]
+        past, scales = states[0].past, tuple(state.held(state.scale) for state in states if state.scale)
+        if len(scales) == 1:
+            raise unsupported(node, "of keys and values one is rounded to int8, the other is not")
         k, v = (
             _append(low, node, state, value, grouped)
             for state, value in zip(states, (k_value, v_value), strict=True)
         )
-        if len(scales) == 1:
-            raise unsupported(node, "of keys and values one is rounded to int8, the other is not")
     else:
-        past, scales = sympy.Integer(0), []
         k, v = (_heads(low, node, value, grouped) for value in (k_value, v_value))
     batch, heads, sq, head_dim = q.shape
     kv_heads, sk, value_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -151,15 +174,13 @@ def attention(low: Lowering, node: ir.Node) -> None:
         raise unsupported(node, f"head size {max(d, dv)}; kernels go up to {_MAX_HEAD_DIM}")
     scale = attrs.get_float("scale", 0.0) or 1.0 / math.sqrt(d)
 
-    mask: list[View] = []
-    mask_strides: list[Dim] = []
+    mask: tuple[View, ...] = ()
     kind = "none"
     if mask_value is not None:
         kind = low.dtype(mask_value)
         if kind not in ("bool", "f32"):
             raise unsupported(node, f"mask of type {kind}")
-        view = _mask(low, node, mask_value, (batch, heads, sq, sk))
-        mask, mask_strides = [view], list(view.strides)
+        mask = (_mask(low, node, mask_value, (batch, heads, sq, sk)),)
 
     # The heads of one token side by side: the transposition that follows then costs nothing.
     result = node.outputs[0]
@@ -172,36 +193,21 @@ def attention(low: Lowering, node: ir.Node) -> None:
         by_head = split.transpose((0, 2, 1, 3))
     else:
         by_head = View.of(low.outputs[result])
-    alike = {
+    params = {
         "head_dim": d,
         "value_dim": dv,
         "mask": kind,
         "scale": float(scale),
         "softcap": float(attrs.get_float("softcap", 0.0)),
     }
-    name = node.name or "Attention"
+    call = _Call(node.name or "Attention", by_head, q, k, v, scales, mask, params)
     # 1 in a run with one query, which has a kernel of its own, else 0. A step of no blocks is skipped.
     single = sympy.Max(0, 2 - sq) if states else sympy.Integer(0)
+    many = sympy.Min(1, sq - 1) if states else sympy.Integer(1)
     if single != 0:
-        step = _decode(low, name, alike, by_head, q, (k, v), scales, mask, mask_strides, single)
-    if single != 1:
-        spec = KernelSpec.make(
-            "attention",
-            **alike,
-            causal=bool(attrs.get_int("is_causal", 0)),
-            q_block=_Q_BLOCK,
-            **({"cache": "i8"} if scales else {}),
-        )
-        coded = [*scales, ("scratch", attention_scratch(d, dv))] if scales else []
-        args = [by_head, q, k, v, *coded, *mask, h, h // hkv, sq, sk, past, *q.strides[:3], *k.strides[:3]]
-        args += [
-            *v.strides[:3],
-            *(scales[0].strides[:2] if scales else ()),
-            *mask_strides,
-            *by_head.strides[:3],
-        ]
-        blocks = product((batch, heads)) * ceildiv(sq, _Q_BLOCK)
-        step = low.emit(name, spec, args, blocks * sympy.Min(1, sq - 1) if single != 0 else blocks)
+        step = call.emit_single(low, single)
+    if many != 0:
+        step = call.emit_many(low, bool(attrs.get_int("is_causal", 0)), past, many)
     low.layers.append((node, step))
     if flat:
         merged = by_head.transpose((0, 2, 1, 3)).reshape((batch, sq, sympy.expand(heads * value_dim)))
