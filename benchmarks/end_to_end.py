@@ -1,8 +1,9 @@
-"""What NVFP4 costs a whole model, by scheme and solver, through compiled artifacts.
+"""What quantization costs a whole model, by scheme and solver, through compiled artifacts.
 
-    python benchmarks/end_to_end.py [minilm stories260K tinystories-llama-4m]
+    python benchmarks/end_to_end.py [minilm stories260K tinystories-llama-4m tinystories]
         [--scheme nvfp4 ...] [--solver rtn sweep gptq ...] [--calibrate-on float ...]
-        [--samples N] [--smooth A] [--rotate N]
+        [--samples N] [--smooth A] [--rotate N] [--embeddings tied] [--kv-cache int8]
+        [--layer PATTERN=SCHEME ...]
 
 A solver is measured against rounding to nearest in the same scheme: `recovered` is the share of what `rtn`
 loses against the float model that the solver wins back. Nothing is measured on what it was calibrated on:
@@ -11,8 +12,8 @@ loses against the float model that the solver wins back. Nothing is measured on 
   cosine between float and quantized embeddings of all dev sentences. Sentences of both are left out.
 * stories260K: stories 101 to 1550 of the TinyStories file; perplexity of the first 100, each cut at 512
   tokens: 36,664 predicted tokens, of which published figures are float 3.688 and `rtn` 4.148.
-* tinystories-llama-4m: stories 1 to 1550, of those it was trained on; perplexity of the rest, which it was
-  not.
+* tinystories-llama-4m and tinystories, the model that travels with qgraph: stories 1 to 1550, of those they
+  were trained on; perplexity of those behind number 1555, which they were not.
 
 Downloads nothing: `--data` is a folder of models and texts (docs/nvfp4.md says which), MiniLM comes from an
 installed package or `--minilm`.
@@ -34,6 +35,7 @@ from model_options import STORIES, arguments, chosen
 
 import qgraph
 from qgraph.config import CompileConfig
+from qgraph.evaluate.decoders import open_text_runner
 from qgraph.evaluate.perplexity import PerplexityResult, Window, compare, perplexity, split_windows
 from qgraph.evaluate.runners import open_runner
 from qgraph.evaluate.similarity import cosine
@@ -140,13 +142,13 @@ class Decoder(Subject):
         prefix = leading_tokens(tokenizer_)
         cut = [story[: 512 - len(prefix)] for story in stories[measured]]
         self.windows: list[Window] = split_windows(cut, length=512, stride=256, prefix=prefix)
-        self.float: PerplexityResult = perplexity(open_runner(model), self.windows)
+        self.float: PerplexityResult = perplexity(open_text_runner(model), self.windows)
         self.title += f", {self.float.tokens} tokens"
 
     def measure(self, path: Path) -> Mapping[str, float]:
         if path == self.model:
             return {"perplexity": self.float.perplexity, "KL": 0.0, "top-1": 1.0}
-        found = compare(open_runner(path), open_runner(self.model), self.windows)
+        found = compare(open_text_runner(path), open_text_runner(self.model), self.windows)
         return {
             "perplexity": found.model.perplexity,
             "KL": found.kl_divergence,
@@ -183,10 +185,24 @@ def llama4m(data: Path, work: Path) -> Decoder:
     )
 
 
+def shipped(data: Path, work: Path) -> Decoder:
+    model = get_model("tinystories")
+    return Decoder(
+        "tinystories",
+        model.export(work / "tinystories.onnx"),
+        model.tokenizer_path(),
+        data,
+        work,
+        measured=slice(1555, None),
+        used=slice(0, 1550),
+    )
+
+
 SUBJECTS: dict[str, Callable[[argparse.Namespace, Path], Subject]] = {
     "minilm": lambda o, work: Encoder(o.data, work, o.minilm),
     "stories260K": lambda o, work: stories260k(o.data, work),
     "tinystories-llama-4m": lambda o, work: llama4m(o.data, work),
+    "tinystories": lambda o, work: shipped(o.data, work),
 }
 
 
@@ -204,15 +220,20 @@ def variants(schemes: Sequence[str], solvers: Sequence[str], measured_on: Sequen
     return list(found)
 
 
-def build(
-    subject: Subject, variant: Variant, work: Path, calibrated: Mapping[str, Any]
-) -> tuple[Path, float, float]:
-    """(artifact, its bits per quantized weight, seconds to compile). `calibrated`: options of runs with
-    data."""
-    config: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Options:
+    """Fields of CompileConfig: of all runs, and of those with data."""
+
+    all: Mapping[str, Any]
+    calibrated: Mapping[str, Any]
+
+
+def build(subject: Subject, variant: Variant, work: Path, options: Options) -> tuple[Path, float, float]:
+    """(artifact, its bits per quantized weight, seconds to compile)."""
+    config: dict[str, Any] = dict(options.all)
     if variant.calibrate_on:
-        config = {
-            **calibrated,
+        config |= {
+            **options.calibrated,
             "calibration": str(subject.calibration),
             "tokenizer": str(subject.tokenizer),
             "calibrate_on": variant.calibrate_on,
@@ -232,21 +253,26 @@ def build(
     return work / f"{name}.qg", float("nan") if bits is None else bits, time.perf_counter() - start
 
 
-def table(subject: Subject, runs: Sequence[Variant], work: Path, calibrated: Mapping[str, Any]) -> None:
+def table(subject: Subject, runs: Sequence[Variant], work: Path, options: Options) -> None:
     """Prints the markdown table of a subject, a row as soon as it is measured."""
-    header = ("scheme", "solver", "bits", *subject.columns, "recovered", "s")
+    header = ("scheme", "solver", "bits", "MB", *subject.columns, "recovered", "s")
     print(f"\n### {subject.title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
     exact = subject.measure(subject.model)
-    print(_row(["float", "", "32", *(_number(exact[c]) for c in subject.columns), "", ""]), flush=True)
+    size = f"{subject.model.stat().st_size / 1e6:.2f}"
+    print(_row(["float", "", "32", size, *(_number(exact[c]) for c in subject.columns), "", ""]), flush=True)
     lost: dict[str, float] = {}
     for run in runs:
-        path, bits, seconds = build(subject, run, work, calibrated)
+        path, bits, seconds = build(subject, run, work, options)
         found = subject.measure(path)
         loss = subject.loss(found)
         lost.setdefault(run.scheme, loss)  # the first of a scheme is rounding to nearest
         share = "" if run.solver == BASELINE else f"{1 - loss / lost[run.scheme]:.1%}"
-        figures = (_number(found[c]) for c in subject.columns)
-        print(_row([run.scheme, str(run), f"{bits:.2f}", *figures, share, f"{seconds:.0f}"]), flush=True)
+        figures = [
+            f"{bits:.2f}",
+            f"{path.stat().st_size / 1e6:.2f}",
+            *(_number(found[c]) for c in subject.columns),
+        ]
+        print(_row([run.scheme, str(run), *figures, share, f"{seconds:.0f}"]), flush=True)
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -271,16 +297,22 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=CompileConfig.samples)
     parser.add_argument("--smooth", type=float, default=0.0, help="of all calibrated runs")
     parser.add_argument("--rotate", type=int, default=0, help="of all calibrated runs")
+    parser.add_argument("--embeddings", default=CompileConfig.embeddings, help="of all runs")
+    parser.add_argument("--kv-cache", default=CompileConfig.kv_cache, help="of all runs")
+    parser.add_argument("--layer", nargs="+", default=[], metavar="PATTERN=SCHEME", help="of all runs")
     parser.add_argument("--work", type=Path, help="where files go; default: a temporary folder")
     options = parser.parse_args()
     names = chosen(parser, options, SUBJECTS)
-    calibrated = {name: getattr(options, name) for name in ("samples", "smooth", "rotate")}
+    given = Options(
+        all={"embeddings": options.embeddings, "kv_cache": options.kv_cache, "layers": tuple(options.layer)},
+        calibrated={name: getattr(options, name) for name in ("samples", "smooth", "rotate")},
+    )
     runs = variants(options.scheme, options.solver, options.calibrate_on)
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         for name in names:
-            table(SUBJECTS[name](options, work), runs, work, calibrated)
+            table(SUBJECTS[name](options, work), runs, work, given)
 
 
 if __name__ == "__main__":
