@@ -121,9 +121,9 @@ def gather(low: Lowering, node: ir.Node) -> None:
     if data is None or indices is None:
         raise unsupported(node, "an input is missing")
     axis = node.attributes.get_int("axis", 0) % len(low.shape(data))
-    table, constant = low.constant(data), low.constant(indices)
-    if table is not None and table.ndim == 2 and axis == 1 and table.dtype == np.float32:
-        gather_columns(low, node, data, table)
+    matrix, constant = low.constant(data), low.constant(indices)
+    if matrix is not None and matrix.ndim == 2 and axis == 1 and matrix.dtype == np.float32:
+        gather_columns(low, node, data, matrix)
         return
     view = low.view(data)
     length = static(view.shape[axis])
