@@ -1,15 +1,13 @@
 """Exports of small random models by torch's two exporters: what passes meet in the wild.
 
 Nothing is downloaded. An export takes seconds to tens of seconds; each is made once a test run. To keep them
-for the next one, name a folder in QGRAPH_TEST_EXPORTS.
+for the next one, name a folder in QGRAPH_TEST_EXPORTS, and empty it when this file changes.
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -54,14 +52,10 @@ def export_case(name: str, opset: int, dynamo: bool, *rest: object) -> object:
     )
 
 
-@functools.cache
 def _folder() -> Path:
-    if kept := os.environ.get("QGRAPH_TEST_EXPORTS"):
-        Path(kept).mkdir(parents=True, exist_ok=True)
-        return Path(kept)
-    path = tempfile.mkdtemp(prefix="qgraph-exports-")
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return Path(path)
+    path = Path(os.environ["QGRAPH_TEST_EXPORTS"])  # tests/conftest.py sees to it
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @functools.cache
