@@ -65,7 +65,7 @@ def _mask(low: Lowering, node: ir.Node, value: ir.Value, scores: tuple[Dim, ...]
 
 @dataclass(frozen=True)
 class _Call:
-    """What the kernels of attention are given: y, q, k, v as [batch, heads, tokens, size of a head], the scales
+    """What the kernels of attention are given: y, q, k, v [batch, heads, tokens, size of a head], the scales
     of k and v if these are int8 codes, the mask as wide as the scores, and what all their specs say."""
 
     name: str
