@@ -15,6 +15,7 @@ from qgraph.codegen.dims import size
 from qgraph.codegen.isa import get_target
 from qgraph.codegen.lowering import Lowering, lower
 from qgraph.codegen.plan import Plan, make_plan
+from qgraph.codegen.spec import KernelSpec
 
 # Kernels of quantized weights -> (bits, what the weights are).
 _WEIGHTS = {
@@ -105,14 +106,17 @@ def _layers(low: Lowering) -> list[LayerKernel]:
             node.name or "",
             node.op_type,
             step.spec.op,
-            _compute(node, step.spec.op),
+            _compute(node, step.spec),
             sum(buffer.data.nbytes for buffer in step.weights),
         )
         for node, step in low.layers
     ]
 
 
-def _compute(node: ir.Node, kernel: str) -> str:
+def _compute(node: ir.Node, spec: KernelSpec) -> str:
+    kernel = spec.op
+    if kernel.startswith("attention") and ("cache", "i8") in spec.params:
+        return "float32 of keys and values stored as int8"
     source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
     rounded = _COMPUTE_ROUNDED.get((kernel, source.op_type)) if source is not None else None
     return rounded or _COMPUTE.get(kernel, "float32")

@@ -259,6 +259,10 @@ def test_int8_state_gives_what_the_rounded_keys_and_values_give(mask: str, tmp_p
     artifact = build_artifact(rounded)
     states = [v for v in artifact.plan.document["values"] if v["kind"] == "state"]
     assert sorted(v["dtype"] for v in states) == ["f32", "f32", "i8", "i8"]
+    assert {(layer.kernel, layer.compute) for layer in artifact.layers} == {
+        ("store_int8", "rounds to int8 codes with a scale"),
+        ("attention", "float32 of keys and values stored as int8"),
+    }
     rng = np.random.default_rng(0)
     past = [np.zeros((2, 2, 0, 32), np.float32)] * 2
     start = 0
