@@ -18,6 +18,7 @@ __all__ = ["get_model", "model_names", "open_model"]
 
 _MODELS = {
     "minilm": ("qgraph.models.minilm", "MiniLM"),
+    "tinystories": ("qgraph.models.tinystories", "TinyStories"),
 }
 
 

@@ -96,6 +96,8 @@ def test_wheel_holds_every_module_and_the_runtime(wheel: Path) -> None:
         sources = list((ROOT / "runtime").glob(pattern))
         assert sources, pattern
         wanted |= {"qgraph/" + path.relative_to(ROOT).as_posix() for path in sources}
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "held_out.txt"):
+        wanted.add(f"qgraph/models/tinystories/{name}")
     assert wanted <= names, sorted(wanted - names)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.startswith("qgraph-")} == {"qgraph"}

@@ -62,7 +62,7 @@ MODEL: dict[str, Any] = {
 class Recipe:
     """How a model is trained. The defaults made the shipped weights."""
 
-    steps: int = 2000
+    steps: int = 1600
     tokens: int = 2048  # a step
     decay: float = 0.5  # share of the steps in which the learning rate falls to zero
     matrix_rate: float = 0.02
