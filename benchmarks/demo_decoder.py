@@ -46,9 +46,8 @@ def main(model: Path) -> None:
     calibration = model.with_name("written.jsonl")
     with make_progress(quiet=False) as progress:
         for scheme in SCHEMES:
-            options = {"embeddings": "tied", "calibration": calibration, "tokenizer": str(tokenizer)}
-            given = {} if scheme == "none" else options
-            result = qgraph.compile(model, scheme=scheme, progress=progress, **given)
+            data = {} if scheme == "none" else {"calibration": calibration, "tokenizer": str(tokenizer)}
+            result = qgraph.compile(model, scheme=scheme, progress=progress, **data)
             assert result.artifact is not None
             name = "float" if scheme == "none" else scheme
             reports[name], files[name] = result.report, result.artifact

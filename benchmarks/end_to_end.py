@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=CompileConfig.samples)
     parser.add_argument("--smooth", type=float, default=0.0, help="of all calibrated runs")
     parser.add_argument("--rotate", type=int, default=0, help="of all calibrated runs")
-    parser.add_argument("--embeddings", default=CompileConfig.embeddings, help="of all runs")
+    parser.add_argument("--embeddings", default="float", help="of all runs")
     parser.add_argument("--kv-cache", default=CompileConfig.kv_cache, help="of all runs")
     parser.add_argument("--layer", nargs="+", default=[], metavar="PATTERN=SCHEME", help="of all runs")
     parser.add_argument("--work", type=Path, help="where files go; default: a temporary folder")

@@ -80,8 +80,9 @@ class SelectLayers(GraphPass):
        some other way too, is kept unless it matches `include`.
     4. The rest is quantized: by the scheme of the last of `overrides` that it matches, if any; one by `none`
        is kept.
-    5. A table that is tied to linear layers (a Gather along axis 1 of their weight) goes with them, unless
-       `embeddings` is "float": quantized with them it is stored once.
+    5. A table that is tied to linear layers (a Gather along axis 1 of their weight) goes with them, and is
+       stored once; with `embeddings` "float" all of these are kept. Where no override names such a layer, its
+       scheme is `tied`, if given: what is multiplied last and read first is worth more bits than the rest.
 
     A pattern is a shell wildcard, or after `re:` a regular expression to be found anywhere, for the name of
     the node, of its weight, of its operator, or of a module around it (`encoder.layer.0` is everything in
@@ -97,9 +98,11 @@ class SelectLayers(GraphPass):
         exclude: Sequence[str] = (),
         embeddings: str = "float",
         overrides: Sequence[Override] = (),
+        tied: str = "",
     ) -> None:
         super().__init__()
         self.overrides = tuple(overrides)
+        self.tied = Override("", tied) if tied else None
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.embeddings = embeddings
@@ -128,6 +131,8 @@ class SelectLayers(GraphPass):
         modified = False
         for i, candidate in enumerate(candidates):
             override = None if is_op(candidate.node, "Gather") else own.get(i)
+            if override is None and _is_tied(candidate):
+                override = self.tied
             reason = candidate.obstacle
             if not reason and i in excluded:
                 reason = "excluded by the user"
@@ -208,6 +213,16 @@ def picks_columns(node: ir.Node) -> bool:
         and len(tensor.shape) == 2
         and attribute(node, "axis", 0) in (1, -1)
         and bool(_products(table))
+    )
+
+
+def _is_tied(candidate: _Candidate) -> bool:
+    """Whether it is a layer whose weight is an embedding's table, too."""
+    weight = candidate.weight
+    return (
+        is_op(candidate.node, "MatMul")
+        and weight is not None
+        and any(picks_columns(user) for user, _ in weight.uses())
     )
 
 

@@ -31,8 +31,10 @@ class CompileConfig:
     Attributes:
         scheme: a name of `qgraph.schemes.SCHEMES`.
         solver: how the scheme's codes and scales are chosen; empty is the scheme's default.
-        embeddings: how tables that rows are looked up in are stored: in `float`; those `tied` to a linear
-            layer once, with it, in its format; or all others in `nvfp4`, too.
+        embeddings: how tables that rows are looked up in are stored. `float`: all, and layers tied to one, as
+            they are. `tied`: such a table once, with its layer, in int8 (in `scheme`, where that rounds
+            activations) or what `layers` says; others in float. `nvfp4`: a tied table with its layer in
+            `scheme`, all others in NVFP4.
         kv_cache: how the keys and values of a decoder's cache are stored: `float` or `int8`, with a scale for
             every token and head.
         include: patterns (shell wildcards) of the layers to quantize; empty is all that suit.
@@ -73,7 +75,7 @@ class CompileConfig:
 
     scheme: str = "nvfp4"
     solver: str = ""
-    embeddings: str = "float"
+    embeddings: str = "tied"
     kv_cache: str = "float"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -121,7 +123,7 @@ class CompileConfig:
         self._check_transforms(schemes)
         self._check_calibration(schemes)
         _one_of("embeddings", self.embeddings, EMBEDDINGS)
-        if self.embeddings != "float" and scheme.weight_format is None:
+        if self.embeddings == "nvfp4" and scheme.weight_format is None:
             raise UsageError(
                 f"embeddings '{self.embeddings}': scheme '{scheme.name}' quantizes nothing, not even tables"
             )

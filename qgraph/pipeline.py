@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, np.ndarray]] | None"
 
+TIED_SCHEME = "int8"  # of layers whose weight is an embedding, too: docs/decoders.md has the figures
 EXTERNAL_DATA_BYTES = 1 << 30  # a larger file keeps its weights beside it: protobuf ends at 2 GiB
 
 
@@ -156,6 +157,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     from qgraph.passes.quantize_cache import QuantizeCache
     from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights, check_weights
     from qgraph.passes.select_layers import Override, SelectLayers
+    from qgraph.schemes import get_scheme
 
     config, report = run.config, run.report
     with run.phase("load"):
@@ -173,8 +175,11 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     data = _calibration_data(run, calibration, model)
     options = PrepareOptions(refusals=refusals)
     with run.phase("select"):
+        scheme = get_scheme(config.scheme)
+        embeddings = "float" if scheme.weight_format is None else config.embeddings
         overrides = [Override(*entry) for entry in config.overrides()]
-        select = SelectLayers(config.include, config.exclude, config.embeddings, overrides)
+        tied = TIED_SCHEME if embeddings == "tied" and scheme.activation_format is None else ""
+        select = SelectLayers(config.include, config.exclude, embeddings, overrides, tied)
         run_passes(model, [select], options)
         if data is not None:
             check_weights(model)

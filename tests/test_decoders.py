@@ -71,7 +71,7 @@ def test_an_export_compiles_and_is_the_model(name: str, opset: int, dynamo: bool
         assert relative_error(logits_of(ours, ids, CHUNKS), want) < LIMIT
         ours.reset()
         np.testing.assert_allclose(ours.feed(ids, last=True), want[:, -1:], rtol=LIMIT, atol=LIMIT)
-    lowbit = compiled(original, tmp_path, scheme="nvfp4", embeddings="tied")
+    lowbit = compiled(original, tmp_path, scheme="nvfp4")
     assert lowbit.report.verification.status == "passed"
     assert all(layer.realised for layer in lowbit.report.quantized)
 

@@ -33,7 +33,7 @@ def exact(original: Path) -> CompileResult:
 
 @pytest.fixture(scope="module")
 def small(original: Path) -> CompileResult:
-    return qgraph.compile(original, scheme="nvfp4", embeddings="tied", strict=True)
+    return qgraph.compile(original, scheme="nvfp4", embeddings="nvfp4", strict=True)
 
 
 def written(model: Path | None, tokens: int) -> tuple[int, ...]:

@@ -88,8 +88,8 @@ _QUANTIZE = (
     click.option(
         "--embeddings",
         metavar="FORMAT",
-        help="How lookup tables are stored: float; tied, those that are a layer's weight with it; or nvfp4, "
-        "all others too.  [default: float]",
+        help="How lookup tables are stored: float; tied, one that is a layer's weight, too, once, in int8; "
+        "or nvfp4, that one in the scheme and all others in NVFP4.  [default: tied]",
     ),
     click.option(
         "--kv-cache",

@@ -192,7 +192,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 OPTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "unknown scheme": (("--scheme", "nvfp5"), USAGE, ("nvfp5", "did you mean 'nvfp4'?")),
-    "unknown embeddings": (("--embeddings", "int8"), USAGE, ("int8", "float, nvfp4")),
+    "unknown embeddings": (("--embeddings", "int8"), USAGE, ("int8", "float, tied, nvfp4")),
     "embeddings of another scheme": (
         ("--embeddings", "nvfp4", "--scheme", "none"),
         USAGE,
