@@ -41,7 +41,7 @@ def find_cache(graph: ir.Graph) -> Cache | None:
     """The caches of a prepared graph, in order of its nodes; None where it has none.
 
     Raises:
-        UnsupportedError: an Attention has a past that that is not of this form; says which input, and why.
+        UnsupportedError: an Attention has a past that is not of this form; says which input, and why.
     """
     pairs: list[CachePair] = []
     lengths: dict[tuple[str, Dim], ir.Value] = {}

@@ -115,6 +115,10 @@ class FuseAttention(GraphPass):
 
 def _fuse(graph: ir.Graph, match: Decomposed, known: Known) -> None:
     """Rule 1."""
+    shapes = [shape_of(value) or () for value in (*match.addends, *(f.condition for f in match.fills))]
+    if shapes and all(shape[-1:] == (1,) or not shape for shape in shapes):
+        # The standard pads a mask with fewer columns than keys, and does not broadcast it.
+        raise NoMatchError("its mask is the same for all keys")
     new: list[ir.Node] = []
 
     def op(op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:

@@ -176,10 +176,12 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     options = PrepareOptions(refusals=refusals)
     with run.phase("select"):
         scheme = get_scheme(config.scheme)
-        embeddings = "float" if scheme.weight_format is None else config.embeddings
         overrides = [Override(*entry) for entry in config.overrides()]
-        tied = TIED_SCHEME if embeddings == "tied" and scheme.activation_format is None else ""
-        select = SelectLayers(config.include, config.exclude, embeddings, overrides, tied)
+        if scheme.weight_format is None:
+            tied = scheme.name
+        else:
+            tied = TIED_SCHEME if config.embeddings == "tied" and scheme.activation_format is None else ""
+        select = SelectLayers(config.include, config.exclude, config.embeddings, overrides, tied)
         run_passes(model, [select], options)
         if data is not None:
             check_weights(model)

@@ -69,6 +69,26 @@ def test_nvfp4_is_close_to_float(original: Path, exact: CompileResult, small: Co
     assert found.kl_divergence < 0.03
 
 
+def test_a_tied_table_has_8_bits_unless_told(original: Path, tmp_path: Path) -> None:
+    def formats(**options: object) -> set[tuple[str, str]]:
+        found = qgraph.compile(original, output=tmp_path / "dry", dry_run=True, solver="rtn", **options)
+        return {(layer.kind, layer.scheme) for layer in found.report.layers}
+
+    both = {("linear", "int8"), ("embedding", "int8")}
+    assert formats(scheme="nvfp4") == both | {("linear", "nvfp4")}
+    assert formats(scheme="nvfp4-w4a8") == {("linear", "nvfp4"), ("embedding", "nvfp4")}
+    assert formats(scheme="ternary", embeddings="float") == {
+        ("linear", "ternary"),
+        ("linear", ""),
+        ("embedding", ""),
+    }
+    named = qgraph.compile(
+        original, output=tmp_path / "dry", dry_run=True, scheme="none", layers=["*lm_head*=int8"]
+    )
+    assert {layer.kind for layer in named.report.quantized} == {"linear", "embedding"}
+    assert len(named.report.quantized) == 2
+
+
 def test_a_tied_table_is_stored_once(original: Path, small: CompileResult) -> None:
     assert small.artifact is not None
     weights = 4.5 / 8 * 3.67e6  # all of them, the table counted once

@@ -8,7 +8,7 @@ Two arrangements of the same sums:
 * queries in lanes, for a chunk of many queries. q is transposed once, then keys and values are read as they
   lie, one element to all lanes, and the softmax needs no reduction over lanes. The outputs are transposed at
   the end.
-* one query at a time, for the last few of a chunk (in decoding, the only one): head dims and keys in lanes.
+* one query at a time, for the last few of a chunk: head dims and keys in lanes.
 
 Keys and values may be int8 codes with a scale each: a tile of them is decoded to scratch memory first.
 

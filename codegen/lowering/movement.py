@@ -122,7 +122,8 @@ def gather(low: Lowering, node: ir.Node) -> None:
         raise unsupported(node, "an input is missing")
     axis = node.attributes.get_int("axis", 0) % len(low.shape(data))
     matrix, constant = low.constant(data), low.constant(indices)
-    if matrix is not None and matrix.ndim == 2 and axis == 1 and matrix.dtype == np.float32:
+    tied = any(user.op_type == "MatMul" and at == 1 for user, at in data.uses())
+    if matrix is not None and tied and matrix.ndim == 2 and axis == 1 and matrix.dtype == np.float32:
         gather_columns(low, node, data, matrix)
         return
     view = low.view(data)

@@ -208,10 +208,7 @@ class WholeTextDecoder:
 
         ids = _checked(ids, self.vocabulary)
         text = ids if self._text is None else np.concatenate([self._text, ids], axis=1)
-        if self.capacity and text.shape[1] > self.capacity:
-            raise InputError(
-                f"{text.shape[1]} tokens are more than the capacity of {self.capacity}: raise it"
-            )
+        _require_room(text.shape[1], self.capacity)
         wanted = 1 if last else ids.shape[1]
         feeds = self._ports.feeds(text, 0)
         if isinstance(self._runner, ArtifactRunner) and self._runner.output_shapes[LOGITS][1] == LOGITS:

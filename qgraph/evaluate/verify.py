@@ -177,6 +177,8 @@ def verify(
         for dims in text:
             on_case(len(checks.comparisons), total, _where(dims))
             checks.step(dims)
+    if not checks.comparisons:
+        raise BudgetError(f"{artifact} cannot be verified: no run of it fits into its state")
     return Verification("passed", limit=limit, comparisons=checks.comparisons)
 
 

@@ -203,6 +203,7 @@ class Generator:
         return self._run(ids, made, self.timing)
 
     def _run(self, ids: list[int], samples: list[_Sample], timing: Timing) -> Iterator[tuple[int, Token]]:
+        self._require_current(timing)
         start = time.perf_counter()
         decoder = self.decoder
         decoder.reset()
@@ -216,8 +217,7 @@ class Generator:
                     timing.add(time.perf_counter() - start)
                     yield index, token
                     start = time.perf_counter()
-                    if timing is not self.timing:
-                        raise UsageError("another text was begun: a generator makes one at a time")
+                    self._require_current(timing)
                 rows = [row for row, index in zip(rows, alive, strict=True) if not samples[index].over]
                 alive = [index for index in alive if not samples[index].over]
                 if not alive:
@@ -232,6 +232,11 @@ class Generator:
         finally:
             if decoder is not self.decoder:
                 decoder.close()
+
+    def _require_current(self, timing: Timing) -> None:
+        """UsageError for a text that another one has followed since."""
+        if timing is not self.timing:
+            raise UsageError("another text was begun: a generator makes one at a time")
 
     def _next(self, sample: _Sample, logits: np.ndarray) -> Token:
         """Chooses the next token of a sample and says what comes of it."""

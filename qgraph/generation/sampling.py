@@ -8,7 +8,8 @@ of Neural Text Degeneration", section 3.1, equations 2 and 3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, whole = getattr(self, field.name), isinstance(field.default, int)
+            if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+                raise UsageError(
+                    f"{field.name} is {value!r}: it must be {'an integer' if whole else 'a number'}"
+                )
         for name, good, what in (
             ("temperature", 0 <= self.temperature < np.inf, "not negative"),
             ("top_k", self.top_k >= 0, "not negative"),

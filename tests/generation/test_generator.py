@@ -223,6 +223,11 @@ def test_one_text_at_a_time(folder: Path) -> None:
         assert len(list(generator.stream(PROMPT, max_tokens=2))) == 2
         with pytest.raises(UsageError, match="another text was begun"):
             next(first)
+        early, late = generator.stream(PROMPT), generator.stream(PROMPT, max_tokens=3)
+        found = [next(late)]
+        with pytest.raises(UsageError, match="another text was begun"):
+            next(early)  # it was made first, and begins last
+        assert [*found, *late] == list(generator.stream(PROMPT, max_tokens=3))
 
 
 def test_timing_leaves_the_caller_out(folder: Path) -> None:

@@ -119,6 +119,9 @@ def test_repetition_penalty() -> None:
         ({"seed": -1}, "seed"),
         ({"top_k": 5}, "top_k says what is drawn from, and temperature 0 draws nothing"),
         ({"top_p": 0.5}, "top_p says"),
+        ({"temperature": 1.0, "top_k": 40.0}, "top_k is 40.0: it must be an integer"),
+        ({"temperature": "0.8"}, "temperature is '0.8': it must be a number"),
+        ({"seed": True}, "seed is True: it must be an integer"),
     ],
 )
 def test_what_cannot_be_sampled(options: dict, message: str) -> None:
