@@ -210,8 +210,8 @@ QG_API qg_status qg_output_shape(qg_session* session, size_t index, int32_t* ndi
 QG_API qg_status qg_bind_output(qg_session* session, size_t index, const qg_tensor* tensor);
 
 /* Runs the model. Allocates nothing while the shapes are those of the run before; the length of the state may
- * be another. After a failure the outputs hold nothing of use, and the session can be used again: its state holds
- * the tokens that it held before. */
+ * be another. After a failure the outputs hold nothing of use, and the session can be used again: its state
+ * holds the tokens that it held before. */
 QG_API qg_status qg_run(qg_session* session);
 
 /* ---- state ---- */
