@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qgraph.passes.base import GraphPass, replace_node
 from qgraph.passes.lowbit_bodies import DEFINITIONS
-from qgraph.passes.lowbit_weights import COLUMNS, LINEARS
+from qgraph.passes.lowbit_weights import OF_LAYERS
 
 DOMAIN = "ai.qgraph"
 VERSION = 1
@@ -116,8 +116,7 @@ def _raise_versions(model: ir.Model) -> bool:
     from onnx.helper import find_min_ir_version_for, make_opsetid
 
     opset = model.graph.opset_imports[""]
-    forms = LINEARS | COLUMNS
-    needs = [forms[node.op_type].opset for node in lowbit_nodes(model) if node.op_type in forms]
+    needs = [OF_LAYERS[node.op_type].opset for node in lowbit_nodes(model) if node.op_type in OF_LAYERS]
     needed = max([opset, *needs])
     model.graph.opset_imports[""] = needed
     for function in model.functions.values():

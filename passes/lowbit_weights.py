@@ -87,6 +87,7 @@ TABLES = "nvfp4"  # the format, and the name of a scheme, of every table that is
 LINEARS = {form.linear: form for form in FORMS.values()}
 LOOKUPS = {FORMS[TABLES].lookup: FORMS[TABLES]}
 COLUMNS = {form.columns: form for form in FORMS.values()}
+OF_LAYERS = LINEARS | COLUMNS  # all that read the weight of a linear layer
 
 
 def to_tensors(q: QTensor, name: str, turned: bool = False) -> list[ir.TensorProtocol]:
@@ -113,7 +114,7 @@ def to_tensors(q: QTensor, name: str, turned: bool = False) -> list[ir.TensorPro
 def from_node(node: ir.Node) -> QTensor:
     """The weight that a low-bit linear layer multiplies by, or a lookup picks columns of, its parts constant.
     InputError when they do not fit together."""
-    form = (LINEARS | COLUMNS)[node.op_type]
+    form = OF_LAYERS[node.op_type]
     tensors = {}
     for part, value in zip(form.parts, node.inputs[1:], strict=True):
         assert value is not None and value.const_value is not None

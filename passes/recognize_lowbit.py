@@ -9,7 +9,7 @@ from qgraph.errors import InputError
 from qgraph.formats.nvfp4 import NVFP4
 from qgraph.passes.base import GraphPass, attribute, is_op, remove_dead, replace_node
 from qgraph.passes.lowbit_functions import DOMAIN, AddLowbitFunctions
-from qgraph.passes.lowbit_weights import COLUMNS, LINEARS, from_node
+from qgraph.passes.lowbit_weights import COLUMNS, LINEARS, OF_LAYERS, from_node
 from qgraph.passes.match_body import match_body
 
 
@@ -83,7 +83,7 @@ class RecognizeLowbit(GraphPass):
                 return True
             for i in range(len(layer.inputs)):  # undo the uses
                 layer.replace_input_with(i, None)
-        bits = (LINEARS | COLUMNS)[op_types[0]].code_bits
+        bits = OF_LAYERS[op_types[0]].code_bits
         found = " or ".join(f"{op_type} ({reason})" for op_type, reason in reasons.items())
         self.refuse(node, f"it has {bits}-bit weights, but not as {found}")
         return False

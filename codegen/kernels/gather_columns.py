@@ -16,8 +16,8 @@ from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.ops import STORAGE
 from qgraph.codegen.kernels.vector import lanes_at
 from qgraph.codegen.kernels.vmath import Expr, named
-from qgraph.codegen.kernels.weights import Columns, F32Reader, NVFP4Reader, Reader
-from qgraph.codegen.kernels.weights_group import GroupReader
+from qgraph.codegen.kernels.weights import Columns, Reader
+from qgraph.codegen.kernels.weights_group import open_reader
 from qgraph.codegen.packing import LANES
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats.group import GROUP_FORMATS
@@ -34,7 +34,7 @@ def _gather_columns(weight: str, spec: KernelSpec, isa: Isa, symbol: str) -> Any
     Arguments: y f32 [m, k], the weight's as in its product, indices [m], status i32 [1]. Block: 1 of m.
     """
     K, N = spec["k"], spec["n"]
-    reader = _reader(weight, spec, isa)
+    reader = open_reader(weight, spec, isa)
     names = [f"weight{i}" for i in range(len(reader.operands))]
     pointers = [
         ("y", "float32"),
@@ -56,15 +56,6 @@ def _gather_columns(weight: str, spec: KernelSpec, isa: Isa, symbol: str) -> Any
                 with B.Else():
                     fail_row(f, isa, row, index(K))
     return f.result
-
-
-def _reader(weight: str, spec: KernelSpec, isa: Isa) -> Reader:
-    K, N = spec["k"], spec["n"]
-    if weight == "f32":
-        return F32Reader(K, N)
-    if weight == "nvfp4":
-        return NVFP4Reader(K, N, isa)
-    return GroupReader(K, N, isa, weight, spec["block"], spec["packing"] if weight == "ternary" else "")
 
 
 def _decode_column(

@@ -9,7 +9,7 @@ from tvm.tirx import PrimFunc
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.matmul import matmul
-from qgraph.codegen.kernels.weights_group import GroupReader
+from qgraph.codegen.kernels.weights_group import open_reader
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats.group import GROUP_FORMATS
 
@@ -23,9 +23,7 @@ def _matmul_group(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) -
     block_sums f32 [M, ceil(k/block)]], [bias f32 [n]], [residual f32 [M, n]], M, begin, end. Blocks: as of
     matmul_nvfp4.
     """
-    packing = spec["packing"] if weight_format == "ternary" else ""
-    reader = GroupReader(spec["k"], spec["n"], isa, weight_format, spec["block"], packing)
-    return matmul(spec, isa, symbol, reader)
+    return matmul(spec, isa, symbol, open_reader(weight_format, spec, isa))
 
 
 for _format in GROUP_FORMATS:

@@ -11,12 +11,14 @@ from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels.decode import permute16
 from qgraph.codegen.kernels.vector import f32
 from qgraph.codegen.kernels.vmath import Expr, const_like, lanes_of, named
-from qgraph.codegen.kernels.weights import Buffers, Columns, Operand, Reader
+from qgraph.codegen.kernels.weights import Buffers, Columns, F32Reader, NVFP4Reader, Operand, Reader
 from qgraph.codegen.packing import LANES
 from qgraph.codegen.packing_group import TRITS, code_layout, code_rows
+from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError
 from qgraph.formats import FORMATS
 from qgraph.formats.block import BlockFormat
+from qgraph.formats.nvfp4 import NVFP4
 
 # (load, unit, count) -> vectors of the first `count` inputs of a unit, counted from the start of the weight.
 # `load(row)` gives 16 lanes of packed codes.
@@ -78,6 +80,19 @@ class GroupReader(Reader):
 
     def offset(self, w: Buffers, at: Columns, block: Expr) -> Expr:
         return T.cast(w[2][at.tile, block, at.lanes], f"float32x{self._lanes}")
+
+
+def open_reader(weight: str, spec: KernelSpec, isa: Isa) -> Reader:
+    """The reader of the weight [k, n] of a kernel: `f32`, or a format that linear layers have.
+
+    Of the spec: k, n; of a group format block, and of `ternary` packing.
+    """
+    K, N = spec["k"], spec["n"]
+    if weight == "f32":
+        return F32Reader(K, N)
+    if weight == NVFP4.name:
+        return NVFP4Reader(K, N, isa)
+    return GroupReader(K, N, isa, weight, spec["block"], spec["packing"] if weight == "ternary" else "")
 
 
 def _fields(spec: BlockFormat, isa: Isa) -> Decode:
