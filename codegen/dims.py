@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Dim: TypeAlias = sympy.Expr
 PlanExpr = int | str | list[Any]
 
+CONTENT = "qgraph.content"  # key of value.meta: elements that follow from shapes (docs/architecture.md)
+_GRAIN_ELEMENTS = 4096
+
 
 def symbol(name: str) -> sympy.Symbol:
     """The size named `name`."""
@@ -67,6 +70,12 @@ def static(a: Dim | int) -> int | None:
     """The value of a constant size, else None."""
     a = sympy.sympify(a)
     return int(a) if a.is_Integer else None
+
+
+def grain_of(width: Dim | int) -> int:
+    """How many blocks of `width` elements a thread should be given at once, at least: little work each. One
+    that is not constant counts as 64."""
+    return max(1, _GRAIN_ELEMENTS // (static(width) or 64))
 
 
 def ceildiv(a: Dim | int, b: int) -> Dim:

@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.codegen.dims import Dim, equal, is_one, size, symbol
+from qgraph.codegen.dims import CONTENT, Dim, equal, is_one, size, symbol
 
 LOGITS = symbol("logits")
 
@@ -132,7 +132,7 @@ def _cut(graph: ir.Graph, value: ir.Value, readers: list[tuple[ir.Node, int]], l
         made = ir.Value(
             name=f"{value.name}/{name}", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64)
         )
-        made.meta["qgraph.content"] = content
+        made.meta[CONTENT] = content
         return made
 
     parts = [

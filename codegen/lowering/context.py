@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from qgraph.codegen.dims import Dim, ceildiv, equal, is_one, product, size, static
+from qgraph.codegen.dims import CONTENT, Dim, ceildiv, equal, grain_of, is_one, product, size, static
 from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import ITEM_SIZE, Buffer, View, collapse
 from qgraph.codegen.spec import ELEMENTWISE_BLOCK, KernelSpec
@@ -26,9 +26,6 @@ DTYPES = {
     ir.DataType.UINT8: "u8",
     ir.DataType.INT8: "i8",
 }
-
-# Rows of an elementwise kernel handed to a thread at once hold at least this many elements.
-_GRAIN_ELEMENTS = 4096
 
 _MAX_ARGS = 30  # of a kernel, before `begin` and `end` (runtime/FORMAT.md)
 
@@ -192,7 +189,7 @@ class Lowering:
         starts, axes), else None."""
         array = self.constant(value)
         if array is None and value is not None:
-            array = value.meta.get("qgraph.content")
+            array = value.meta.get(CONTENT)
         if array is None or any(item is None for item in array.reshape(-1)):
             return None
         return [size(item if isinstance(item, ir.SymbolicDim) else int(item)) for item in array.reshape(-1)]
@@ -247,7 +244,7 @@ class Lowering:
             rows = product(lead)
             out = self.temp("f32", (*lead, ceildiv(k, block)))
             spec = KernelSpec.make("block_sums", k=k, block=block)
-            grain = max(1, _GRAIN_ELEMENTS // k)
+            grain = grain_of(k)
             self.emit(f"{value.name}/block_sums", spec, [out, x], rows, grain)
             self._block_sums[key] = out
         return self._block_sums[key]
@@ -361,8 +358,7 @@ class Lowering:
         if len(sizes) == 1:
             blocks, grain = ceildiv(sizes[0], ELEMENTWISE_BLOCK), 1
         else:
-            inner = static(sizes[-1])
-            blocks, grain = product(sizes[:-1]), max(1, _GRAIN_ELEMENTS // (inner or 64))
+            blocks, grain = product(sizes[:-1]), grain_of(sizes[-1])
         self.emit(pw.name, spec, [*operands, *sizes, *numbers, *pw.args], blocks, grain)
         return out
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.codegen.dims import product, static
+from qgraph.codegen.dims import grain_of, product
 from qgraph.codegen.lowering.context import Lowering, lowers, unsupported
 from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec
-
-_GRAIN_ELEMENTS = 4096  # rounded at least by a thread at once
 
 
 @lowers("DynamicQDQNVFP4", "DynamicQDQInt8", domain="ai.qgraph", data=(0,))
@@ -36,7 +34,7 @@ def dynamic_qdq(low: Lowering, node: ir.Node) -> None:
     spec = KernelSpec.make("dynamic_nvfp4" if scales else "dynamic_int8")
     *lead, n = low.shape(x)
     out = low.allocate(node.outputs[0])
-    grain = max(1, _GRAIN_ELEMENTS // (static(n) or 64))
+    grain = grain_of(n)
     step = low.emit(node.name or node.op_type, spec, [out, low.dense(x), *scales, n], product(lead), grain)
     low.layers.append((node, step))
     low.bind(node, out)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.codegen import packing
-from qgraph.codegen.dims import product
+from qgraph.codegen.dims import grain_of, product
 from qgraph.codegen.lowering.context import Lowering, lowers, unsupported
 from qgraph.codegen.lowering.linear import f32_weight, nvfp4_weight
 from qgraph.codegen.lowering.linear_group import OPERATORS, group_weight
@@ -16,8 +16,6 @@ from qgraph.codegen.memory import Buffer, View
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats import FORMATS
 from qgraph.formats.nvfp4 import NVFP4
-
-_GRAIN_ELEMENTS = 4096  # decoded at least by a thread at once
 
 
 @lowers("QGatherNVFP4", domain="ai.qgraph", data=(0,))
@@ -82,6 +80,5 @@ def _emit(
     low: Lowering, node: ir.Node, spec: KernelSpec, table: tuple[Buffer, ...], args: list[Any], columns: int
 ) -> None:
     """One step, a block a row of the result."""
-    grain = max(1, _GRAIN_ELEMENTS // columns)
-    blocks = product(args[0].shape[:-1])
+    blocks, grain = product(args[0].shape[:-1]), grain_of(columns)
     low.layers.append((node, low.emit(node.name or node.op_type, spec, args, blocks, grain, weights=table)))

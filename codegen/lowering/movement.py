@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from qgraph.codegen.dims import Dim, product, static
+from qgraph.codegen.dims import Dim, grain_of, product, static
 from qgraph.codegen.lowering.context import Lowering, Pointwise, lowers, unsupported
 from qgraph.codegen.lowering.embedding import gather_columns
 from qgraph.codegen.memory import View
@@ -145,7 +145,7 @@ def gather(low: Lowering, node: ir.Node) -> None:
     m = product(low.shape(indices))
     out = low.allocate(node.outputs[0])
     spec = KernelSpec.make("gather", dtype=low.dtype(data), index=kind)
-    grain = max(1, 4096 // (static(inner) or 64))
+    grain = grain_of(inner)
     args = [out, source, low.dense(indices), ("status",), n, m, inner]
     table = (source.buffer,) if source.buffer.kind == "weight" else ()
     step = low.emit(node.name or "Gather", spec, args, product((outer, m)), grain, weights=table)

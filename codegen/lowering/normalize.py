@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.codegen.dims import Dim, product, static
+from qgraph.codegen.dims import Dim, grain_of, product, static
 from qgraph.codegen.lowering.context import Lowering, Pointwise, lowers, unsupported
 from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec
@@ -38,7 +38,7 @@ def layer_norm(low: Lowering, node: ir.Node) -> None:
     operands = [low.dense(x), low.dense(scale), *([low.dense(bias)] if bias is not None else [])]
     out = low.allocate(node.outputs[0])
     rows = product(shape[:axis])
-    step = low.emit(node.name or node.op_type, spec, [out, *operands, rows], rows, grain=max(1, 4096 // n))
+    step = low.emit(node.name or node.op_type, spec, [out, *operands, rows], rows, grain=grain_of(n))
     low.layers.append((node, step))
     low.bind(node, out)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import sympy
 
-from qgraph.codegen.dims import product, static
+from qgraph.codegen.dims import grain_of, product, static
 from qgraph.codegen.lowering.context import Lowering, Pointwise, lowers, unsupported
 from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec
@@ -41,7 +41,7 @@ def _rows(low: Lowering, node: ir.Node, table: ir.Value, positions: ir.Value) ->
     count = product(low.shape(positions))
     args = [out, low.dense(table), low.dense(positions), ("status",), longest, count, half]
     spec = KernelSpec.make("gather", dtype="f32", index=kind)
-    low.emit(f"{node.name}/{table.name}", spec, args, count, grain=max(1, 4096 // (static(half) or 64)))
+    low.emit(f"{node.name}/{table.name}", spec, args, count, grain=grain_of(half))
     return out
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import sympy
 
-from qgraph.codegen.dims import Dim, equal, product, size, static, symbol
+from qgraph.codegen.dims import Dim, equal, grain_of, product, size, static, symbol
 from qgraph.codegen.memory import Buffer, View
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import UnsupportedError
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from qgraph.codegen.lowering.context import Lowering, Step
 
 CAPACITY = symbol("cache_capacity")
-
-_GRAIN_ELEMENTS = 4096  # rounded at least by a thread at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +73,7 @@ class State:
             *codes.strides[:2],
             *scale.strides[:2],
         ]
-        grain = max(1, _GRAIN_ELEMENTS // (static(width) or 64))
+        grain = grain_of(width)
         return low.emit(name, KernelSpec.make("store_int8"), args, product((rows, heads, count)), grain)
 
 
