@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection
 from pathlib import Path
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(os.environ.get("QGRAPH_DATA", Path(__file__).parents[2] / "shared" / "data"))
 STORIES = "text/tinystories_v2_gpt4_train_first10k_lines.txt"
 
 

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from qgraph.evaluate.latency import Latency
-    from qgraph.runtime import Model, Session, Step
+    from qgraph.runtime import Model, Step
 
     Times = list[tuple[Step, int]]  # nanoseconds
-    Found = tuple[dict[str, Any], str, Callable[[], Times]]  # for JSON, as text, a run with every step timed
+    # Threads, for JSON, as text, a run with every step timed.
+    Found = tuple[int, dict[str, Any], str, Callable[[], Times]]
 
 _FLOAT = "ONNX Runtime, float"
 
@@ -40,9 +41,7 @@ _FLOAT = "ONNX Runtime, float"
 @click.option(
     "--decode",
     type=click.IntRange(1),
-    default=32,
-    show_default=True,
-    help="Tokens behind each prompt of a decoder with state.",
+    help="Tokens behind each prompt of a decoder with state.  [default: 32]",
 )
 @click.option("--profile", is_flag=True, help="Also list the steps of one run that took longest.")
 @threads_option
@@ -55,7 +54,7 @@ def command(
     dims: tuple[str, ...],
     seed: int,
     repeat: int | None,
-    decode: int,
+    decode: int | None,
     profile: bool,
     threads: int,
     as_json: bool,
@@ -65,16 +64,18 @@ def command(
     prompt of --dim sequence=N tokens, and --decode tokens behind it, one a run."""
     from qgraph.runtime import load
 
-    with load(artifact) as model, model.session(threads=threads) as session:
+    with load(artifact, threads=threads) as model:
         if model.has_state and inputs:
             raise UsageError("--input: a decoder with state is timed on seeded tokens: give --dim")
+        if decode is not None and not model.has_state:
+            raise UsageError(f"--decode: {artifact} has no state to decode with: time runs of it, with --dim")
         feeds = make_feeds(model, inputs, dims, seed)
         if model.has_state:
-            document, text, run_profiled = _time_decoder(model, session, onnx, feeds, repeat or 10, decode)
+            found = _time_decoder(model, onnx, feeds, repeat or 10, decode or 32)
         else:
-            document, text, run_profiled = _time_runs(model, session, onnx, feeds, repeat or 50)
+            found = _time_runs(model, onnx, feeds, repeat or 50)
+        used, document, text, run_profiled = found
         slowest = sorted(run_profiled(), key=lambda item: -item[1])[:15] if profile else []
-        used = session.threads
     if as_json:
         steps = [{"name": step.name, "kernel": step.kernel, "ns": ns} for step, ns in slowest]
         print_json({"threads": used, **document, "slowest_steps": steps})
@@ -85,14 +86,12 @@ def command(
         print("\n" + table(rows, ("us", "step", "kernel"), right=(0,)))
 
 
-def _time_runs(
-    model: Model, session: Session, onnx: Path | None, feeds: dict[str, np.ndarray], repeat: int
-) -> Found:
+def _time_runs(model: Model, onnx: Path | None, feeds: dict[str, np.ndarray], repeat: int) -> Found:
     """Times runs on `feeds`."""
     from qgraph.evaluate.latency import measure
     from qgraph.evaluate.runners import OnnxRuntimeRunner
 
-    ours = f"qgraph ({model.isa})"
+    ours, session = f"qgraph ({model.isa})", model.session()
     contenders: dict[str, Callable[[], object]] = {ours: lambda: session.run(feeds)}
     if onnx is not None:
         original = OnnxRuntimeRunner(onnx, threads=session.threads)
@@ -106,16 +105,16 @@ def _time_runs(
     text = ", ".join(f"{escape(name)} {shape}" for name, shape in shapes.items())
     latency = [{"name": name, **asdict(x)} for name, x in found.items()]
     text += "\n" + table(rows, header, right=range(1, 6))
-    return {"inputs": shapes, "latency": latency}, text, lambda: session.profile(feeds)
+    return session.threads, {"inputs": shapes, "latency": latency}, text, lambda: session.profile(feeds)
 
 
 def _time_decoder(
-    model: Model, session: Session, onnx: Path | None, feeds: dict[str, np.ndarray], repeat: int, decode: int
+    model: Model, onnx: Path | None, feeds: dict[str, np.ndarray], repeat: int, decode: int
 ) -> Found:
     """Times a decoder with state on a prompt, and on single tokens behind it."""
     import numpy as np
 
-    from qgraph.evaluate.decoders import Decoder, StatefulDecoder, open_decoder
+    from qgraph.evaluate.decoders import Decoder, open_decoder, stateful_decoder
     from qgraph.evaluate.latency import measure_decoding
     from qgraph.evaluate.text_ports import IDS
 
@@ -124,11 +123,11 @@ def _time_decoder(
     prompt, name = feeds[IDS], f"qgraph ({model.isa})"
     batch, sequence = prompt.shape
     tokens = np.resize(prompt, (batch, decode))
-    ours = open_decoder(model.path, threads=session.threads, room=sequence + decode)
-    assert isinstance(ours, StatefulDecoder)
+    ours = stateful_decoder(model, room=sequence + decode)
+    threads = ours.threads
     contenders: dict[str, Decoder] = {name: ours}
     if onnx is not None:
-        contenders[_FLOAT] = open_decoder(onnx, engine="onnxruntime", threads=session.threads)
+        contenders[_FLOAT] = open_decoder(onnx, engine="onnxruntime", threads=threads)
     found = measure_decoding(contenders, prompt, tokens, repeat)
     rows = [
         (
@@ -151,7 +150,7 @@ def _time_decoder(
 
     decoding = [{"name": contender, **asdict(x)} for contender, x in found.items()]
     sizes = {"batch": batch, "prompt_tokens": sequence, "decoded_tokens": decode}
-    return {**sizes, "decoding": decoding}, text, profile
+    return threads, {**sizes, "decoding": decoding}, text, profile
 
 
 def _times(x: Latency) -> tuple[str, str]:

@@ -66,22 +66,22 @@ def command(
     5 when one differs too much. The cache of a decoder is empty."""
     from qgraph.evaluate.compare import compare
     from qgraph.evaluate.decoders import FromStart
-    from qgraph.evaluate.runners import OnnxRuntimeRunner, Runner
-    from qgraph.evaluate.text_ports import artifact_cache
+    from qgraph.evaluate.runners import OnnxRuntimeRunner, Runner, capacity_for, run_once
+    from qgraph.evaluate.text_ports import artifact_cache, new_tokens
     from qgraph.runtime import load
 
     if lowbit is None and original is None:
         raise UsageError("nothing to compare with: give --lowbit, --original or both")
     with load(artifact, threads=threads) as model:
         feeds = make_feeds(model, inputs, dims, seed)
-        got = model.run(feeds)
-        cache = artifact_cache(model)
+        got = run_once(model, feeds)
+        cache, capacity = artifact_cache(model), capacity_for(model, new_tokens(model, feeds))
     rows: list[Row] = []
     faults: list[str] = []
     roundings = 0
     if lowbit is not None:
         try:
-            found, roundings = _against_lowbit(artifact, lowbit, cache, feeds, got, threads)
+            found, roundings = _against_lowbit(artifact, lowbit, cache, capacity, feeds, got, threads)
             rows += _rows("lowbit", found, lambda d: d.rel_error <= max_rel_error)
         except BudgetError as error:
             faults.append(str(error))
@@ -108,7 +108,13 @@ def command(
 
 
 def _against_lowbit(
-    artifact: Path, lowbit: Path, cache: Mapping[str, str], feeds: Arrays, got: Arrays, threads: int
+    artifact: Path,
+    lowbit: Path,
+    cache: Mapping[str, str],
+    capacity: int,
+    feeds: Arrays,
+    got: Arrays,
+    threads: int,
 ) -> tuple[dict[str, Difference], int]:
     """The artifact's outputs beside those of ONNX's reference evaluator, and how many roundings of
     activations there are: see evaluate/verify.py for what these change."""
@@ -123,7 +129,9 @@ def _against_lowbit(
         raise UnsupportedError(f"{artifact}: was built for {', '.join(isas)}, which is no target here")
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
         exposed, roundings = build_exposed(lowbit, target, Path(folder))
-        reference = Reference(lowbit, exposed=exposed, roundings=roundings, cache=cache, threads=threads)
+        reference = Reference(
+            lowbit, exposed=exposed, roundings=roundings, cache=cache, capacity=capacity, threads=threads
+        )
         return reference.compare(feeds, got, "these inputs"), len(roundings)
 
 

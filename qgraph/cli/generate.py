@@ -13,6 +13,7 @@ import click
 from qgraph.cli.console import escape, print_json
 from qgraph.cli.options import json_option, standard_options, threads_option
 from qgraph.errors import InputError, UsageError
+from qgraph.generation import MAX_TOKENS
 
 if TYPE_CHECKING:
     from qgraph.generation import Generator, Sampling, Timing
@@ -31,7 +32,7 @@ _PATH = click.Path(path_type=Path)
     "-n",
     "--max-tokens",
     type=click.IntRange(1),
-    default=128,
+    default=MAX_TOKENS,
     show_default=True,
     help="Generate at most so many.",
 )
@@ -113,8 +114,10 @@ def command(
 
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     text = None if tokenizer is None else Text(tokenizer)
-    if text is None and not as_ids:
-        raise UsageError("text needs the model's --tokenizer; --prompt-ids with --ids does without")
+    if as_json and echo:
+        raise UsageError("--echo: with --json the prompt is 'prompt_ids' anyway: leave one of the two out")
+    if text is None and not (as_ids or as_json):
+        raise UsageError("text needs the model's --tokenizer; --prompt-ids with --ids or --json does without")
     ids = _prompt(text, prompt, prompt_file, prompt_ids)
     room = len(ids) + max_tokens
     with open_generator(

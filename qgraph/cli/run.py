@@ -40,6 +40,7 @@ def command(
     import numpy as np
 
     from qgraph.codegen.isa import ISAS
+    from qgraph.evaluate.runners import run_once
     from qgraph.runtime import load
 
     if isa is not None and isa not in ISAS:
@@ -48,7 +49,7 @@ def command(
         refuse_overwrite("--output", output, [artifact, *input_files(inputs)])
     with load(artifact, threads=threads, isa=isa) as model:
         feeds = make_feeds(model, inputs, dims, seed)
-        outputs = model.run(feeds)
+        outputs = run_once(model, feeds)
         variant = model.isa
     if output is not None:
         from qgraph.atomic import atomic_write

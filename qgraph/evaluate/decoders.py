@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qgraph.errors import InputError, UsageError
 from qgraph.evaluate.runners import ArtifactRunner, OnnxRuntimeRunner, ReferenceRunner, Runner, open_runner
-from qgraph.evaluate.text_ports import TextPorts, empty_cache, text_ports
+from qgraph.evaluate.text_ports import IDS, TextPorts, empty_cache, text_ports
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from qgraph.runtime import Step
+    from qgraph.runtime import Model, Step
 
     Ids = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
@@ -54,8 +54,8 @@ class Decoder(Protocol):
         error the text is as it was.
         """
 
-    def fork(self, rows: Sequence[int] | None = None) -> Decoder:
-        """Another decoder at the same place. rows: its text i is text rows[i] of this one; None: all."""
+    def select(self, rows: Sequence[int]) -> None:
+        """Text i goes on from text rows[i], so that texts can be dropped, or become several."""
 
     def reset(self) -> None:
         """Forgets the text."""
@@ -82,6 +82,13 @@ def open_decoder(
         assert isinstance(runner, OnnxRuntimeRunner | ReferenceRunner)  # an artifact has no cache ports
         return CachedDecoder(runner, ports, capacity)
     return WholeTextDecoder(runner, ports, capacity)
+
+
+def stateful_decoder(model: Model, *, room: int) -> StatefulDecoder:
+    """A decoder for a loaded artifact with state, which texts of so many tokens fit in. Errors as
+    `open_decoder`."""
+    runner = ArtifactRunner(model, room=room)
+    return StatefulDecoder(runner, text_ports(runner.specs, runner.outputs, where=os.fspath(model.path)))
 
 
 def open_text_runner(
@@ -133,6 +140,11 @@ class StatefulDecoder:
     def length(self) -> int:
         return self._runner.session.length
 
+    @property
+    def threads(self) -> int:
+        """Number of threads in use."""
+        return self._runner.session.threads
+
     def feed(self, ids: Ids, last: bool = False) -> Logits:
         feeds = self._ports.feeds(_checked(ids, self.vocabulary), self.length)
         logits: Logits = self._runner.session.run(feeds, dims=self._dims(last))[LOGITS]
@@ -146,14 +158,14 @@ class StatefulDecoder:
     def _dims(self, last: bool) -> dict[str, int]:
         return {LOGITS: 1} if last and self._runner.output_shapes[LOGITS][1] == LOGITS else {}
 
-    def fork(self, rows: Sequence[int] | None = None) -> StatefulDecoder:
-        return StatefulDecoder(self._runner.fork(rows), self._ports)
+    def select(self, rows: Sequence[int]) -> None:
+        self._runner.session.copy_state(self._runner.session, rows)
 
     def reset(self) -> None:
         self._runner.session.reset()
 
     def close(self) -> None:
-        self._runner.session.close()
+        self._runner.close()
 
 
 class CachedDecoder:
@@ -177,12 +189,8 @@ class CachedDecoder:
         logits: Logits = _numpy(values[LOGITS])
         return logits[:, -1:] if last else logits
 
-    def fork(self, rows: Sequence[int] | None = None) -> CachedDecoder:
-        other = CachedDecoder(self._runner, self._ports, self.capacity)
-        other.length = self.length
-        # Nobody writes to a value, so two texts may share it.
-        other._cache = {n: v if rows is None else _numpy(v)[list(rows)] for n, v in self._cache.items()}
-        return other
+    def select(self, rows: Sequence[int]) -> None:
+        self._cache = {name: _numpy(value)[list(rows)] for name, value in self._cache.items()}
 
     def reset(self) -> None:
         self.length, self._cache = 0, {}
@@ -195,8 +203,9 @@ class WholeTextDecoder:
     """A model without a cache, which reads the text from its start each time. See `Decoder`."""
 
     def __init__(self, runner: Runner, ports: TextPorts, capacity: int) -> None:
-        self._runner, self._ports, self.capacity = runner, ports, capacity
+        self._runner, self._ports = runner, ports
         self.name, self.vocabulary = runner.name, _vocabulary(runner)
+        self.capacity = min(filter(None, (capacity, _most_positions(runner))), default=0)
         self._text: Ids | None = None
 
     @property
@@ -220,16 +229,23 @@ class WholeTextDecoder:
         self._text = text
         return logits[:, -wanted:]
 
-    def fork(self, rows: Sequence[int] | None = None) -> WholeTextDecoder:
-        other = WholeTextDecoder(self._runner, self._ports, self.capacity)
-        other._text = self._text if self._text is None or rows is None else self._text[list(rows)]
-        return other
+    def select(self, rows: Sequence[int]) -> None:
+        self._text = None if self._text is None else self._text[list(rows)]
 
     def reset(self) -> None:
         self._text = None
 
     def close(self) -> None:
         self.reset()
+
+
+def _most_positions(runner: Runner) -> int:
+    """Of an artifact without state: tokens that its input takes; 0 if the file does not tell."""
+    if not isinstance(runner, ArtifactRunner):
+        return 0
+    length = next(spec.shape[1] for spec in runner.specs if spec.name == IDS)
+    most = next((dim.max for dim in runner.model.dims if dim.name == length), 0)
+    return length if isinstance(length, int) else most
 
 
 def _vocabulary(runner: Runner) -> int:

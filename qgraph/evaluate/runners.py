@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qgraph.errors import InputError, UnsupportedError, UsageError
 from qgraph.evaluate.files import existing_file
 from qgraph.evaluate.samples import InputSpec, input_specs
+from qgraph.evaluate.text_ports import new_tokens
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-    from qgraph.runtime import Model, Session
+    from qgraph.runtime import Model
 
 Feeds = Mapping[str, "np.ndarray"]
 Shape = tuple[int | str, ...]
@@ -182,7 +183,7 @@ def _cut(path: str, given: Sequence[str], shown: Sequence[str]) -> onnx.ModelPro
 
 
 class ArtifactRunner:
-    """An artifact by qgraph's runtime. threads: 0 is one for every core. Errors are the runtime's.
+    """A loaded artifact by qgraph's runtime, whose errors these are.
 
     capacity: tokens that its state can hold, where it has one; 0 is as much as `room` tokens need, as far as
     the model goes, and without `room` the artifact's default. `run` begins with an empty state.
@@ -190,20 +191,11 @@ class ArtifactRunner:
 
     name = "qgraph"
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, threads: int = 0, capacity: int = 0, room: int = 0
-    ) -> None:
-        from qgraph import runtime
-
-        model = runtime.load(path, threads=threads)
-        if model.has_state and room and not capacity:
-            bounds = {dim.kind: dim.max for dim in model.dims}
-            capacity = min(room, bounds["capacity"], bounds["total"])
-        self._adopt(model, model.session(capacity=capacity if model.has_state else 0))
-
-    def _adopt(self, model: Model, session: Session) -> None:
-        self._model, self.session = model, session
-        self.has_state = model.has_state
+    def __init__(self, model: Model, *, capacity: int = 0, room: int = 0) -> None:
+        self.model, self.has_state = model, model.has_state
+        if not self.has_state:
+            capacity = 0
+        self.session = model.session(capacity=capacity or capacity_for(model, room))
         self.specs = tuple(input_specs(model))
         self.inputs = tuple(spec.name for spec in self.specs)
         self.output_shapes: dict[str, Shape] = {t.name: t.shape for t in model.outputs}
@@ -215,16 +207,35 @@ class ArtifactRunner:
             self.session.reset()
         return self.session.run(dict(feeds))
 
-    def fork(self, rows: Sequence[int] | None = None) -> ArtifactRunner:
-        """Another session on the same model; its state is that of this one, or of these rows of it."""
-        other = object.__new__(ArtifactRunner)
-        other._adopt(self._model, self._model.session(capacity=self.session.capacity))
-        other.session.copy_state(self.session, rows)
-        return other
+    def close(self) -> None:
+        """Frees the model and its session."""
+        self.session.close()
+        self.model.close()
+
+
+def run_once(model: Model, feeds: Feeds) -> dict[str, np.ndarray]:
+    """The outputs of one run on an empty state, if there is one, with room for all tokens of `feeds`."""
+    with model.session(capacity=capacity_for(model, new_tokens(model, feeds))) as session:
+        return session.run(dict(feeds))
+
+
+def capacity_for(model: Model, tokens: int) -> int:
+    """The capacity of a session that is to hold so many tokens, as far as the model goes; without a state
+    0."""
+    if not model.has_state:
+        return 0
+    bounds = {dim.kind: dim.max for dim in model.dims}
+    return min(tokens, bounds["capacity"], bounds["total"])
+
+
+def _open_artifact(path: str | os.PathLike[str], *, threads: int, **state: int) -> ArtifactRunner:
+    from qgraph.runtime import load
+
+    return ArtifactRunner(load(path, threads=threads), **state)
 
 
 _ENGINES: dict[str, Callable[..., Runner]] = {
-    "qgraph": ArtifactRunner,
+    "qgraph": _open_artifact,
     "onnxruntime": lambda path, threads, **state: OnnxRuntimeRunner(path, threads=threads),
     "reference": lambda path, **options: ReferenceRunner(path),
 }
@@ -234,7 +245,8 @@ def open_runner(
     path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0, room: int = 0
 ) -> Runner:
     """A runner for the file. engine: "qgraph" (default for .qg), "onnxruntime" (default else), "reference".
-    capacity and room: of an artifact with state, see `ArtifactRunner`.
+    threads: 0 is one for every core, or what ONNX Runtime chooses. capacity and room: of an artifact with
+    state, see `ArtifactRunner`.
 
     Nothing falls back to another engine: what one cannot run is its error. Raises UsageError for an unknown
     engine.

@@ -94,8 +94,23 @@ def artifact_cache(model: Model) -> dict[str, str]:
 def new_tokens_dim(specs: Iterable[InputSpec], total: str) -> int | str | None:
     """Which dim of an artifact's inputs counts the tokens of a run, where `total` counts all: axis 1 of
     `input_ids`, else of the first input of integers [batch, ..] that is another."""
+    spec = _tokens_input(specs, total)
+    return None if spec is None else spec.shape[1]
+
+
+def new_tokens(model: Model, feeds: Mapping[str, npt.NDArray]) -> int:
+    """How many tokens a run of an artifact with state on `feeds` adds to it; 0 where nothing tells."""
+    from qgraph.evaluate.samples import input_specs
+
+    total = next((dim.name for dim in model.dims if dim.kind == "total"), "")
+    spec = _tokens_input(input_specs(model), total)
+    ids = None if spec is None else feeds.get(spec.name)
+    return ids.shape[1] if ids is not None and ids.ndim == 2 else 0
+
+
+def _tokens_input(specs: Iterable[InputSpec], total: str) -> InputSpec | None:
     found = [
-        spec.shape[1]
+        spec
         for spec in sorted(specs, key=lambda spec: spec.name != IDS)
         if len(spec.shape) == 2 and spec.dtype.startswith("int") and spec.shape[1] != total
     ]

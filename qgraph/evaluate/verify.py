@@ -72,7 +72,8 @@ class Reference:
 
     exposed: where there are `roundings`: the artifact of the same file with their inputs and outputs as
         further outputs.
-    cache: past input -> present output, of an artifact with state.
+    cache: past input -> present output, of an artifact with state. capacity: of the exposed one, 0 is its
+        default.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Reference:
         exposed: Path | None = None,
         roundings: Sequence[Rounding] = (),
         cache: Mapping[str, str] | None = None,
+        capacity: int = 0,
         threads: int = 0,
     ) -> None:
         from qgraph.runtime import load
@@ -90,7 +92,7 @@ class Reference:
         self._evaluator = ReferenceRunner(
             lowbit, given=[r.output for r in roundings], shown=[r.input for r in roundings]
         )
-        self._exposed = None if exposed is None else load(exposed, threads=threads).session()
+        self._exposed = None if exposed is None else load(exposed, threads=threads).session(capacity=capacity)
         self._past: dict[str, np.ndarray] = {}
 
     def begin(self) -> None:

@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from qgraph.generation.generator import Generation, Generator, Timing, Token, generate, open_generator
     from qgraph.generation.sampling import Sampling
 
-__all__ = ["Generation", "Generator", "Sampling", "Timing", "Token", "generate", "open_generator"]
+__all__ = [
+    "MAX_TOKENS",
+    "Generation",
+    "Generator",
+    "Sampling",
+    "Timing",
+    "Token",
+    "generate",
+    "open_generator",
+]
+
+MAX_TOKENS = 128  # of a text, by default
 
 
 def __getattr__(name: str) -> Any:

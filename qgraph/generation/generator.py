@@ -12,13 +12,12 @@ import numpy as np
 
 from qgraph.errors import InputError, UsageError
 from qgraph.evaluate.decoders import Decoder, open_decoder
+from qgraph.generation import MAX_TOKENS
 from qgraph.generation.detokenizer import Detokenizer, StopText
 from qgraph.generation.sampling import Sampler, Sampling
 from qgraph.generation.text import Text, check_ids
 
 Prompt = str | Sequence[int]
-
-MAX_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,10 @@ class Generator:
     """
 
     def __init__(self, decoder: Decoder, text: Text | None = None, ends: Iterable[int] = ()) -> None:
-        if text is not None and decoder.vocabulary and text.size > decoder.vocabulary:
+        # Added tokens may lack logits: a tokenizer can know of images that the model never learnt to write.
+        if text is not None and decoder.vocabulary and text.learnt > decoder.vocabulary:
             raise InputError(
-                f"{text.path} has {text.size} tokens, the model has logits for {decoder.vocabulary}: it is "
+                f"{text.path} has {text.learnt} tokens, the model has logits for {decoder.vocabulary}: it is "
                 "another model's tokenizer"
             )
         self.decoder, self.text = decoder, text
@@ -205,33 +205,25 @@ class Generator:
     def _run(self, ids: list[int], samples: list[_Sample], timing: Timing) -> Iterator[tuple[int, Token]]:
         self._require_current(timing)
         start = time.perf_counter()
-        decoder = self.decoder
-        decoder.reset()
-        logits = decoder.feed(np.array([ids]), last=True)[:, -1]
+        self.decoder.reset()
+        logits = self.decoder.feed(np.array([ids]), last=True)[:, -1]
         rows = [0] * len(samples)  # of the logits, and of what is in the decoder, for each of `alive`
         alive = list(range(len(samples)))
-        try:
-            while True:
-                for row, index in zip(rows, alive, strict=True):
-                    token = self._next(samples[index], logits[row])
-                    timing.add(time.perf_counter() - start)
-                    yield index, token
-                    start = time.perf_counter()
-                    self._require_current(timing)
-                rows = [row for row, index in zip(rows, alive, strict=True) if not samples[index].over]
-                alive = [index for index in alive if not samples[index].over]
-                if not alive:
-                    return
-                if rows != list(range(len(logits))):
-                    selected = decoder.fork(rows)
-                    if decoder is not self.decoder:
-                        decoder.close()
-                    decoder = selected
-                logits = decoder.feed(np.array([[samples[i].text[-1]] for i in alive]), last=True)[:, -1]
-                rows = list(range(len(alive)))
-        finally:
-            if decoder is not self.decoder:
-                decoder.close()
+        while True:
+            for row, index in zip(rows, alive, strict=True):
+                token = self._next(samples[index], logits[row])
+                timing.add(time.perf_counter() - start)
+                yield index, token
+                start = time.perf_counter()
+                self._require_current(timing)
+            rows = [row for row, index in zip(rows, alive, strict=True) if not samples[index].over]
+            alive = [index for index in alive if not samples[index].over]
+            if not alive:
+                return
+            if rows != list(range(len(logits))):
+                self.decoder.select(rows)
+            logits = self.decoder.feed(np.array([[samples[i].text[-1]] for i in alive]), last=True)[:, -1]
+            rows = list(range(len(alive)))
 
     def _require_current(self, timing: Timing) -> None:
         """UsageError for a text that another one has followed since."""

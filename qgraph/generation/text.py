@@ -24,6 +24,7 @@ class Text:
     Attributes:
         tokenizer: the `tokenizers.Tokenizer`.
         size: ids that it knows, all below this number.
+        learnt: the same without tokens that were added to a finished vocabulary.
         ends: ids that end a text: what the files beside tokenizer.json call so (`generation_config.json`,
             `config.json`, `tokenizer_config.json`), else special tokens with a usual name; and the one that a
             text begins with, as it would begin another.
@@ -36,8 +37,10 @@ class Text:
         self.tokenizer = load_tokenizer(path)
         self.tokenizer.no_truncation()
         self._leading = leading_tokens(self.tokenizer)
-        vocabulary: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.size = 1 + max(vocabulary.values(), default=-1)
+        self.size, self.learnt = (
+            1 + max(self.tokenizer.get_vocab(with_added_tokens=added).values(), default=-1)
+            for added in (True, False)
+        )
         self.ends = frozenset(self._declared_ends() or self._usual_ends()) | frozenset(self._leading)
 
     def encode(self, prompt: str) -> list[int]:

@@ -75,15 +75,13 @@ def test_reset_begins_anew(decoder: Decoder, ids: np.ndarray, whole: np.ndarray)
     close(decoder.feed(ids[:1]), whole[:1])
 
 
-def test_a_fork_goes_its_own_way(decoder: Decoder, ids: np.ndarray, whole: np.ndarray) -> None:
+def test_selected_texts_go_on(decoder: Decoder, ids: np.ndarray, whole: np.ndarray) -> None:
     decoder.feed(ids[:, :6])
-    with_rows, same = decoder.fork([2, 0, 0, 1]), decoder.fork()
-    close(same.feed(ids[:, 6:9]), whole[:, 6:9])
-    close(with_rows.feed(ids[[2, 0, 0, 1], 6:]), whole[[2, 0, 0, 1], 6:])
-    assert (decoder.length, same.length, with_rows.length) == (6, 9, 12)
-    close(decoder.feed(ids[:, 6:]), whole[:, 6:])
-    for other in (same, with_rows):
-        other.close()
+    decoder.select([2, 0, 0, 1])
+    close(decoder.feed(ids[[2, 0, 0, 1], 6:9]), whole[[2, 0, 0, 1], 6:9])
+    decoder.select([1, 3])
+    close(decoder.feed(ids[:2, 9:]), whole[:2, 9:])
+    assert decoder.length == 12
 
 
 def test_what_is_known_of_a_model(decoder: Decoder) -> None:
@@ -135,12 +133,10 @@ def test_a_whole_text_runner_hides_the_cache(decoders: Path, ids: np.ndarray, wh
 def test_a_capacity(kind: str, decoders: Path, ids: np.ndarray, whole: np.ndarray) -> None:
     decoder = opened(kind, decoders, capacity=6)
     decoder.feed(ids[:, :5])
-    fork = decoder.fork([0, 1, 2])
-    assert (decoder.capacity, fork.capacity) == (6, 6)
+    assert decoder.capacity == 6
     with pytest.raises(InputError, match=r"7 tokens|capacity"):
         decoder.feed(ids[:, 5:7])
     close(decoder.feed(ids[:, 5:6]), whole[:, 5:6])
-    close(fork.feed(ids[:, 5:6]), whole[:, 5:6])
 
 
 def test_room_is_made(decoders: Path) -> None:
