@@ -1,13 +1,14 @@
 """Relative output error E|xW - xW'|^2 / E|xW|^2 of integer and ternary weights, on inputs not calibrated on.
 
     python benchmarks/group_output_error.py [minilm stories260K tinystories-llama-4m] [--format ternary int2]
-        [--samples 512] [--captions | --padding]
+        [--samples 512] [--captions | --padding] [--swap] [--only TEXT]
     python benchmarks/group_output_error.py --speed [--format ternary] [--size 4096] [--threads 2]
 
 Models, texts, columns and options are those of nvfp4_output_error.py; in brackets the weight error |W - W'|^2
 / |W|^2, all in percent. First what PT2-LLM (arXiv 2510.03267) is made of: ITF, AGA, and GPTQ's feedback from
-block to block. Then feedback inside blocks too, on grids found in several ways, and the solver `gptq` step by
-step; the last row but one is the solver as it is.
+block to block; of ternary as published, which is from the threshold's grid and at GPTQ's usual damping, 0.01,
+and from the best start (`itf`) at ours. Then feedback inside blocks too, on grids found in several ways, and
+the solver `gptq` step by step; the last row but one is the solver as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from output_error import Array, Matrix, Quantize, arguments, print_speed, subjects, table
 
 from qgraph.formats import FORMATS
-from qgraph.solvers import GROUP_NAMES, SOLVERS, group_gptq, pt2_llm
+from qgraph.solvers import GROUP_NAMES, SOLVERS, group_gptq, itf, pt2_llm
 
 _SOLVERS = ("rtn", "itf", "pt2-llm", "gptq")
 
@@ -35,16 +36,29 @@ def variants(format: str, tokens: int) -> dict[str, Quantize]:
     def ours(W: Array, H: Matrix, **options) -> Array:
         return group_gptq.solve(W, format=format, H=H, tokens=tokens, **options).dequantize()
 
+    def published(W: Array, H: Matrix) -> Array:
+        return itf.solve(W, format=format, starts=0).dequantize()
+
     plain = {"order": False, "sweeps": 0}
     rows: dict[str, Quantize] = {}
     if format == "ternary":
         rows["symmetric threshold (TWN)"] = symmetric_threshold
-    rows |= {name: partial(solver, name) for name in ("rtn", "itf")}
-    rows |= {
-        "itf + AGA": partial(paper, compensate=False),
-        "itf, feedback from block to block": partial(paper, aga=False),
-        "pt2-llm: itf + AGA, feedback from block to block": paper,
+    rows["rtn"] = partial(solver, "rtn")
+    settings = {"": {"starts": 1}}
+    if format == "ternary":
+        rows["itf, as published"] = published
+        settings = {", as published": {"damping": 0.01}} | settings
+    rows["itf"] = partial(solver, "itf")
+    steps = {
+        "itf + AGA": {"compensate": False},
+        "itf, feedback from block to block": {"aga": False},
+        "itf + AGA, feedback from block to block": {},
     }
+    for name, step in steps.items():
+        rows |= {name + how: partial(paper, **step, **setting) for how, setting in settings.items()}
+    rows["pt2-llm"] = paper
+    if format == "ternary":
+        rows["feedback inside, itf, damping 0.01"] = partial(ours, grids="itf", damping=0.01, **plain)
     grids = {"rtn": "rtn", "itf": "itf", "aga": "itf + AGA", "share": "itf + AGA for the block's share"}
     rows |= {f"feedback inside, {text}": partial(ours, grids=key, **plain) for key, text in grids.items()}
     rows["feedback inside, grids searched"] = partial(ours, **plain)
@@ -71,6 +85,7 @@ def main() -> None:
     """Print a table for every format and model, or of speed."""
     parser = arguments(__doc__)
     parser.add_argument("--format", nargs="+", default=["ternary"], choices=GROUP_NAMES)
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
     options = parser.parse_args()
     if options.speed:
         for format in options.format:
@@ -81,7 +96,8 @@ def main() -> None:
     for found in subjects(parser, options):
         for format in options.format:
             print(f"\n{format}")
-            table(found, variants(format, found[0].tokens), weight_error=True)
+            rows = variants(format, found[0].tokens)
+            table(found, {name: rows[name] for name in rows if options.only in name}, weight_error=True)
 
 
 if __name__ == "__main__":

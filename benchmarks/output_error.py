@@ -8,7 +8,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import model_options
@@ -203,6 +203,9 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=512, help="sentences or windows, of each text")
     parser.add_argument("--captions", action="store_true", help="MiniLM only")
     parser.add_argument("--padding", action="store_true", help="MiniLM only")
+    parser.add_argument(
+        "--swap", action="store_true", help="measure on what is calibrated on, and vice versa"
+    )
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--size", type=int, default=4096, help="of the layer of --speed")
     parser.add_argument("--threads", type=int, default=2, help="of --speed")
@@ -217,7 +220,11 @@ def subjects(parser: argparse.ArgumentParser, options: argparse.Namespace) -> It
     for name in names:
         with tempfile.TemporaryDirectory() as work:
             print(f"\n### {name}: ", end="")
-            found = layers(SUBJECTS[name](options, Path(work)), options.samples)
+            subject = SUBJECTS[name](options, Path(work))
+            if options.swap:
+                texts = {"calibration": subject.held_out, "held_out": subject.calibration}
+                subject = replace(subject, **texts)
+            found = layers(subject, options.samples)
         yield found
 
 
