@@ -48,4 +48,8 @@ def open_model(name: str) -> ExportableModel:
         from qgraph.models.causal_lm import CausalLM
 
         return CausalLM(name)
+    if name not in _MODELS and Path(name).name != name:
+        raise UsageError(
+            f"no folder '{name}', and no model of that name; known are: {', '.join(model_names())}"
+        )
     return get_model(name)

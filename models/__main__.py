@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from typing import Any
 
 import click
 
-from qgraph.errors import QGraphError, UsageError
+from qgraph.errors import InputError, QGraphError, UsageError
 from qgraph.models import get_model, model_names, open_model
 
 _DEFAULTS = {"cache": True, "mask": False, "opset": None}
@@ -55,6 +56,8 @@ def export(name: str, path: str, verbose: bool, **options: Any) -> None:
     click.echo(f"exporting {model.title} ...", err=True)
     written = model.export(path, verbose=verbose, **given)
     click.echo(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
+    with contextlib.suppress(InputError):  # a folder may have none
+        click.echo(f"its tokenizer: {model.tokenizer_path()}")
 
 
 def run() -> None:

@@ -126,6 +126,12 @@ class SelectLayers(GraphPass):
                     f"layer pattern '{later.pattern}' matches only embeddings, whose format 'embeddings' "
                     "says: leave them in float by 'exclude'"
                 )
+            if all(candidates[i].doubt and i not in included for i in hits if not candidates[i].obstacle):
+                example = next(candidates[i] for i in sorted(hits) if not candidates[i].obstacle)
+                raise UsageError(
+                    f"layer pattern '{later.pattern}' matches only layers that are kept in float, such as "
+                    f"'{example.node.name}': {example.doubt}; 'include' quantizes them all the same"
+                )
             own.update(dict.fromkeys(hits, later))
         decisions = []
         modified = False

@@ -11,6 +11,8 @@ from typing import Any
 
 from qgraph.progress import Progress
 
+_SILENCE_S = 30.0  # at most, of a phase that goes on
+
 
 def escape(text: str) -> str:
     r"""`text` with every character that a terminal would act upon (controls, ESC, bidi marks) written as \x..
@@ -42,11 +44,12 @@ def print_json(value: Any) -> None:
 
 
 class PlainProgress(Progress):
-    """A line a phase on stderr, when it is over: for pipes, logs and CI."""
+    """A line a phase on stderr, when it is over: for pipes, logs and CI. A long phase has one now and then
+    that says how far it is."""
 
     def __init__(self) -> None:
         self._name = ""
-        self._start = 0.0
+        self._start = self._said = 0.0
 
     def _finish(self) -> None:
         if self._name:
@@ -56,6 +59,14 @@ class PlainProgress(Progress):
     def phase(self, name: str) -> None:
         self._finish()
         self._name, self._start = name, time.monotonic()
+        self._said = self._start
+
+    def step(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if now - self._said >= _SILENCE_S:
+            self._said = now
+            of = f" of {total}" if total else ""
+            print(f"  {self._name:<10} {done}{of}: {escape(what)}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         print(f"  {escape(text)}", file=sys.stderr, flush=True)

@@ -180,17 +180,17 @@ class _Job:
 
     def stream(self, echo: bool) -> None:
         """One text, as it is made."""
-        shown = echo
+        shown, reason = echo, ""
         if echo:
             self._write(self._text(self._ids))
         try:
             for token in self._generator.stream(self._ids, **self._options):
                 self._write(f"{' ' if shown else ''}{token.id}" if self._as_ids else token.text)
-                shown = True
-                _note(token.reason, self._generator)
+                shown, reason = True, token.reason
         finally:
             if shown:
                 self._write("\n")
+        _note(reason, self._generator)
 
     def print_samples(self, samples: int, echo: bool) -> None:
         """All texts, each behind a line that counts them."""

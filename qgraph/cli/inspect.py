@@ -28,7 +28,10 @@ def command(file: Path, as_json: bool) -> None:
     for key, value in found.items():
         if isinstance(value, list) and value:
             print(f"\n{key}")
-            print(table([[_cell(cell) for cell in row.values()] for row in value], list(value[0])))
+            columns = [
+                key for key in _keys(value) if any(row.get(key) not in ("", None, 0.0) for row in value)
+            ]
+            print(table([[_cell(row.get(key)) for key in columns] for row in value], columns))
 
 
 def _artifact(path: Path) -> dict[str, Any]:
@@ -57,11 +60,13 @@ def _artifact(path: Path) -> dict[str, Any]:
 
 def _onnx(path: Path) -> dict[str, Any]:
     from qgraph.passes import load_model
+    from qgraph.passes.select_layers import module_scopes
     from qgraph.report import layers_of
 
     model = load_model(path)
     graph = model.graph
     weights = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
+    modules = {str(node.name): (module_scopes(node) or [""])[-1] for node in graph.all_nodes()}
     operators = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.all_nodes())
     return {
         "nbytes": path.stat().st_size,
@@ -74,7 +79,8 @@ def _onnx(path: Path) -> dict[str, Any]:
         "outputs": [_value(v) for v in graph.outputs],
         "operators": [{"operator": name, "nodes": count} for name, count in operators.most_common()],
         "layers": [
-            {k: v for k, v in layer.to_json().items() if k not in ("kernel", "compute")}
+            {"module": modules[layer.name]}
+            | {k: v for k, v in layer.to_json().items() if k not in ("kernel", "compute")}
             for layer in layers_of(model)
         ],
     }
@@ -83,6 +89,11 @@ def _onnx(path: Path) -> dict[str, Any]:
 def _value(value: Any) -> dict[str, Any]:
     shape = None if value.shape is None else [d if isinstance(d, int) else str(d.value) for d in value.shape]
     return {"name": value.name, "dtype": None if value.dtype is None else str(value.dtype), "shape": shape}
+
+
+def _keys(rows: list[dict[str, Any]]) -> dict[str, None]:
+    """Those that some row has, in order."""
+    return dict.fromkeys(key for row in rows for key in row)
 
 
 def _text(key: str, value: Any) -> str:

@@ -19,6 +19,11 @@ def command(model: Path, port: int, browser: bool) -> None:
     """Serve the ONNX file MODEL in Netron on 127.0.0.1, until interrupted. Needs the `netron` package."""
     if not model.is_file():
         raise InputError(f"{model}: no such file")
+    if model.suffix == ".qg":
+        raise InputError(
+            f"{model}: an artifact has no graph: give {model.with_suffix('.onnx')}, its low-bit ONNX file; "
+            "'qgraph inspect' shows what the artifact holds"
+        )
     try:
         import netron
     except ImportError:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 METADATA_KEY = "qgraph.input_ranges"  # JSON: input name -> [lowest, highest]
 
 # Operators that look up in a table, by the input that holds the indices; of the first two inputs the other is
-# the table.
+# the table. `QGatherColumns<Format>` is another, whose indices come first and pick columns.
 _INDICES = {"Gather": 1, "GatherElements": 1, "QGatherNVFP4": 0}
+_COLUMNS = "QGatherColumns"
 
 # Operators that hand on the integers they are given, by the input that carries them.
 _CARRIERS = dict.fromkeys(
@@ -84,8 +85,10 @@ def _table_sizes(value: ir.Value) -> Iterator[int]:
     seen, work = {value}, [value]
     while work:
         for node, index in work.pop().uses():
-            if _INDICES.get(node.op_type) == index:
-                table, axis = node.inputs[1 - index], node.attributes.get_int("axis", 0)
+            columns = node.op_type.startswith(_COLUMNS)
+            if (0 if columns else _INDICES.get(node.op_type)) == index:
+                table = node.inputs[1 - index]
+                axis = 1 if columns else node.attributes.get_int("axis", 0)
                 size = table.shape[axis] if table is not None and table.shape is not None else None
                 if isinstance(size, int):
                     yield size

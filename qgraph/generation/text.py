@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,10 @@ class Text:
 
 def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
     """A prompt given as ids. InputError where these are none of the model's tokens."""
-    found = [int(i) for i in ids]
+    try:
+        found = [operator.index(i) for i in ids]
+    except TypeError:
+        raise UsageError("a prompt is a text, or the ids of one: one prompt a call") from None
     if not found:
         raise UsageError("the prompt has no tokens")
     wrong = next((i for i in found if i < 0 or (vocabulary and i >= vocabulary)), None)

@@ -201,6 +201,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "unknown solver": (("--solver", "sweeep"), USAGE, ("sweeep", "did you mean 'sweep'?")),
     "solver of another scheme": (("--scheme", "int4", "--solver", "pt2-llm"), USAGE, ("pt2-llm", "gptq")),
     "unknown packing": (("--scheme", "ternary", "--packing", "tiny"), USAGE, ("packing 'tiny'", "small")),
+    "packing of what is not ternary": (("--packing", "small"), USAGE, ("packing 'small'", "ternary")),
     "unknown reorder": (("--scheme", "int2", "--reorder", "on"), USAGE, ("reorder 'on'", "fold, gather")),
     "mean shift without data": (
         ("--scheme", "int2", "--mean-shift", "all"),

@@ -86,6 +86,32 @@ def test_bench_times_prompts_and_tokens(folder: Path, shown) -> None:
     np.savez(folder / "inputs.npz", input_ids=np.ones((1, 3), np.int64))
     code, out, err = shown("bench", folder / "cache1.qg", "--input", folder / "inputs.npz")
     assert code == 2 and "seeded tokens" in err
+    code, out, err = shown("bench", folder / "cache0.qg", "--decode", 3)
+    assert code == 2 and "no state to decode with" in err
+
+
+def test_run_and_check_make_room_for_their_tokens(folder: Path, shown) -> None:
+    tokens = ("--dim", "sequence=2100")  # more than a session has room for by default
+    code, _, err = shown("run", folder / "cache1.qg", *tokens, "--json")
+    assert code == 0, err
+    code, _, err = shown("check", folder / "cache1.qg", "--original", folder / "cache1.onnx", *tokens)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("name", ["cache0.qg", "cache1.qg", "cache1.onnx"])
+def test_inspect(name: str, folder: Path, shown) -> None:
+    code, out, err = shown("inspect", folder / name)
+    assert code == 0, err
+    assert "input_ids" in out
+    if name == "cache1.qg":
+        lines = out[out.index("\ndims\n") :].splitlines()
+        assert lines[2].split() == ["name", "min", "max", "default"]
+        assert any(line.split()[0] == "logits" and line.split()[-1] == "sequence" for line in lines[4:])
+
+
+def test_view_refuses_an_artifact(folder: Path, shown) -> None:
+    code, _, err = shown("view", folder / "cache1.qg", "--no-browser")
+    assert code == 3 and "cache1.onnx" in err and "inspect" in err
 
 
 def test_perplexity_of_an_artifact_and_its_original(folder: Path, tmp_path: Path, shown) -> None:

@@ -117,6 +117,8 @@ def test_statistics_go_to_stderr(generate: Generate) -> None:
 
 
 def test_json(generate: Generate) -> None:
+    bare = json.loads(generate("--prompt-ids", "1 2", "-n", 2, "--json", tokenizer=False))
+    assert bare["prompt_ids"] == [1, 2]
     found = json.loads(generate("-p", "ab", "-n", 5, "--json"))
     ids = Text(generate.folder / "tokenizer.json").encode("abcdefg")
     assert found["engine"] == "onnxruntime"

@@ -56,13 +56,14 @@ def test_an_index_into_another_axis() -> None:
     assert input_ranges(graph) == {"ids": (0, 2)}
 
 
-def test_an_index_into_a_quantized_table() -> None:
+@pytest.mark.parametrize(
+    ("operator", "rows"), [("QGatherNVFP4", 9), ("QGatherColumnsInt8", 4), ("QGatherColumnsNVFP4", 4)]
+)
+def test_an_index_into_a_quantized_table(operator: str, rows: int) -> None:
     graph = model("agraph (int64[s] ids) => (int64[s] y) { y = Identity (ids) }")
     codes = ir.Value(name="codes", shape=ir.Shape([9, 4]), type=ir.TensorType(ir.DataType.FLOAT4E2M1))
-    graph.graph.append(
-        ir.node("QGatherNVFP4", [graph.graph.inputs[0], codes, None, None], domain="ai.qgraph")
-    )
-    assert input_ranges(graph) == {"ids": (0, 8)}
+    graph.graph.append(ir.node(operator, [graph.graph.inputs[0], codes, None, None], domain="ai.qgraph"))
+    assert input_ranges(graph) == {"ids": (0, rows - 1)}
 
 
 def test_data_that_is_gathered_from_is_no_index() -> None:

@@ -148,6 +148,11 @@ def test_tied_embeddings_go_with_their_layer() -> None:
         "head": "excluded by the user",
     }
     found = tied_model()
+    with pytest.raises(UsageError, match=r"'head' matches only layers that are kept .* shared with Gather"):
+        SelectLayers(overrides=[Override("head", "int4")])(found)
+    SelectLayers(overrides=[Override("head", "int4")], include=["head"])(found)
+    assert [d.scheme for d in found.meta[DECISIONS] if d.quantize] == ["int4"]
+    found = tied_model()
     SelectLayers(embeddings="tied", overrides=[Override("head", "int4", "rtn")])(found)
     assert [(d.scheme, d.solver) for d in found.meta[DECISIONS]] == [("int4", "rtn")] * 2
 
