@@ -11,6 +11,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from qgraph.errors import QGraphError, ResourceError
 from qgraph.passes.base import GraphPass, Refusal
+from qgraph.passes.bound_positions import BoundPositions
 from qgraph.passes.broadcast_rotary import BroadcastRotary
 from qgraph.passes.check_prepared import CheckPrepared
 from qgraph.passes.eliminate_identity import EliminateIdentity
@@ -103,6 +104,7 @@ def prepare(options: PrepareOptions) -> list[Pass]:
         NameFixPass(),
         InferShapes(),
         HoldOutputs(),
+        BoundPositions(),
         CheckPrepared(),
         Dump("30-prepared", options),
     ]

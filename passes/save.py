@@ -1,4 +1,4 @@
-"""Writes a model to disk, whole or not at all."""
+"""Writes a model to disk."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qgraph.atomic import atomic_directory
 from qgraph.passes.base import all_graphs
 
-# Protobuf holds at most 2^31 - 1 bytes. The graph itself and its metadata get the difference.
-EXTERNAL_DATA_FROM = 1_900_000_000
+EXTERNAL_DATA_FROM = 1 << 30  # bytes of weights: protobuf ends at 2 GiB
 
 
 def save_lowbit(
@@ -23,18 +21,20 @@ def save_lowbit(
     `<path>.data`.
 
     Returns the files written, the model first. Weights that lie in external files of the source are copied,
-    so the result refers to nothing but itself. The model is not changed. Both files appear whole or not at
-    all; only a crash between their two renames can leave a new `<path>.data` beside an old model.
-
-    Raises ResourceError when the disk, its permissions or the path do not allow it.
+    so the result refers to nothing but itself. The model is not changed. Files that are there go first: not
+    written over, as tensors may still be mapped from them. Who wants all or nothing gives a path in an
+    `atomic_directory`.
     """
     path = Path(path)
+    data = path.with_name(f"{path.name}.data")
     tensors = [v.const_value for graph in _graphs(model) for v in graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    data = f"{path.name}.data" if nbytes >= external_data_from else None
-    with atomic_directory(path) as directory, _tensors_in_memory(model):
-        ir.save(model, directory / path.name, format="protobuf", external_data=data)
-    return [path] if data is None else [path, path.parent / data]
+    large = nbytes >= external_data_from
+    for old in (path, data):
+        old.unlink(missing_ok=True)
+    with _tensors_in_memory(model):
+        ir.save(model, path, format="protobuf", external_data=data.name if large else None)
+    return [path, data] if large else [path]
 
 
 @contextlib.contextmanager

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 Calibration: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, np.ndarray]] | None"
 
 TIED_SCHEME = "int8"  # of layers whose weight is an embedding, too: docs/decoders.md has the figures
-EXTERNAL_DATA_BYTES = 1 << 30  # a larger file keeps its weights beside it: protobuf ends at 2 GiB
 
 
 @dataclass(frozen=True)
@@ -552,16 +551,9 @@ def _prefix(source: Path, scheme: str, output: str | os.PathLike[str] | None) ->
 
 def _save(model: ir.Model, path: Path) -> int:
     """Write an ONNX file, with external data when it is large. Returns the bytes written."""
-    import onnx_ir as ir
+    from qgraph.passes.save import save_lowbit
 
-    data = path.with_name(f"{path.name}.data")
-    for old in (path, data):  # not overwritten: tensors may still be mapped from them
-        old.unlink(missing_ok=True)
-    weights = sum(
-        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
-    )
-    ir.save(model, path, external_data=data.name if weights > EXTERNAL_DATA_BYTES else None)
-    return sum(file.stat().st_size for file in (path, data) if file.exists())
+    return sum(file.stat().st_size for file in save_lowbit(model, path))
 
 
 def _files(path: Path, model: ir.Model) -> list[Path]:

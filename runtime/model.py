@@ -196,7 +196,7 @@ class Session:
         self._handle: c_void_p | None = None
         options = (("threads", threads, 2**31), ("memory_limit", memory_limit, 2**64))
         for name, value, limit in (*options, ("capacity", capacity, 2**63)):
-            if not 0 <= value < limit:
+            if not 0 <= _int64(name, value, signed=limit < 2**64) < limit:
                 raise InputError(f"{name} is {value}: give 0 for the default, or a positive number")
         self._lock = threading.RLock()
         self._model = model
@@ -267,6 +267,10 @@ class Session:
                 than there is room for.
             ResourceError: no memory left, or above the memory limit.
         """
+        if not isinstance(source, Session):
+            raise InputError(f"the source is a {type(source).__name__}: give a session")
+        if rows is not None and not isinstance(rows, Sequence | np.ndarray):
+            raise InputError(f"rows is {rows!r}: give a list of rows")
         # In an order that two threads copying in opposite directions share.
         first, second = sorted((self, source), key=id)
         with first._lock, second._lock:
@@ -291,6 +295,8 @@ class Session:
                 is as before then.
             ResourceError: not enough memory, or above the memory limit.
         """
+        if dims is not None and not (isinstance(dims, Mapping) and all(isinstance(n, str) for n in dims)):
+            raise InputError(f"dims is {dims!r}: give a dict of names to sizes")
         arrays = _arrays(self._model.inputs, inputs)
         with self._lock:
             self._choose(dims or {})
@@ -381,12 +387,12 @@ def _tensors(model: c_void_p, side: int) -> tuple[TensorInfo, ...]:
     )
 
 
-def _int64(name: str, value: int) -> int:
+def _int64(name: str, value: int, signed: bool = True) -> int:
     try:
         number = operator.index(value)
     except TypeError:
         raise InputError(f"{name} is {value!r}: give an integer") from None
-    if not -(2**63) <= number < 2**63:
+    if not -(2**63) <= number < (2**63 if signed else 2**64):
         raise InputError(f"{name} is {number}, beyond 64 bits")
     return number
 

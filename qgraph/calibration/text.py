@@ -16,7 +16,7 @@ from qgraph.calibration.data import MASK, Batch, Data, fixed_batch, spread, with
 from qgraph.errors import InputError, ResourceError, UsageError
 from qgraph.evaluate.files import existing_file
 from qgraph.evaluate.samples import InputSpec
-from qgraph.evaluate.tokenizer import load_tokenizer
+from qgraph.evaluate.tokenizer import encode, load_tokenizer
 
 _BATCH, _BATCH_TOKENS = 8, 2048  # samples of a run, and how many tokens these may be together
 _LONGEST = 256  # tokens of a line: the rest is cut off
@@ -115,7 +115,7 @@ def _open_tokenizer(path: str | os.PathLike[str]) -> tuple[Any, int]:
 
 
 def _windows(path: Path, tokenizer: Any, length: int, samples: int) -> list[_Tokens]:
-    encoded = tokenizer.encode("\n".join(text for _, text in _texts(path, keep_empty=True)))
+    (encoded,) = encode(tokenizer, ["\n".join(text for _, text in _texts(path, keep_empty=True))], str(path))
     total = len(encoded.ids) // length
     if not total:
         raise InputError(f"{path}: {len(encoded.ids)} tokens are fewer than one window of {length}")
@@ -129,7 +129,7 @@ def _lines(path: Path, tokenizer: Any, longest: int, samples: int) -> list[_Toke
         raise InputError(f"{path}: no text in it")
     chosen = [texts[i] for i in spread(len(texts), samples)]
     tokenizer.enable_truncation(max_length=longest)
-    encoded = tokenizer.encode_batch([text for _, text in chosen])
+    encoded = encode(tokenizer, [text for _, text in chosen], str(path))
     tokenizer.no_truncation()
     lines = [_Tokens(label, e.ids, e.type_ids) for (label, _), e in zip(chosen, encoded, strict=True)]
     return sorted(

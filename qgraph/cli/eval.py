@@ -173,7 +173,8 @@ def perplexity(
         bos=bos,
         limit=limit,
     )
-    reading: dict[str, Any] = {"logits": output, "threads": threads, "room": length}
+    room = max((len(window.ids) for window in windows), default=0)
+    reading: dict[str, Any] = {"logits": output, "threads": threads, "room": room}
     runner = open_text_runner(model, engine=engine or "", **reading)
     found: dict[str, Any] = {}
     with make_progress(quiet) as progress:

@@ -13,7 +13,7 @@ import click
 from qgraph.cli.console import escape, print_json
 from qgraph.cli.options import json_option, standard_options, threads_option
 from qgraph.errors import InputError, UsageError
-from qgraph.generation import MAX_TOKENS
+from qgraph.generation import MAX_SAMPLES, MAX_TOKENS
 
 if TYPE_CHECKING:
     from qgraph.generation import Generator, Sampling, Timing
@@ -54,13 +54,17 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--repetition-penalty",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(1e-3, 1e3),
     default=1.0,
     help="Above 1 makes tokens that are there already less likely.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the draws.")
 @click.option(
-    "--samples", type=click.IntRange(1), default=1, show_default=True, help="Texts from the one prompt."
+    "--samples",
+    type=click.IntRange(1, MAX_SAMPLES),
+    default=1,
+    show_default=True,
+    help="Texts from the one prompt.",
 )
 @click.option("--stop", multiple=True, help="A string that ends the text. Repeatable.")
 @click.option("--ignore-end", is_flag=True, help="Go on where the model ends the text.")

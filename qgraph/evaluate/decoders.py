@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qgraph.errors import InputError, UsageError
 from qgraph.evaluate.runners import ArtifactRunner, OnnxRuntimeRunner, ReferenceRunner, Runner, open_runner
-from qgraph.evaluate.text_ports import IDS, TextPorts, empty_cache, text_ports
+from qgraph.evaluate.samples import artifact_ranges
+from qgraph.evaluate.text_ports import IDS, POSITIONS, TextPorts, empty_cache, text_ports
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,7 +135,10 @@ class StatefulDecoder:
     def __init__(self, runner: ArtifactRunner, ports: TextPorts) -> None:
         self._runner, self._ports = runner, ports
         self.name, self.vocabulary = runner.name, _vocabulary(runner)
-        self.capacity = runner.session.capacity
+        # Where positions are an input, their table is what the artifact tells of how many there are.
+        _, last = artifact_ranges(runner.model).get(POSITIONS, (0, 0))
+        positions = last + 1 if last > 1 else runner.session.capacity
+        self.capacity = min(runner.session.capacity, positions)
 
     @property
     def length(self) -> int:

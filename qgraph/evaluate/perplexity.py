@@ -191,8 +191,14 @@ def _log_probabilities(
     """Predicted tokens [n] and, for each runner, ln p of the whole vocabulary [n, vocabulary] before each."""
     if not windows:
         raise UsageError("the text has no token to predict")
+    largest = max(int(window.ids.max()) for window in windows)
     for runner in runners:
         _check_ports(runner, output)
+        vocabulary = (runner.output_shapes[output] or (0,))[-1]
+        if isinstance(vocabulary, int) and largest >= vocabulary > 0:
+            raise InputError(
+                f"token {largest} of the text has no logit among {vocabulary}: is this the model's tokenizer?"
+            )
     # Windows of one length together, so that little is padding.
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
     for start in range(0, len(order), batch):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from qgraph.runtime import Model
 
+_LONGEST_MESSAGE = 400
+
 Feeds = Mapping[str, "np.ndarray"]
 Shape = tuple[int | str, ...]
 
@@ -59,11 +61,11 @@ class OnnxRuntimeRunner:
             )
         except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
             raise UnsupportedError(
-                f"{self._path}: ONNX Runtime has no kernel for an operator of it ({_first_line(error)}); "
+                f"{self._path}: ONNX Runtime has no kernel for an operator of it ({_one_line(error)}); "
                 "ONNX's reference evaluator runs it"
             ) from error
         except Exception as error:  # ONNX Runtime's classes share no base
-            raise InputError(f"{self._path}: ONNX Runtime refuses it: {_first_line(error)}") from error
+            raise InputError(f"{self._path}: ONNX Runtime refuses it: {_one_line(error)}") from error
         self.specs = tuple(_ort_spec(i) for i in self._session.get_inputs())
         self.output_shapes: dict[str, Shape] = {o.name: tuple(o.shape) for o in self._session.get_outputs()}
         self.inputs = tuple(spec.name for spec in self.specs)
@@ -75,7 +77,7 @@ class OnnxRuntimeRunner:
         try:
             values = self._session.run(None, dict(feeds))
         except Exception as error:
-            raise InputError(f"{self._path}: ONNX Runtime: {_first_line(error)}") from error
+            raise InputError(f"{self._path}: ONNX Runtime: {_one_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
 
     def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class OnnxRuntimeRunner:
             }
             values = self._session.run_with_ort_values(list(outputs), given)
         except Exception as error:
-            raise InputError(f"{self._path}: ONNX Runtime: {_first_line(error)}") from error
+            raise InputError(f"{self._path}: ONNX Runtime: {_one_line(error)}") from error
         return dict(zip(outputs, values, strict=True))
 
 
@@ -117,7 +119,7 @@ class ReferenceRunner:
             raise
         except Exception as error:  # protobuf's, ONNX's and numpy's classes share no base
             raise InputError(
-                f"{self._path}: ONNX's reference evaluator refuses it: {_first_line(error)}"
+                f"{self._path}: ONNX's reference evaluator refuses it: {_one_line(error)}"
             ) from error
         graph = self._evaluator.proto_.graph
         initializers = {t.name for t in graph.initializer}
@@ -138,7 +140,7 @@ class ReferenceRunner:
         try:
             values = self._evaluator.run(list(outputs), dict(feeds))
         except Exception as error:
-            raise InputError(f"{self._path}: ONNX's reference evaluator: {_first_line(error)}") from error
+            raise InputError(f"{self._path}: ONNX's reference evaluator: {_one_line(error)}") from error
         return dict(zip(outputs, values, strict=True))
 
 
@@ -268,5 +270,7 @@ def _check_names(path: str, inputs: tuple[str, ...], feeds: Feeds) -> None:
         raise InputError(f"{path}: inputs {'; '.join(what)}: the model's are {', '.join(inputs)}")
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _one_line(error: Exception) -> str:
+    """The message, cut where it is long: the lines behind the first may say which input it is about."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qgraph.errors import InputError, UsageError
 from qgraph.evaluate.files import existing_file
-from qgraph.evaluate.tokenizer import load_tokenizer
+from qgraph.evaluate.tokenizer import encode, load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,7 @@ class SentenceTokenizer:
         """int64 [sentences, length of the longest] for each of the three."""
         import numpy as np
 
-        encoded = self._tokenizer.encode_batch(list(sentences))
+        encoded = encode(self._tokenizer, sentences, "the sentences")
         columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
         return {
             name: np.array([getattr(e, field) for e in encoded], np.int64) for name, field in columns.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qgraph.errors import InputError, ResourceError
@@ -32,11 +33,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 def leading_tokens(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts before a text, usually one BOS; none where it adds none."""
     tokenizer.no_padding()  # padding at the left would count, too
-    encoded = tokenizer.encode("a", add_special_tokens=True)
+    (encoded,) = encode(tokenizer, ["a"], "the tokenizer")
     count = 0
     while count < len(encoded.ids) and encoded.special_tokens_mask[count]:
         count += 1
     return list(encoded.ids[:count])
+
+
+def encode(tokenizer: Any, texts: Sequence[str], where: str, *, special_tokens: bool = True) -> list[Any]:
+    """The `tokenizers.Encoding` of each text. `where` they come from begins the message of an InputError:
+    characters that are no text in UTF-8, or that the tokenizer does not have."""
+    try:
+        found: list[Any] = tokenizer.encode_batch(list(texts), add_special_tokens=special_tokens)
+        return found
+    except Exception as error:  # the package raises Exception itself, TypeError for what is no UTF-8
+        raise InputError(f"{where}: no tokens for this text: {error}") from None
 
 
 def read_documents(
@@ -60,7 +71,8 @@ def read_documents(
     texts = [part.strip() for part in text.split(separator)] if separator else [text]
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    encoded = tokenizer.encode_batch([part for part in texts if part], add_special_tokens=False)
+    wanted = [part for part in texts if part]
+    encoded = encode(tokenizer, wanted, os.fspath(path), special_tokens=False)
     documents = [np.array(e.ids, np.int64) for e in encoded if e.ids]
     if not documents:
         raise InputError(f"{os.fspath(path)}: no tokens in it")

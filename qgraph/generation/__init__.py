@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qgraph.generation.sampling import Sampling
 
 __all__ = [
+    "MAX_SAMPLES",
     "MAX_TOKENS",
     "Generation",
     "Generator",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 MAX_TOKENS = 128  # of a text, by default
+MAX_SAMPLES = 4096  # of one prompt
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from qgraph.errors import InputError, UsageError
 from qgraph.evaluate.decoders import Decoder, open_decoder
-from qgraph.generation import MAX_TOKENS
+from qgraph.generation import MAX_SAMPLES, MAX_TOKENS
 from qgraph.generation.detokenizer import Detokenizer, StopText
 from qgraph.generation.sampling import Sampler, Sampling
 from qgraph.generation.text import Text, check_ids
@@ -183,10 +183,11 @@ class Generator:
     ) -> Iterator[tuple[int, Token]]:
         """(sample, token), the samples in turns."""
         how = sampling or Sampling()
-        if samples < 1 or max_tokens < 1:
-            raise UsageError(f"{samples} samples of {max_tokens} tokens: at least one of each is needed")
+        _check_counts(samples, max_tokens)
         if samples > 1 and not how.temperature:
             raise UsageError(f"{samples} samples at temperature 0 are all the same: give a temperature")
+        if isinstance(stop, str) or not all(isinstance(one, str) for one in stop):
+            raise UsageError(f"stop is {stop!r}: give a list of strings")
         if stop and self.text is None:
             raise UsageError("stop strings need the model's tokenizer.json")
         ids, capacity = self.encode(prompt), self.decoder.capacity
@@ -321,6 +322,7 @@ def generate(
     sampling: fields of `Sampling`, such as `temperature=0.8, seed=1`. Room is made for the prompt and
     `max_tokens`, unless `capacity` says how much.
     """
+    _check_counts(1, max_tokens)
     try:
         how = Sampling(**sampling)  # type: ignore[arg-type]
     except TypeError as error:
@@ -328,11 +330,20 @@ def generate(
             f"generate: {error}: sampling has temperature, top_k, top_p, repetition_penalty, seed"
         ) from None
     text = None if tokenizer is None else Text(tokenizer)
-    ids = prompt if not isinstance(prompt, str) or text is None else text.encode(prompt)
+    ids = text.encode(prompt) if isinstance(prompt, str) and text is not None else prompt
+    if not isinstance(ids, str):  # one of text without a tokenizer is refused below
+        ids = check_ids(ids, 0)
     room = len(ids) + max_tokens
     generator = open_generator(model, text, engine=engine, threads=threads, capacity=capacity, room=room)
     tokens = generator.stream(ids, max_tokens=max_tokens, sampling=how, stop=stop)
     return _texts(generator, tokens)
+
+
+def _check_counts(samples: int, max_tokens: int) -> None:
+    """UsageError for what is no number of samples or tokens."""
+    for name, value, most in (("samples", samples, MAX_SAMPLES), ("max_tokens", max_tokens, 2**62)):
+        if type(value) is not int or not 1 <= value <= most:
+            raise UsageError(f"{name} is {value!r}: give a number from 1 to {most}")
 
 
 def _texts(generator: Generator, tokens: Iterator[Token]) -> Iterator[str]:

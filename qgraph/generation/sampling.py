@@ -52,7 +52,7 @@ class Sampling:
             ("temperature", 0 <= self.temperature < np.inf, "not negative"),
             ("top_k", self.top_k >= 0, "not negative"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000"),
             ("seed", self.seed >= 0, "not negative"),
         ):
             if not good:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qgraph.errors import InputError, UsageError
-from qgraph.evaluate.tokenizer import leading_tokens, load_tokenizer
+from qgraph.evaluate.tokenizer import encode, leading_tokens, load_tokenizer
 
 # Special tokens that end a text, of the models in wide use: for a tokenizer.json without its companions.
 _ENDS = (
@@ -46,7 +46,8 @@ class Text:
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt, what a text begins with first. UsageError where there are none at all."""
-        ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        (encoded,) = encode(self.tokenizer, [prompt], "the prompt", special_tokens=False)
+        ids: list[int] = encoded.ids
         if not self._leading and not ids:
             raise UsageError(
                 "the prompt is empty, and the tokenizer begins a text with nothing: give a prompt"
@@ -80,9 +81,9 @@ class Text:
 def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
     """A prompt given as ids. InputError where these are none of the model's tokens."""
     try:
-        found = [operator.index(i) for i in ids]
+        found = [operator.index(i) for i in (ids if isinstance(ids, Iterable) else [None])]
     except TypeError:
-        raise UsageError("a prompt is a text, or the ids of one: one prompt a call") from None
+        raise UsageError(f"the prompt is {type(ids).__name__}: give one text, or the ids of one") from None
     if not found:
         raise UsageError("the prompt has no tokens")
     wrong = next((i for i in found if i < 0 or (vocabulary and i >= vocabulary)), None)

@@ -4,7 +4,9 @@
 #include <chrono>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -389,18 +391,23 @@ void Session::resolve_memory() {
   const Plan& plan = model_->plan();
   std::optional<int64_t> arena = size_slots();
   auto label = [] { return "rows of the state"; };
-  if (!state_) {
-    make_room(arena, 0);
-  } else if (state_->length() == 0) {
-    int64_t rows = eval(plan.state->rows, label);
-    make_room(arena, state_->bytes(rows));
-    state_->reserve(rows);
-    point_to_state();
-  } else {
-    make_room(arena, static_cast<int64_t>(state_->memory()));
+  bool begins = state_ && state_->length() == 0;
+  int64_t rows = begins ? eval(plan.state->rows, label) : 0;
+  std::optional<int64_t> state = state_ ? static_cast<int64_t>(state_->memory()) : 0;
+  if (begins) state = state_->bytes(rows);
+  make_room(arena, state);
+  try {
+    if (begins) {
+      state_->reserve(rows);
+      point_to_state();
+    }
+    arena_.reserve(static_cast<size_t>(*arena));
+    scratch_.reserve(static_cast<size_t>(scratch_stride_ * pool_->threads()));
+  } catch (const std::bad_alloc&) {
+    std::string held =
+        state_ ? cat(", ", *state, " for a state with room for ", state_->capacity(), " tokens") : "";
+    fail(QG_OUT_OF_MEMORY, "out of memory: ", *arena, " bytes for temporaries", held, dims_text());
   }
-  arena_.reserve(static_cast<size_t>(*arena));
-  scratch_.reserve(static_cast<size_t>(scratch_stride_ * pool_->threads()));
   for (size_t i = 0; i < plan.values.size(); ++i) {
     if (plan.values[i].kind != Value::Kind::kTemp) continue;
     bases_[i] = reinterpret_cast<int64_t>(arena_.data()) + slot_offsets_[plan.values[i].slot];

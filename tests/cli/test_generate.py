@@ -155,6 +155,8 @@ def test_what_is_wrong(generate: Generate, tmp_path: Path) -> None:
     generate.fails(USAGE, "the prompt is empty", "-p", "")
     generate.fails(USAGE, "text needs the model's --tokenizer", "-p", "a", tokenizer=False)
     generate.fails(USAGE, "a prompt of text needs", "-p", "a", "--ids", tokenizer=False)
+    generate.fails(INPUT, "the prompt: no tokens for this text", "-p", "\udcff")
+    generate.fails(USAGE, "with --json the prompt is", "-p", "a", "--json", "--echo")
     generate.fails(USAGE, "all the same", "-p", "a", "--samples", 2)
     generate.fails(USAGE, "top_k says what is drawn from", "-p", "a", "--top-k", 4)
     generate.fails(USAGE, "temperature", "-p", "a", "--temperature", "nan")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ class Toy:
 
     name = "toy"
     outputs = ("logits",)
+    output_shapes: ClassVar[dict] = {"logits": ("batch", "sequence", "vocabulary")}
 
     def __init__(
         self, logits: Callable[[NDArray], NDArray], inputs: tuple[str, ...] = ("input_ids",)
@@ -203,6 +205,11 @@ def test_what_no_causal_model_gives() -> None:
         perplexity(Toy(lambda ids: np.full((*ids.shape, VOCAB), np.nan)), windows)
     with pytest.raises(InputError, match="is this the model's tokenizer"):
         perplexity(Toy(lambda ids: np.zeros((*ids.shape, 2))), windows)
+    toy = bigram()
+    toy.output_shapes = {"logits": ("batch", "sequence", 3)}
+    with pytest.raises(InputError, match="token 6 of the text has no logit among 3"):
+        perplexity(toy, windows)
+    assert not toy.fed
     with pytest.raises(InputError, match="causal"):  # the logits of the last position only
         perplexity(Toy(lambda ids: np.zeros((len(ids), 1, VOCAB))), windows)
     with pytest.raises(UsageError, match="no output 'scores'"):

@@ -204,10 +204,17 @@ def test_a_capacity_ends_a_text(folder: Path) -> None:
 
 def test_options_that_cannot_be(folder: Path) -> None:
     with open_generator(folder / "cache1.onnx", threads=1) as generator:
-        with pytest.raises(UsageError, match="at least one"):
-            generator.stream(PROMPT, max_tokens=0)
-        with pytest.raises(UsageError, match="at least one"):
-            generator.generate(PROMPT, samples=0)
+        for wrong in (0, 1.5, "x"):
+            with pytest.raises(UsageError, match=f"max_tokens is {wrong!r}: give a number from 1"):
+                generator.stream(PROMPT, max_tokens=wrong)  # type: ignore[arg-type]
+        for wrong in (0, 1 << 20):
+            with pytest.raises(UsageError, match=f"samples is {wrong}: give a number from 1 to 4096"):
+                generator.generate(PROMPT, samples=wrong)
+        for prompt in (5, None, [1.5], ["a", "b"], [[1, 2], [3]]):
+            with pytest.raises(UsageError, match="give one text, or the ids of one"):
+                generator.stream(prompt)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="stop is"):
+            generator.stream(PROMPT, stop="abc")
         with pytest.raises(UsageError, match="all the same"):
             generator.generate(PROMPT, samples=2)
         with pytest.raises(UsageError, match="stop strings need"):

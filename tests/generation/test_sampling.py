@@ -116,6 +116,7 @@ def test_repetition_penalty() -> None:
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0: it must be above 0"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
         ({"top_k": 5}, "top_k says what is drawn from, and temperature 0 draws nothing"),
         ({"top_p": 0.5}, "top_p says"),

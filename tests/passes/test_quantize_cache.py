@@ -61,3 +61,28 @@ def test_keys_and_values_are_rounded_by_token_and_head() -> None:
 def test_without_a_cache_there_is_nothing_to_store() -> None:
     with pytest.raises(UsageError, match="the model has no cache of keys and values"):
         QuantizeCache()(attention(past=False))
+
+
+def test_heads_side_by_side_come_apart_first() -> None:
+    """An Attention of three dims: what is rounded is a head's, as in one of four."""
+
+    def side_by_side(x: np.ndarray) -> np.ndarray:
+        return x.transpose(0, 2, 1, 3).reshape(len(x), x.shape[2], -1)
+
+    apart, joined = attention(past=True), attention(past=True)
+    for given in joined.graph.inputs[:3]:
+        given.shape = ir.Shape(["batch", "sequence", HEADS * SIZE])
+    node = joined.graph.node("attention")
+    node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", HEADS)
+    node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", HEADS)
+    results = []
+    rng = np.random.default_rng(1)
+    feeds = {name: rng.standard_normal((3, HEADS, 4, SIZE)).astype(np.float32) for name in "qkv"}
+    past = {f"past_{n}": np.zeros((3, HEADS, 0, SIZE), np.float32) for n in ("key", "value")}
+    for model, given in ((apart, feeds), (joined, {n: side_by_side(x) for n, x in feeds.items()})):
+        QuantizeCache()(model)
+        AddLowbitFunctions()(model)
+        results.append(ReferenceEvaluator(ir.to_proto(model)).run(None, {**given, **past}))
+    np.testing.assert_allclose(results[1][0], side_by_side(results[0][0]), rtol=1e-6, atol=1e-6)
+    for got, wanted in zip(results[1][1:], results[0][1:], strict=True):
+        np.testing.assert_array_equal(got, wanted)

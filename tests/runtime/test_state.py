@@ -104,6 +104,16 @@ def test_truncate_and_reset(session: Session, decoder_parts: Parts) -> None:
     for length in (5, -1):
         with pytest.raises(InputError, match=f"cannot truncate the state to {length} tokens: it holds 4"):
             session.truncate(length)
+    for wrong in (1.5, "x", None):
+        with pytest.raises(InputError, match=r"capacity is .*: give an integer"):
+            session._model.session(capacity=wrong)  # type: ignore[arg-type]
+    for dims in (5, [("logits", 1)], {1: 1}):
+        with pytest.raises(InputError, match=r"dims is .*: give a dict"):
+            session.run({}, dims=dims)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="rows is 5: give a list"):
+        session.copy_state(session, 5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="source is a NoneType: give a session"):
+        session.copy_state(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="length is None: give an integer"):
         session.truncate(None)
 
