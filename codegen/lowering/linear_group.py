@@ -31,7 +31,7 @@ def qlinear_group(low: Lowering, node: ir.Node) -> None:
     linear = Linear(
         node,
         spec.kernel,
-        low.dense(x),
+        (low.dense(x),),
         k,
         n,
         weights,

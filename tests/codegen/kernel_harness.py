@@ -40,7 +40,8 @@ def _cpu_features() -> set[str]:
     words = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(("flags", "Features")):
-            words.update(line.split(":", 1)[1].split())
+            # Linux writes avx512_vnni where the runtime, and LLVM, have avx512vnni.
+            words.update(line.split(":", 1)[1].replace("avx512_", "avx512").split())
     return words | ({"neon"} if "asimd" in words else set())
 
 
