@@ -37,7 +37,11 @@ from qgraph.formats import FORMATS
 # More of the former, fewer of the latter: so many sums in all as there are rows at most, which registers hold
 # beside the sums of a block and its weights.
 _TILES = {16: (8, 4), 8: (4, 2), 4: (4, 4)}
+# Blocks so short end often, and other columns fill the time that their sums take to convert. Longer ones are
+# faster tile by tile, which is the order that weights lie in.
+_SHORT = 32
 _UNROLLED = 4  # words of a block that are unrolled
+_FIELDS = 4  # vectors of weights that all rows are multiplied by before the next are unpacked
 # Words, of 16 columns 64 bytes, that are asked for ahead. Few rows take no longer than memory does, and are
 # better off with what the hardware fetches by itself; more take so long that this does not keep up.
 _AHEAD = 32
@@ -123,6 +127,8 @@ class _Product:
         lanes, reader, n_block = self._isa.lanes, self._reader, self._result.n_block
         most, vectors = _TILES[lanes]
         vectors = min(vectors, most // R)
+        if reader.input.block > _SHORT:
+            vectors = min(vectors, LANES // lanes)
         while n_block % (vectors * lanes):
             vectors //= 2
         per_block = reader.input.block // self._per_word
@@ -179,15 +185,16 @@ class _Product:
 
     def _add_words(self, dots: Any, at: list[Expr], place: Columns, row: Expr, count: int) -> None:
         """dots += products of words row .. row + count - 1."""
-        reader, codes = self._reader, self._weights[0]
-        fields: list[Expr] = []
-        for i in range(count):
-            if len(at) >= _AHEAD_ROWS:
-                prefetch(codes, (place.tile, row + i + _AHEAD, index(0)))
-            fields += map(named, reader.bytes(named(codes[place.tile, row + i, place.lanes])))
-        stride = self._blocks * reader.input.block // 4
-        for r, m in enumerate(at):
-            start = m * stride + row * reader.input.fields
-            inputs = [self._buffers["codes"][start + t] for t in range(len(fields))]
-            here = [index(r), lanes_at(index(0), self._isa.lanes)]
-            B.buffer_store(dots, multiply_add(self._isa, dots[here], fields, inputs, reader.largest), here)
+        reader, codes, every = self._reader, self._weights[0], lanes_at(index(0), self._isa.lanes)
+        stride, each = self._blocks * reader.input.block // 4, reader.input.fields
+        for first in range(0, count, _FIELDS // each):
+            fields: list[Expr] = []
+            for i in range(first, min(first + _FIELDS // each, count)):
+                if len(at) >= _AHEAD_ROWS:
+                    prefetch(codes, (place.tile, row + i + _AHEAD, index(0)))
+                fields += map(named, reader.bytes(named(codes[place.tile, row + i, place.lanes])))
+            for r, m in enumerate(at):
+                start = m * stride + (row + first) * each
+                inputs = [self._buffers["codes"][start + t] for t in range(len(fields))]
+                total = multiply_add(self._isa, dots[index(r), every], fields, inputs, reader.largest)
+                B.buffer_store(dots, total, [index(r), every])

@@ -335,7 +335,7 @@ class Lowering:
     def emit_linear(self, linear: Linear, out: View) -> View:
         """Emit the matrix product with its epilogue into `out` (dense)."""
         rows = product(linear.shape[:-1])
-        # Four tiles of weights side by side keep memory busy, where there are enough for all threads.
+        # In integers as many columns are done side by side, where there are enough for all threads.
         n_block, m_block = 64 if len(linear.x) > 1 and linear.n >= 1024 else 32, 128
         spec = KernelSpec.make(
             linear.op,

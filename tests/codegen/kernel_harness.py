@@ -162,6 +162,20 @@ def stack_bytes(spec: KernelSpec, isa: Isa) -> int:
     return sum(int(n) << (12 if shifted else 0) for n, shifted in frames)
 
 
+def innermost_loops(text: str) -> list[list[str]]:
+    """The instructions between a label and a jump back to it, of loops that hold no label of another."""
+    lines = [line for line in text.splitlines() if line[:2] == ".L" or re.match(r"\t[a-z]", line)]
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
+    found = []
+    for i, line in enumerate(lines):
+        jump = re.match(r"\tj\w+\s+(\.LBB\w+)", line)
+        start = labels.get(jump.group(1), i) if jump else i
+        body = lines[start + 1 : i]
+        if start < i and not any(part.startswith(".LBB") for part in body):
+            found.append([part for part in body if not part.startswith(".L")])
+    return found
+
+
 @cache
 def compile_kernel(spec: KernelSpec, isa: Isa) -> Kernel:
     return Kernel(spec, isa, link_kernel(spec, isa))
