@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, np.ndarray]] | None"
 
-TIED_SCHEME = "int8"  # of layers whose weight is an embedding, too: docs/decoders.md has the figures
+# Of layers whose weight is an embedding, too, by what activations are rounded to; docs/decoders.md has the
+# figures.
+TIED_SCHEMES = {None: "int8", "int8": "int8-w8a8"}
 EXTERNAL_DATA_BYTES = 1 << 30  # a larger file keeps its weights beside it: protobuf ends at 2 GiB
 
 
@@ -180,7 +182,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
         if scheme.weight_format is None:
             tied = scheme.name
         else:
-            tied = TIED_SCHEME if config.embeddings == "tied" and scheme.activation_format is None else ""
+            tied = TIED_SCHEMES.get(scheme.activation_format, "") if config.embeddings == "tied" else ""
         select = SelectLayers(config.include, config.exclude, config.embeddings, overrides, tied)
         run_passes(model, [select], options)
         if data is not None:
