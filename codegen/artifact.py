@@ -178,7 +178,7 @@ def build_artifact(
     document = json.dumps({**plan.document, "variants": variants}, separators=(",", ":")).encode()
     weights = [package.Tensor(b.name, b.dtype, b.data) for b in plan.weights]
     tensors = [package.raw_tensor("qgraph.plan", document), *code, *weights]
-    full = {"qgraph.target": target, **(metadata or {})}
+    full = {"qgraph.target": target, "qgraph.packing": packing, **(metadata or {})}
     if low.cache:
         full["qgraph.cache"] = json.dumps([[pair.past.name, pair.present.name] for pair in low.cache.pairs])
     return Artifact(

@@ -385,7 +385,7 @@ def _verify(run: _Run, lowbit: Path) -> None:
             exposed: Path | None = None
             roundings: list[Rounding] = []
             if run.rounds_activations:
-                exposed, roundings = build_exposed(lowbit, config.target, Path(folder))
+                exposed, roundings = build_exposed(lowbit, config.target, Path(folder), config.packing)
             try:
                 run.report.verification = verify(
                     run.staged(".qg"),
@@ -400,7 +400,9 @@ def _verify(run: _Run, lowbit: Path) -> None:
                 raise BudgetError(f"{error}; nothing was written") from error
 
 
-def build_exposed(lowbit: Path, target: str, folder: Path) -> tuple[Path | None, list[Rounding]]:
+def build_exposed(
+    lowbit: Path, target: str, folder: Path, packing: str = "fast"
+) -> tuple[Path | None, list[Rounding]]:
     """An artifact of the low-bit file that shows its roundings of activations, in `folder`, and these; None
     without any. For `evaluate.verify`."""
     from qgraph.codegen import build_artifact
@@ -412,7 +414,7 @@ def build_exposed(lowbit: Path, target: str, folder: Path) -> tuple[Path | None,
     if not roundings:
         return None, []
     path = folder / "exposed.qg"
-    build_artifact(model, target=target, metadata={}).write(path)
+    build_artifact(model, target=target, packing=packing, metadata={}).write(path)
     return path, roundings
 
 
