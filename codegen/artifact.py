@@ -33,6 +33,11 @@ _COMPUTE = {
     "gather_nvfp4": "NVFP4 table, float32 rows",
     "dynamic_nvfp4": "rounds to NVFP4 and back in float32",
     "dynamic_int8": "rounds to int8 and back in float32",
+    **{
+        f"{op}_a8": f"W{bits}A8: {what}, int8 activations, integer products"
+        for op, (bits, what) in _WEIGHTS.items()
+    },
+    "quantize_int8": "rounds to int8 codes with a scale",
     "store_int8": "rounds to int8 codes with a scale",
 }
 # The same of products whose left operand was rounded by an operator: the rounding is real, the product is not
@@ -173,7 +178,7 @@ def build_artifact(
     document = json.dumps({**plan.document, "variants": variants}, separators=(",", ":")).encode()
     weights = [package.Tensor(b.name, b.dtype, b.data) for b in plan.weights]
     tensors = [package.raw_tensor("qgraph.plan", document), *code, *weights]
-    full = {"qgraph.target": target, **(metadata or {})}
+    full = {"qgraph.target": target, "qgraph.packing": packing, **(metadata or {})}
     if low.cache:
         full["qgraph.cache"] = json.dumps([[pair.past.name, pair.present.name] for pair in low.cache.pairs])
     return Artifact(

@@ -18,10 +18,12 @@ class Isa:
         mcpu: LLVM CPU name, the baseline of the variant.
         mattr: LLVM features on top of it.
         features: what the runtime must find in the CPU before it runs the variant (names of
-        runtime/FORMAT.md).
+            runtime/FORMAT.md).
         lanes: float32 elements of the widest register.
-        decode: how a kernel looks up E2M1 codes (codegen/kernels/decode.py): `permute16` (a 16-entry permute
-            of float32 lanes) or `bytes16` (a 16-entry byte lookup, then widening).
+        decode: how a kernel looks up 4-bit codes (codegen/kernels/decode.py): `permute` (of float32 lanes by
+            16 entries, of bytes by 64) or `bytes16` (of bytes by 16 entries, widened for floats).
+        dot: how a kernel multiplies bytes (codegen/kernels/dot.py): `vnni` (four products a lane and their
+            sum at once), `maddubs` (pairs, in 16 bits, then sums of pairs) or `widen` (one by one, in 32).
     """
 
     name: str
@@ -32,9 +34,11 @@ class Isa:
     features: tuple[str, ...]
     lanes: int
     decode: str
+    dot: str
 
 
 _X86 = "x86_64-unknown-linux-gnu"
+_AVX2 = ("avx2", "fma", "f16c", "bmi2")
 
 ISAS: dict[str, Isa] = {
     isa.name: isa
@@ -44,13 +48,17 @@ ISAS: dict[str, Isa] = {
             "x86_64",
             _X86,
             "x86-64-v4",
+            # More than the level that it is named after: bytes are multiplied, and looked up, by instructions
+            # of Ice Lake and Zen 4. An older CPU with AVX-512 runs the AVX2 variant; one more variant would
+            # make every artifact's code and compile time half as large again, for those alone.
             # Kernels write 16-lane vectors; without this LLVM may split them into two halves.
-            ("-prefer-256-bit",),
-            ("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"),
+            ("-prefer-256-bit", "+avx512vbmi", "+avx512vnni"),
+            (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512vbmi", "avx512vnni"),
             16,
-            "permute16",
+            "permute",
+            "vnni",
         ),
-        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), ("avx2", "fma", "f16c", "bmi2"), 8, "bytes16"),
+        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), _AVX2, 8, "bytes16", "maddubs"),
         Isa(
             "aarch64",
             "aarch64",
@@ -60,6 +68,7 @@ ISAS: dict[str, Isa] = {
             ("neon",),
             4,
             "bytes16",
+            "widen",
         ),
     )
 }

@@ -81,10 +81,14 @@ def _is_linear(node: ir.Node) -> bool:
     return weight is not None and weight.const_value is not None and len(weight.shape or ()) == 2
 
 
+def _is_rounding(node: ir.Node) -> bool:
+    return node.domain == "ai.qgraph" and node.op_type.startswith("DynamicQDQ")
+
+
 def _read_by_position(node: ir.Node, length: Dim) -> list[int] | None:
     """The inputs of `node` with an axis of positions, where position i of its output depends on nothing but
     position i of those; else None."""
-    if _is_linear(node) or (node.domain == "ai.qgraph" and node.op_type.startswith("DynamicQDQ")):
+    if _is_linear(node) or _is_rounding(node):
         along = [0]
     elif not node.domain and node.op_type in _BY_ROW:
         if node.attributes.get_int("axis", -1) not in (-1, 2):
@@ -125,6 +129,30 @@ def _follow(
 
 def _cut(graph: ir.Graph, value: ir.Value, readers: list[tuple[ir.Node, int]], length: Dim) -> None:
     """The last positions of `value` for `readers`."""
+    rounding = value.producer()
+    if rounding is None or not _is_rounding(rounding):
+        last = _last(graph, value, length)
+    else:
+        # Rounded once more, by itself: linear layers take the codes of a rounding, not its floats.
+        x = rounding.inputs[0]
+        assert x is not None
+        again = ir.node(
+            rounding.op_type,
+            [_last(graph, x, length), *rounding.inputs[1:]],
+            domain=rounding.domain,
+            name=f"{rounding.name}/last",
+        )
+        last = again.outputs[0]
+        assert value.shape is not None
+        last.name, last.type = f"{value.name}/last", value.type
+        last.shape = ir.Shape([value.shape[0], ir.SymbolicDim(LOGITS.name), value.shape[2]])
+        graph.insert_after(rounding, again)
+    for reader, index in readers:
+        reader.replace_input_with(index, last)
+
+
+def _last(graph: ir.Graph, value: ir.Value, length: Dim) -> ir.Value:
+    """The last positions of `value`."""
 
     def integers(name: str, item: object) -> ir.Value:
         content = np.empty(1, object)
@@ -150,5 +178,4 @@ def _cut(graph: ir.Graph, value: ir.Value, readers: list[tuple[ir.Node, int]], l
         graph.insert_after(producer, node)
     else:
         graph.insert_before(graph[0], node)
-    for reader, index in readers:
-        reader.replace_input_with(index, last)
+    return last

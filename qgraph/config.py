@@ -33,8 +33,8 @@ class CompileConfig:
         solver: how the scheme's codes and scales are chosen; empty is the scheme's default.
         embeddings: how tables that rows are looked up in are stored. `float`: all, and layers tied to one, as
             they are. `tied`: such a table once, with its layer, in int8 (in `scheme`, where that rounds
-            activations) or what `layers` says; others in float. `nvfp4`: a tied table with its layer in
-            `scheme`, all others in NVFP4.
+            activations to NVFP4) or what `layers` says; others in float. `nvfp4`: a tied table with its layer
+            in `scheme`, all others in NVFP4.
         kv_cache: how the keys and values of a decoder's cache are stored: `float` or `int8`, with a scale for
             every token and head.
         include: patterns (shell wildcards) of the layers to quantize; empty is all that suit.

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, np.ndarray]] | None"
 
-TIED_SCHEME = "int8"  # of layers whose weight is an embedding, too: docs/decoders.md has the figures
+# Of layers whose weight is an embedding, too, by what activations are rounded to; docs/decoders.md has the
+# figures.
+TIED_SCHEMES = {None: "int8", "int8": "int8-w8a8"}
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
         if scheme.weight_format is None:
             tied = scheme.name
         else:
-            tied = TIED_SCHEME if config.embeddings == "tied" and scheme.activation_format is None else ""
+            tied = TIED_SCHEMES.get(scheme.activation_format, "") if config.embeddings == "tied" else ""
         select = SelectLayers(config.include, config.exclude, config.embeddings, overrides, tied)
         run_passes(model, [select], options)
         if data is not None:
@@ -382,7 +384,7 @@ def _verify(run: _Run, lowbit: Path) -> None:
             exposed: Path | None = None
             roundings: list[Rounding] = []
             if run.rounds_activations:
-                exposed, roundings = build_exposed(lowbit, config.target, Path(folder))
+                exposed, roundings = build_exposed(lowbit, config.target, Path(folder), config.packing)
             try:
                 run.report.verification = verify(
                     run.staged(".qg"),
@@ -397,7 +399,9 @@ def _verify(run: _Run, lowbit: Path) -> None:
                 raise BudgetError(f"{error}; nothing was written") from error
 
 
-def build_exposed(lowbit: Path, target: str, folder: Path) -> tuple[Path | None, list[Rounding]]:
+def build_exposed(
+    lowbit: Path, target: str, folder: Path, packing: str = "fast"
+) -> tuple[Path | None, list[Rounding]]:
     """An artifact of the low-bit file that shows its roundings of activations, in `folder`, and these; None
     without any. For `evaluate.verify`."""
     from qgraph.codegen import build_artifact
@@ -409,7 +413,7 @@ def build_exposed(lowbit: Path, target: str, folder: Path) -> tuple[Path | None,
     if not roundings:
         return None, []
     path = folder / "exposed.qg"
-    build_artifact(model, target=target, metadata={}).write(path)
+    build_artifact(model, target=target, packing=packing, metadata={}).write(path)
     return path, roundings
 
 

@@ -51,6 +51,7 @@ class Scheme:
 
 _NVFP4_SOLVERS = ("gptq", "sweep-diagonal", "sweep", "soar", "four-over-six", "rtn")
 _GROUP_SOLVERS = ("gptq", "itf", "rtn")
+_TERNARY_SOLVERS = ("gptq", "pt2-llm", "itf", "rtn")
 
 
 def _integers(name: str, bits_per_weight: float, summary: str, **defaults: str) -> Scheme:
@@ -97,7 +98,16 @@ SCHEMES: dict[str, Scheme] = {
             weight_format="ternary",
             activation_format=None,
             bits_per_weight=2.25,
-            solvers=("gptq", "pt2-llm", "itf", "rtn"),
+            solvers=_TERNARY_SOLVERS,
+            reorder="fold",
+        ),
+        Scheme(
+            name="ternary-w2a8",
+            summary="the weights of ternary, activations rounded to int8 with a scale for every token",
+            weight_format="ternary",
+            activation_format="int8",
+            bits_per_weight=2.25,
+            solvers=_TERNARY_SOLVERS,
             reorder="fold",
         ),
         _integers(
@@ -115,8 +125,24 @@ SCHEMES: dict[str, Scheme] = {
             dual_scale="on",
         ),
         _integers("int4", 4.625, "4-bit integers with a float16 scale and a zero point every 32"),
+        Scheme(
+            name="int4-w4a8",
+            summary="the weights of int4, activations rounded to int8 with a scale for every token",
+            weight_format="int4",
+            activation_format="int8",
+            bits_per_weight=4.625,
+            solvers=_GROUP_SOLVERS,
+        ),
         _integers("int4-sym", 4.5, "4-bit integers with a float16 scale every 32, symmetric"),
         _integers("int8", 8.125, "8-bit integers with a float16 scale every 128, symmetric"),
+        Scheme(
+            name="int8-w8a8",
+            summary="the weights of int8, activations rounded to int8 with a scale for every token",
+            weight_format="int8",
+            activation_format="int8",
+            bits_per_weight=8.125,
+            solvers=_GROUP_SOLVERS,
+        ),
     )
 }
 

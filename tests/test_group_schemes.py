@@ -19,6 +19,7 @@ from qgraph.evaluate.runners import ReferenceRunner
 from qgraph.evaluate.similarity import relative_error
 from qgraph.models.export_onnx import quiet
 from qgraph.pipeline import CompileResult
+from qgraph.report.artifact import read_artifact
 from qgraph.schemes import SCHEMES
 
 GROUPS = [name for name, scheme in SCHEMES.items() if scheme.weight_format == name and name != "nvfp4"]
@@ -97,6 +98,21 @@ def test_a_scheme_for_every_layer(decoder: Path, tmp_path: Path) -> None:
     assert {layer.scheme for layer in result.report.quantized} == set(GROUPS)
     again = qgraph.build(result.onnx, output=tmp_path / "again", verify=False, strict=True)
     assert again.artifact.read_bytes() == result.artifact.read_bytes()
+
+
+@pytest.mark.parametrize("scheme", [s.name for s in SCHEMES.values() if s.activation_format == "int8"])
+def test_int8_activations_are_multiplied_in_integers(decoder: Path, tmp_path: Path, scheme: str) -> None:
+    """All layers; the head, which is the embedding, by 8-bit weights. Packed small, ternary ones are not."""
+    result = compiled(decoder, tmp_path, "out", scheme=scheme, solver="rtn")
+    linear = [layer for layer in result.report.quantized if layer.kind == "linear"]
+    assert len(linear) == 15 and all(layer.compute.endswith("integer products") for layer in linear)
+    assert [layer.activations for layer in linear] == ["int8"] * 15
+    assert {layer.scheme for layer in linear} == {SCHEMES[scheme].weight_format, "int8"}
+    if scheme == "ternary-w2a8":
+        result = compiled(decoder, tmp_path, "small", scheme=scheme, solver="rtn", packing="small")
+        computed = {layer.compute for layer in result.report.quantized if layer.scheme == "ternary"}
+        assert computed == {"W2A8 emulated: ternary weights, int8 activations, float32 products"}
+        assert read_artifact(result.artifact).metadata["qgraph.packing"] == "small"
 
 
 def one_layer(path: Path, K: int, N: int) -> Path:

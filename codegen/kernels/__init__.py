@@ -33,7 +33,9 @@ _MODULES = (
     "matmul",
     "matmul_dynamic",
     "matmul_group",
+    "matmul_int8",
     "norm",
+    "quantize_int8",
     "reduce",
     "support",
 )

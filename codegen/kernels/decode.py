@@ -35,7 +35,7 @@ def _bits(value: Any, lanes: int) -> Any:
 
 
 def permute16(table: Sequence[float], index: Any) -> Any:
-    """table[index % 16] of 16 values, for ISAs whose `decode` is `permute16`: vpermps looks at the low 4 bits
+    """table[index % 16] of 16 values, for ISAs whose `decode` is `permute`: vpermps looks at the low 4 bits
     of each u32 lane only."""
     values = T.Shuffle([T.float32(v) for v in table], list(range(16)))
     permute = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512")
@@ -71,7 +71,24 @@ def _bytes16(isa: Isa) -> E2M1Decoder:
     return E2M1Decoder(raw, 0.5, signed_zero=False)
 
 
-_DECODERS = {"permute16": _permute16, "bytes16": _bytes16}
+def lookup_bytes(table: Sequence[int], words: Any, isa: Isa) -> Any:
+    """table[byte % 16] of 16 numbers 0 .. 255, for each byte of u32 lanes, as u32 lanes."""
+    lanes, size = isa.lanes, isa.lanes * 4
+    entries = T.Shuffle([T.uint8(v) for v in table] * (size // 16), list(range(size)))
+    if isa.decode == "permute":
+        # vpermb looks at the low 6 bits of a byte: of a table four times over, at the low 4.
+        permute = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.qi.512")
+        at = T.reinterpret(f"uint8x{size}", words)
+        found = T.call_llvm_pure_intrin(permute, entries, at, dtype=f"uint8x{size}")
+    else:
+        nibbles = T.bitwise_and(words, _bits(0x0F0F0F0F, lanes))
+        lookup = T.llvm_lookup_intrinsic_id(_BYTE_LOOKUP[lanes])
+        at = T.reinterpret(f"uint8x{size}", nibbles)
+        found = T.call_llvm_pure_intrin(lookup, entries, at, dtype=f"uint8x{size}")
+    return T.reinterpret(f"uint32x{lanes}", found)
+
+
+_DECODERS = {"permute": _permute16, "bytes16": _bytes16}
 
 
 def e2m1_decoder(isa: Isa) -> E2M1Decoder:
@@ -92,14 +109,20 @@ def e2m1(words: Any, isa: Isa) -> Any:
     return T.reinterpret(f"float32x{lanes}", bits)
 
 
+E4M3_UNIT = 256.0
+
+
+def e4m3_units(bits: Any, lanes: int) -> Any:
+    """E4M3 bits (u8 lanes) / E4M3_UNIT as float32, exact, subnormals and sign included. NaN (0x7F, 0xFF) is
+    no scale."""
+    # Mantissa and exponent moved to where float16 has them, whose bias is 8 more. The sign is copied upwards
+    # first, so that one shift moves all; it leaves a copy in the one bit that float16 has more.
+    wide = T.cast(T.reinterpret(f"int8x{lanes}", bits), f"int16x{lanes}")
+    moved = T.shift_left(wide, T.broadcast(T.int16(7), lanes))
+    half = T.bitwise_and(moved, T.broadcast(T.int16(-0x4001), lanes))
+    return T.cast(T.reinterpret(f"float16x{lanes}", half), f"float32x{lanes}")
+
+
 def e4m3(bits: Any, lanes: int) -> Any:
-    """E4M3 bits (u8 lanes) as float32, exact, subnormals and sign included. NaN (0x7F, 0xFF) is no scale."""
-    wide = T.cast(bits, f"uint16x{lanes}")
-
-    def moved(mask: int, left: int) -> Any:
-        kept = T.bitwise_and(wide, T.broadcast(T.uint16(mask), lanes))
-        return T.shift_left(kept, T.broadcast(T.uint16(left), lanes))
-
-    # Mantissa and exponent moved to where float16 has them; the biases differ by 8.
-    half = T.reinterpret(f"float16x{lanes}", T.bitwise_or(moved(0x7F, 7), moved(0x80, 8)))
-    return T.cast(half, f"float32x{lanes}") * T.broadcast(T.float32(256.0), lanes)
+    """E4M3 bits (u8 lanes) as float32, exact."""
+    return e4m3_units(bits, lanes) * T.broadcast(T.float32(E4M3_UNIT), lanes)

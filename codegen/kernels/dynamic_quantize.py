@@ -120,7 +120,7 @@ def dynamic_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
         x, y, n = f.buffers["x"], f.buffers["y"], f.scalars["n"]
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
             base = B.bind(row * n)
-            s = _int8_scale(x, base, n, lanes)
+            s = int8_scale(x, base, n, lanes)
 
             def finish(start: Expr, count: Expr | None) -> None:
                 wide = T.broadcast(s, lanes)
@@ -150,20 +150,18 @@ def store_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
             i_h, i_b = B.bind(T.truncmod(head, v["H"])), B.bind(T.truncdiv(head, v["H"]))
             base = B.bind(i_b * v["xs_b"] + i_h * v["xs_h"] + i_s * v["xs_s"])
             to = B.bind(i_b * v["cs_b"] + i_h * v["cs_h"] + i_s * n)
-            s = _int8_scale(x, base, n, lanes)
+            s = int8_scale(x, base, n, lanes)
             B.buffer_store(f.buffers["scale"], s, [i_b * v["ss_b"] + i_h * v["ss_h"] + i_s])
 
             def finish(start: Expr, count: Expr | None) -> None:
-                q = named(_round_even(load(x, base + start, lanes, count) / T.broadcast(s, lanes)))
-                bits = named(_magnitude_bits(q))
-                number = named(T.Select(bits > const_like(bits, _EXPONENT), const_like(q, 0.0), q))
-                store(codes, convert(number, "int8"), to + start, count)
+                q = int8_codes(load(x, base + start, lanes, count), T.broadcast(s, lanes))
+                store(codes, convert(q, "int8"), to + start, count)
 
             each_vector(n, lanes, finish)
     return f.result
 
 
-def _int8_scale(x: Any, base: Expr, n: Expr, lanes: int) -> Expr:
+def int8_scale(x: Any, base: Expr, n: Expr, lanes: int) -> Expr:
     """max(max|row| / 127, 2^-126) of the row of n elements at `base`; NaN where an element is."""
     # Named, or TVM's simplifier would multiply by 1 / 127 in place of the division.
     top = named(splat(INT8_MAX, "float32", 1))
@@ -176,6 +174,13 @@ def _int8_scale(x: Any, base: Expr, n: Expr, lanes: int) -> Expr:
     ratio = named(named(bits_as(largest, "float32")) / top)
     # A maximum that keeps NaN: TIR's gives its second operand when unordered.
     return named(T.max(splat(SMALLEST_NORMAL, "float32", 1), ratio))
+
+
+def int8_codes(x: Expr, scale: Expr) -> Expr:
+    """round(x / scale), a NaN as 0: float32 in -127 .. 127, as `scale` is that of the row."""
+    q = named(_round_even(x / scale))
+    bits = named(_magnitude_bits(q))
+    return named(T.Select(bits > const_like(bits, _EXPONENT), const_like(q, 0.0), q))
 
 
 def _round_even(x: Expr) -> Expr:

@@ -24,24 +24,16 @@ from tvm.tirx import PrimFunc
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
+from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.gemm import TILES, accumulate
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.signature import drop_parameters
-from qgraph.codegen.kernels.vector import f32, lanes_at, load_first, splat, store_first
-from qgraph.codegen.kernels.vmath import const_like, named, vgelu_erf, vgelu_tanh, vsigmoid, vsilu, vtanh
+from qgraph.codegen.kernels.vector import f32, lanes_at, splat
+from qgraph.codegen.kernels.vmath import named
 from qgraph.codegen.kernels.weights import Columns, F32Reader, NVFP4Reader, Reader
 from qgraph.codegen.packing import LANES
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError
-
-ACTIVATIONS = {
-    "gelu_erf": vgelu_erf,
-    "gelu_tanh": vgelu_tanh,
-    "relu": lambda x: T.max(const_like(x, 0.0), x),  # keeps NaN: max returns its second operand then
-    "silu": vsilu,
-    "tanh": vtanh,
-    "sigmoid": vsigmoid,
-}
 
 _DIRECT_ROWS = 4
 _EXPONENT = 0x7F800000  # of a float32 that is an infinity or NaN
@@ -74,13 +66,13 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
     K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]
     epilogue: tuple[str, ...] = spec["epilogue"]
     block, unit = reader.block, reader.unit
-    unknown = [e for e in epilogue if e not in ("bias", "residual", *ACTIVATIONS)]
+    result = Result(N, n_block, isa.lanes, epilogue)
     if (
         min(K, N, m_block) < 1
         or n_block < LANES
         or n_block % LANES
         or n_block * block > _PANEL_FLOATS
-        or unknown
+        or not result.known
     ):
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
 
@@ -92,14 +84,13 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
     width = tile_vectors * L  # columns of the accumulator tile
     groups = n_block // width
     tiles, panels, blocks = -(-N // LANES), -(-N // n_block), -(-K // block)
-    ragged = N % n_block != 0
     slices = -(-K // (_PANEL_FLOATS // n_block // block * block))
     depth = -(-K // (slices * block)) * block  # inputs of one K-slice
 
     def tile_of(panel: Any, group: Any, v: Any) -> Any:
         """The n16 tile of vector v of a group; beyond the last tile, the last (its sums are dropped)."""
         tile = panel * (n_block // LANES) + group * (width // LANES) + v // parts
-        return T.min(tile, tiles - 1) if ragged else tile
+        return T.min(tile, tiles - 1) if result.ragged else tile
 
     def columns(panel: Any, group: Any, v: Any) -> Columns:
         """Those of vector v of a group."""
@@ -114,19 +105,6 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
         if reader.decoded:
             return lambda k, v: P[k, lanes_at(group * width + v * L, L)]
         return lambda k, v: reader.weight(W, columns(panel, group, v), k0 + k)
-
-    def load(A: Any, row: Any, column: Any) -> Any:
-        """L columns of a [rows, N] buffer; those beyond N are not read."""
-        if ragged:
-            return load_first(A, row * N + column, N - column, L)
-        return A[lanes_at(row * N + column, L)]
-
-    @T.inline
-    def store(Y, row, column, value):
-        if ragged:
-            store_first(Y, value, row * N + column, N - column, L)
-        else:
-            Y[lanes_at(row * N + column, L)] = value
 
     def chains(R: int) -> int:
         """Sums a row is split into, so that few rows still fill the pipeline of additions."""
@@ -191,7 +169,9 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
             for r in T.unroll(T.int64(R)):
                 if r < rows:
                     for v in T.unroll(tile_vectors):
-                        store(Y, m0 + r, panel * n_block + group * width + v * L, acc[r, v, lanes_at(0, L)])
+                        result.store(
+                            Y, m0 + r, panel * n_block + group * width + v * L, acc[r, v, lanes_at(0, L)]
+                        )
 
     def decode_unit(P: Any, k: Any, column: Any, weights: list[Any], grid: Any) -> None:
         """P[k + i, column ..] = weights[i] with their scale, grid[0], and their offset, grid[1], for every
@@ -255,16 +235,16 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
                     for v in T.unroll(tile_vectors):
                         column: T.let = panel * n_block + group * width + v * L
                         if slices == 1:
-                            store(Y, m0 + row + r, column, acc[r, v, lanes_at(0, L)])
+                            result.store(Y, m0 + row + r, column, acc[r, v, lanes_at(0, L)])
                         else:
                             if k0 == 0:
-                                store(Y, m0 + row + r, column, acc[r, v, lanes_at(0, L)])
+                                result.store(Y, m0 + row + r, column, acc[r, v, lanes_at(0, L)])
                             else:
-                                store(
+                                result.store(
                                     Y,
                                     m0 + row + r,
                                     column,
-                                    acc[r, v, lanes_at(0, L)] + load(Y, m0 + row + r, column),
+                                    acc[r, v, lanes_at(0, L)] + result.load(Y, m0 + row + r, column),
                                 )
 
     @T.inline
@@ -293,24 +273,6 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
                 worst[0] = T.max(worst[0], not_finite(S[m0 + r, kb]))
             if rows > _DIRECT_ROWS or worst[0] == _EXPONENT:
                 tiles_of_rows(Y, X, W, P, m0 + r, T.Select(rows > _DIRECT_ROWS, rows, T.int64(1)), panel)
-
-    def finished(value: Any, B: Any, R: Any, row: Any, column: Any) -> Any:
-        for name in epilogue:
-            if name == "bias":
-                value = value + load(B, 0, column)
-            elif name == "residual":
-                value = value + load(R, row, column)
-            else:
-                value = ACTIVATIONS[name](value)
-        return value
-
-    @T.inline
-    def finish(Y, B, R, m0, rows, panel):
-        """The epilogue, on the finished sums of the block."""
-        for r in T.serial(rows):
-            for v in T.serial(T.int64(n_block // L)):
-                column: T.let = panel * n_block + v * L
-                store(Y, m0 + r, column, finished(load(Y, m0 + r, column), B, R, m0 + r, column))
 
     # The script has a fixed number of parameters; those beyond the reader's are dropped below.
     taken = len(reader.operands)
@@ -363,8 +325,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
                 tiles_of_rows(Y, X, W, P, m0, rows, panel)
             if reader.has_offset:
                 by_decoding(Y, X, W, S, P, m0, rows, panel)
-            if len(epilogue) > 0:
-                finish(Y, bias_row, R, m0, rows, panel)
+            result.finish(Y, bias_row, R, m0, rows, panel)
 
     unused = {f"weight{i}" for i in range(taken, len(operands))}
     unused |= set() if reader.has_offset else {"block_sums"}

@@ -66,10 +66,11 @@ class GroupReader(Reader):
         values = self._decode(load, block * self._units + unit, count)
         if self._spec.offset != "zero_point":
             return values
-        zero = named(self._zero_point(w, at, block))
+        zero = named(self.zero_point(w, at, block))
         return [value - zero for value in values]
 
-    def _zero_point(self, w: Buffers, at: Columns, block: Expr) -> Expr:
+    def zero_point(self, w: Buffers, at: Columns, block: Expr) -> Expr:
+        """The zero point of a block, float32 lanes, where there is one."""
         pair = T.cast(w[2][at.tile, T.truncdiv(block, T.int64(2)), at.lanes], f"int32x{self._lanes}")
         half = T.broadcast(T.cast(T.truncmod(block, T.int64(2)) * 4, "int32"), self._lanes)
         nibble = T.bitwise_and(T.shift_right(pair, half), const_like(pair, 15))
@@ -103,7 +104,7 @@ def _fields(spec: BlockFormat, isa: Isa) -> Decode:
         return field - (1 << bits) if signed and field >> (bits - 1) else field
 
     def value(word: Expr, j: int) -> Expr:
-        if isa.decode == "permute16" and bits <= 4:
+        if isa.decode == "permute" and bits <= 4:
             # A lookup by the low 4 bits; of narrower fields the bits above do not matter.
             table = [float(number(i % (1 << bits))) for i in range(16)]
             return permute16(table, _shifted(word, bits * j))
@@ -128,7 +129,7 @@ def _threes(isa: Isa) -> Decode:
     lanes = isa.lanes
 
     def value(code: Expr) -> Expr:
-        if isa.decode == "permute16":
+        if isa.decode == "permute":
             return permute16([float(k % 8) for k in range(16)], code)
         masked = T.bitwise_and(code, const_like(code, 7))
         return T.cast(T.reinterpret(f"int32x{lanes}", masked), f"float32x{lanes}")

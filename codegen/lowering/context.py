@@ -12,6 +12,7 @@ import onnx_ir as ir
 import sympy
 
 from qgraph.codegen.dims import CONTENT, Dim, ceildiv, equal, grain_of, is_one, product, size, static
+from qgraph.codegen.int8_input import Int8Input
 from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import ITEM_SIZE, Buffer, View, collapse
 from qgraph.codegen.spec import ELEMENTWISE_BLOCK, KernelSpec
@@ -62,7 +63,7 @@ class Linear:
 
     node: ir.Node
     op: str  # kernel
-    x: View
+    x: tuple[View, ...]  # the arguments that the kernel takes for its left operand
     k: int
     n: int
     weights: tuple[Buffer, ...]
@@ -73,7 +74,16 @@ class Linear:
     sums: View | None = None  # of blocks of x, for weights with an offset a block
 
 
-Lazy = View | Pointwise | Linear
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A value rounded to int8, not computed in float32 yet: who multiplies in integers takes codes instead
+    (`Lowering.int8`)."""
+
+    node: ir.Node  # DynamicQDQInt8
+    x: View  # what is rounded, dense
+
+
+Lazy = View | Pointwise | Linear | Rounded
 Handler = Callable[["Lowering", ir.Node], None]
 HANDLERS: dict[tuple[str, str], Handler] = {}
 # Inputs that carry data. Others (target shapes, axes, pads) are known from shape inference.
@@ -161,6 +171,8 @@ class Lowering:
     places: dict[ir.Value, State] = field(default_factory=dict)
     _dense: dict[ir.Value, View] = field(default_factory=dict)
     _block_sums: dict[tuple[ir.Value, int], View] = field(default_factory=dict)
+    _rounded: dict[ir.Value, Rounded] = field(default_factory=dict)
+    _int8: dict[tuple[ir.Value, Int8Input], tuple[View, View, View]] = field(default_factory=dict)
 
     # Values
 
@@ -226,6 +238,8 @@ class Lowering:
             lazy = self.emit_linear(lazy, self.allocate(value))
         elif isinstance(lazy, Pointwise):
             lazy = self.emit_pointwise(lazy, self.allocate(value, strided=True))
+        elif isinstance(lazy, Rounded):
+            lazy = self.emit_rounded(lazy, self.allocate(value))
         self.values[value] = lazy
         return lazy
 
@@ -248,6 +262,28 @@ class Lowering:
             self.emit(f"{value.name}/block_sums", spec, [out, x], rows, grain)
             self._block_sums[key] = out
         return self._block_sums[key]
+
+    def int8(self, value: ir.Value, k: int, wanted: Int8Input) -> tuple[View, View, View] | None:
+        """Codes, scales and block sums of a value that is rounded to int8 along its last axis, of size k;
+        computed once for all readers that want them alike. None for a value that is not rounded."""
+        rounded, key = self._rounded.get(value), (value, wanted)
+        if rounded is None:
+            return None
+        if key not in self._int8:
+            lead, blocks = rounded.x.shape[:-1], -(-k // wanted.block)
+            out = (
+                self.temp("i8", (*lead, sympy.Integer(blocks * wanted.block))),
+                self.temp("f32", lead),
+                self.temp("i32", (*lead, sympy.Integer(blocks))),
+            )
+            spec = KernelSpec.make(
+                "quantize_int8", k=k, fields=wanted.fields, block=wanted.block, factor=wanted.factor
+            )
+            name = rounded.node.name or rounded.node.op_type
+            step = self.emit(name, spec, [*out, rounded.x], product(lead), grain_of(k))
+            self.layers.append((rounded.node, step))
+            self._int8[key] = out
+        return self._int8[key]
 
     def copy(self, view: View, name: str, out: View | None = None) -> View:
         """A dense copy of `view`, or a copy into `out`."""
@@ -299,7 +335,8 @@ class Lowering:
     def emit_linear(self, linear: Linear, out: View) -> View:
         """Emit the matrix product with its epilogue into `out` (dense)."""
         rows = product(linear.shape[:-1])
-        n_block, m_block = 32, 128
+        # In integers as many columns are done side by side, where there are enough for all threads.
+        n_block, m_block = 64 if len(linear.x) > 1 and linear.n >= 1024 else 32, 128
         spec = KernelSpec.make(
             linear.op,
             k=linear.k,
@@ -317,8 +354,18 @@ class Lowering:
         read = [*(View.of(w) for w in linear.weights), *([linear.sums] if linear.sums else []), *extra]
         blocks = ceildiv(rows, m_block) * ceildiv(linear.n, n_block)
         name = linear.node.name or "MatMul"
-        step = self.emit(name, spec, [out, linear.x, *read, rows], blocks, weights=linear.weights)
+        step = self.emit(name, spec, [out, *linear.x, *read, rows], blocks, weights=linear.weights)
         self.layers.append((linear.node, step))
+        return out
+
+    def emit_rounded(self, rounded: Rounded, out: View) -> View:
+        """Emit the rounding to int8 and back in float32 into `out` (dense)."""
+        *lead, n = rounded.x.shape
+        name = rounded.node.name or rounded.node.op_type
+        step = self.emit(
+            name, KernelSpec.make("dynamic_int8"), [out, rounded.x, n], product(lead), grain_of(n)
+        )
+        self.layers.append((rounded.node, step))
         return out
 
     def emit_pointwise(self, pw: Pointwise, out: View | None = None) -> View:
@@ -374,6 +421,8 @@ class Lowering:
         """Record what the outputs of `node` have become; an output of the graph is computed at once."""
         for value, lazy in zip(node.outputs, results, strict=False):
             self.values[value] = lazy
+            if isinstance(lazy, Rounded):
+                self._rounded[value] = lazy
             if value in self.outputs:
                 self.deliver(value)
 

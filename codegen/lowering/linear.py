@@ -11,10 +11,13 @@ import sympy
 
 from qgraph.codegen import packing
 from qgraph.codegen.dims import Dim, ceildiv, product
+from qgraph.codegen.int8_input import int8_input
 from qgraph.codegen.lowering.context import Linear, Lowering, broadcast, lowers, unsupported
 from qgraph.codegen.memory import Buffer, View, collapse
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import InputError
+from qgraph.formats import BlockFormat
+from qgraph.formats.nvfp4 import NVFP4
 
 _M_BLOCK, _N_BLOCK = 64, 32  # of the product of two activations
 
@@ -62,7 +65,16 @@ def qlinear_nvfp4(low: Lowering, node: ir.Node) -> None:
     if x is None:
         raise unsupported(node, "an input is missing")
     (k, n), weights = nvfp4_weight(low, node, "n16k8", packing.pack_nvfp4_n16k8)
-    low.bind(node, Linear(node, "matmul_nvfp4", low.dense(x), k, n, weights, low.shape(node.outputs[0])))
+    op, operand = left_operand(low, x, k, NVFP4)
+    low.bind(node, Linear(node, op, operand, k, n, weights, low.shape(node.outputs[0])))
+
+
+def left_operand(low: Lowering, x: ir.Value, k: int, weight: BlockFormat) -> tuple[str, tuple[View, ...]]:
+    """Which kernel multiplies x [.., k] by a weight of the format, and its arguments for x: where that is
+    rounded to int8, codes for a product in integers."""
+    wanted = int8_input(weight.name)
+    codes = low.int8(x, k, wanted) if wanted is not None else None
+    return (weight.kernel, (low.dense(x),)) if codes is None else (f"{weight.kernel}_a8", codes)
 
 
 def f32_weight(low: Lowering, value: ir.Value, array: np.ndarray) -> Buffer:
@@ -80,7 +92,7 @@ def matmul(low: Lowering, node: ir.Node) -> None:
     if w is not None and w.ndim == 2 and w.size and len(low.shape(a)) >= 2 and low.dtype(a) == "f32":
         k, n = w.shape
         weights = (f32_weight(low, b, w),)
-        low.bind(node, Linear(node, "matmul_f32", low.dense(a), k, n, weights, low.shape(node.outputs[0])))
+        low.bind(node, Linear(node, "matmul_f32", (low.dense(a),), k, n, weights, low.shape(node.outputs[0])))
         return
     if low.dtype(a) != "f32":
         raise unsupported(node, f"operands of type {low.dtype(a)}; supported is f32")

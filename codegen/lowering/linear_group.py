@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qgraph.codegen import packing_group as packing
 from qgraph.codegen.lowering.context import Linear, Lowering, lowers, unsupported
+from qgraph.codegen.lowering.linear import left_operand
 from qgraph.codegen.memory import Buffer
 from qgraph.errors import InputError
 from qgraph.formats import FORMATS, BlockFormat, QTensor
@@ -28,18 +29,15 @@ def qlinear_group(low: Lowering, node: ir.Node) -> None:
     spec = OPERATORS[node.op_type.removeprefix("QLinear")]
     q, weights, params = group_weight(low, node, spec)
     k, n = q.shape
-    linear = Linear(
-        node,
-        spec.kernel,
-        low.dense(x),
-        k,
-        n,
-        weights,
-        low.shape(node.outputs[0]),
-        params=tuple(params.items()),
-        sums=low.block_sums(x, k, spec.block) if spec.offset == "mean" else None,
-    )
-    low.bind(node, linear)
+    base3 = params.get("packing") == "base3"  # has no product in integers
+    op, operand = (spec.kernel, (low.dense(x),)) if base3 else left_operand(low, x, k, spec)
+    sums = None
+    if op != spec.kernel:
+        params = {"block": spec.block}
+    elif spec.offset == "mean":
+        sums = low.block_sums(x, k, spec.block)
+    shape, rest = low.shape(node.outputs[0]), tuple(params.items())
+    low.bind(node, Linear(node, op, operand, k, n, weights, shape, params=rest, sums=sums))
 
 
 def group_weight(

@@ -123,12 +123,15 @@ def _against_lowbit(
     from qgraph.pipeline import build_exposed
     from qgraph.report.artifact import read_artifact
 
-    isas = tuple(read_artifact(artifact).code_bytes)
+    info = read_artifact(artifact)
+    isas = tuple(info.code_bytes)
     target = next((name for name, known in TARGETS.items() if known == isas), "")
     if not target:
         raise UnsupportedError(f"{artifact}: was built for {', '.join(isas)}, which is no target here")
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
-        exposed, roundings = build_exposed(lowbit, target, Path(folder))
+        exposed, roundings = build_exposed(
+            lowbit, target, Path(folder), info.metadata.get("qgraph.packing", "fast")
+        )
         reference = Reference(
             lowbit, exposed=exposed, roundings=roundings, cache=cache, capacity=capacity, threads=threads
         )

@@ -33,7 +33,7 @@ uint64_t saved_registers(const Registers& leaf1) {
 
 // Intel SDM volume 2, CPUID: leaf 1 (ecx) and leaf 7 (ebx, ecx).
 struct Features {
-  bool avx2, fma, f16c, bmi2, avx512f, avx512bw, avx512vl, avx512dq, avx512cd, avx512vnni, sha_ni;
+  bool avx2, fma, f16c, bmi2, avx512f, avx512bw, avx512vl, avx512dq, avx512cd, avx512vbmi, avx512vnni, sha_ni;
   Features() {
     Registers one = cpuid(1), seven = cpuid(7);
     uint64_t saved = saved_registers(one);
@@ -48,6 +48,7 @@ struct Features {
     avx512vl = avx512 && bit(seven.ebx, 31);
     avx512dq = avx512 && bit(seven.ebx, 17);
     avx512cd = avx512 && bit(seven.ebx, 28);
+    avx512vbmi = avx512 && bit(seven.ecx, 1);
     avx512vnni = avx512 && bit(seven.ecx, 11);
     sha_ni = bit(seven.ebx, 29) && bit(one.ecx, 19) && bit(one.ecx, 9);  // with SSE4.1 and SSSE3
   }
@@ -71,7 +72,8 @@ bool cpu_has(std::string_view name) {
                {"f16c", f.f16c},         {"bmi2", f.bmi2},
                {"avx512f", f.avx512f},   {"avx512bw", f.avx512bw},
                {"avx512vl", f.avx512vl}, {"avx512dq", f.avx512dq},
-               {"avx512cd", f.avx512cd}, {"avx512vnni", f.avx512vnni}};
+               {"avx512cd", f.avx512cd}, {"avx512vbmi", f.avx512vbmi},
+               {"avx512vnni", f.avx512vnni}};
   for (const auto& entry : table) {
     if (entry.name == name) return entry.has;
   }

@@ -216,7 +216,7 @@ void test_kernel_call() {
 void test_cpu_features() {
   CHECK(!qg::cpu_has("warp_drive"));
   CHECK(!qg::cpu_has(""));
-  for (const char* name : {"avx512bw", "avx512vl", "avx512vnni"})
+  for (const char* name : {"avx512bw", "avx512vl", "avx512vbmi", "avx512vnni"})
     CHECK(!qg::cpu_has(name) || qg::cpu_has("avx512f"));
   CHECK(!qg::cpu_has("avx512f") || qg::cpu_has("avx2"));
   CHECK(qg::cpu_has("neon") == (qg::machine_arch() == "aarch64"));

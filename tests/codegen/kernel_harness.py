@@ -40,7 +40,8 @@ def _cpu_features() -> set[str]:
     words = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(("flags", "Features")):
-            words.update(line.split(":", 1)[1].split())
+            # Linux writes avx512_vnni where the runtime, and LLVM, have avx512vnni.
+            words.update(line.split(":", 1)[1].replace("avx512_", "avx512").split())
     return words | ({"neon"} if "asimd" in words else set())
 
 
@@ -159,6 +160,20 @@ def stack_bytes(spec: KernelSpec, isa: Isa) -> int:
         return max((int(n) for n in re.findall(r"subq\s+\$(\d+), %rsp", text)), default=0)
     frames = re.findall(r"sub\s+sp, sp, #(\d+)(, lsl #12)?", text)  # a large frame takes one of each
     return sum(int(n) << (12 if shifted else 0) for n, shifted in frames)
+
+
+def innermost_loops(text: str) -> list[list[str]]:
+    """The instructions between a label and a jump back to it, of loops that hold no label of another."""
+    lines = [line for line in text.splitlines() if line[:2] == ".L" or re.match(r"\t[a-z]", line)]
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
+    found = []
+    for i, line in enumerate(lines):
+        jump = re.match(r"\tj\w+\s+(\.LBB\w+)", line)
+        start = labels.get(jump.group(1), i) if jump else i
+        body = lines[start + 1 : i]
+        if start < i and not any(part.startswith(".LBB") for part in body):
+            found.append([part for part in body if not part.startswith(".L")])
+    return found
 
 
 @cache

@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from qgraph.codegen import build_artifact
 from qgraph.codegen.isa import ISAS, Isa
+from qgraph.codegen.lowering import lower
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import UnsupportedError
 from qgraph.formats import FORMATS
@@ -254,10 +255,26 @@ def test_a_whole_model(activation_format: str, style: str, tmp_path: Path) -> No
     found = {layer.node_name: layer.compute for layer in artifact.layers}
     label = {
         "nvfp4": "W4A4 emulated: NVFP4 weights and activations",
-        "int8": "W4A8 emulated: NVFP4 weights, int8",
+        "int8": "W4A8: NVFP4 weights, int8 activations, integer products",
     }
     assert all(found[name].startswith(label[activation_format]) for name in ("q", "k", "o"))
-    assert [layer.node_name for layer in artifact.layers] == [names[0], "q", "k", names[1], "o"]
+    # int8: once in float32, as an output, and once as codes.
+    shown, read = ([name] * (1 + (activation_format == "int8")) for name in names)
+    assert [layer.node_name for layer in artifact.layers] == [*shown, "q", "k", *read, "o"]
+
+
+def test_rounded_values_are_codes_unless_somebody_else_reads_them() -> None:
+    """Made once for q and k, in float32 for no linear layer; in float32 too for a reader that takes that."""
+    model = quantized_layers("int8", {"x": 3.0, "h": 2.0})
+    plain = [step.spec.op for step in lower(prepare_model(model).graph).steps]
+    quantize, product = "quantize_int8", "matmul_nvfp4_a8"
+    assert [op for op in plain if op != "elementwise"] == [quantize, product, product, quantize, product]
+    model = quantized_layers("int8", {"x": 3.0, "h": 2.0})
+    rounded = next(node for node in model.graph if node.name == "x/int8").outputs[0]
+    rest = next(node for node in model.graph if node.op_type == "Add")
+    rest.replace_input_with(1, rounded)
+    both = [step.spec.op for step in lower(prepare_model(model).graph).steps]
+    assert sorted(both) == sorted([*plain, "dynamic_int8"])
 
 
 def test_a_strided_input_is_made_dense(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from emulated import MISSING, run_on_aarch64
 from group_cases import CASES, NAMES, GroupMatMul, block_sums, make_spec, packed, random_weight
-from kernel_harness import link_kernel, native_isas
+from kernel_harness import innermost_loops, link_kernel, native_isas
 from matmul_cases import error
 
 from qgraph.codegen.isa import ISAS, Isa
@@ -151,20 +151,6 @@ def test_sums_of_many_rows_stay_in_registers(weight_format: str, packing: str) -
     panel = [body for body in panel if sum("vbroadcastss" in i for i in body) == 6]
     assert panel and not [i for body in panel for i in body if "rsp" in i]
     assert 0 < max(map(int, re.findall(r"subq\s+\$(\d+), %rsp", text))) <= 64 * 1024
-
-
-def innermost_loops(text: str) -> list[list[str]]:
-    """The instructions between a label and a jump back to it, of loops that hold no label of another."""
-    lines = [line for line in text.splitlines() if line[:2] == ".L" or re.match(r"\t[a-z]", line)]
-    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
-    found = []
-    for i, line in enumerate(lines):
-        jump = re.match(r"\tj\w+\s+(\.LBB\w+)", line)
-        start = labels.get(jump.group(1), i) if jump else i
-        body = lines[start + 1 : i]
-        if start < i and not any(part.startswith(".LBB") for part in body):
-            found.append([part for part in body if not part.startswith(".L")])
-    return found
 
 
 def test_bad_parameters_are_refused() -> None:

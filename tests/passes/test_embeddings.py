@@ -169,7 +169,7 @@ def test_a_tied_table_is_the_weight_of_its_layer(scheme: str) -> None:
     W = from_node(head).dequantize()
     ids = np.array([[0, 98, 7], [-1, 7, 7]])
     h = W.T[ids]
-    if scheme == "nvfp4-w4a8":
+    if SCHEMES[scheme].activation_format == "int8":
         h = dynamic_int8(h)
     evaluator = ReferenceEvaluator(ir.to_proto(graph))
     np.testing.assert_allclose(evaluator.run(None, {"ids": ids})[0], h @ W, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,90 @@
+"""How matrix products write their result [M, N], and what is done to it: bias, residual, activations.
+
+The functions emit statements at the current place of the function being built, by TVMScript or by the IR
+builder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as B
+
+from qgraph.codegen.kernels.loops import index
+from qgraph.codegen.kernels.vector import lanes_at, load_first, store_first
+from qgraph.codegen.kernels.vmath import (
+    Expr,
+    const_like,
+    vgelu_erf,
+    vgelu_tanh,
+    vsigmoid,
+    vsilu,
+    vtanh,
+)
+
+ACTIVATIONS = {
+    "gelu_erf": vgelu_erf,
+    "gelu_tanh": vgelu_tanh,
+    "relu": lambda x: T.max(const_like(x, 0.0), x),  # keeps NaN: max returns its second operand then
+    "silu": vsilu,
+    "tanh": vtanh,
+    "sigmoid": vsigmoid,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a product, in vectors of `lanes` columns.
+
+    Attributes:
+        N: its columns.
+        n_block: columns of a block of the grid.
+        epilogue: names applied in order, of "bias" (+ [N]), "residual" (+ [M, N]) and ACTIVATIONS.
+    """
+
+    N: int
+    n_block: int
+    lanes: int
+    epilogue: tuple[str, ...]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last block has columns beyond N."""
+        return self.N % self.n_block != 0
+
+    @property
+    def known(self) -> bool:
+        """Whether there is nothing in the epilogue that has no meaning."""
+        return all(name in ("bias", "residual", *ACTIVATIONS) for name in self.epilogue)
+
+    def load(self, A: Any, row: Expr, column: Expr) -> Expr:
+        """Columns of a flat buffer of rows of N; those beyond N are not read."""
+        if self.ragged:
+            return load_first(A, row * self.N + column, self.N - column, self.lanes)
+        return A[lanes_at(row * self.N + column, self.lanes)]
+
+    def store(self, Y: Any, row: Expr, column: Expr, value: Expr) -> None:
+        """Emits the store of columns; those beyond N are not written."""
+        if self.ragged:
+            store_first(Y, value, row * self.N + column, self.N - column, self.lanes)
+        else:
+            B.buffer_store(Y, value, [lanes_at(row * self.N + column, self.lanes)])
+
+    def finish(self, Y: Any, bias: Any, residual: Any, m0: Expr, rows: Expr, panel: Expr) -> None:
+        """Emits the epilogue on the finished sums of a block: rows m0 .. m0 + rows - 1 of a panel. Operands
+        that the epilogue does not have are not read."""
+        if not self.epilogue:
+            return
+        with B.serial(rows) as r, B.serial(index(self.n_block // self.lanes)) as v:
+            column = B.bind(panel * self.n_block + v * self.lanes)
+            value = self.load(Y, m0 + r, column)
+            for name in self.epilogue:
+                if name == "bias":
+                    value = value + self.load(bias, index(0), column)
+                elif name == "residual":
+                    value = value + self.load(residual, m0 + r, column)
+                else:
+                    value = ACTIVATIONS[name](value)
+            self.store(Y, m0 + r, column, value)
