@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py [--shapes 4096x4096,384x1536] [--rows 1,8,512] [--threads 1,2]
         [--schemes nvfp4,ternary] [--peers ort-f32,torch-bf16 | --peers none]
+        [--ggml INCLUDE LIBRARIES]
         [--passes 10] [--seconds 2] [--repeats 2] [--cache MIB] [--json FILE] [--plot FILE.svg]
 
 A shape is inputs x outputs of a layer. What is timed is a pass over a chain of such layers, each with weights
@@ -13,15 +14,17 @@ times the last-level cache, so they come from memory; for more rows, which use a
 large as the cache.
 
 Engines and limits take turns, a pass each, and pause between, so that no thread pool spins into another's
-turn. `us` is the median of all passes, `best` their best decile, `repeats` by how much the medians of the
-repeats differ. For up to 8 rows the limit is reading memory (`GB/s` counts weights and scales), else the
-fused multiply-adds in float32, all on as many threads, measured in the same turns: `limit` is the share of it
-by medians, `best` behind it by best deciles. An engine that multiplies in bfloat16 or int8 can exceed the
-second; their own limits are in the last lines of a group. What activations are rounded to is in column `x`
-(of OpenVINO what its settings say): only equals compare.
+turn. `us` is the median of all passes, `best` their best decile, `cpu` the median of the time on processors,
+all threads together, which on a shared machine is the fairest figure of one thread; `repeats` is by how much
+the medians of the repeats differ. For up to 8 rows the limit is reading memory (`GB/s` counts weights and
+scales), else the fused multiply-adds in float32, all on as many threads, measured in the same turns: `limit`
+is the share of it by medians, `best` and `cpu` behind it by those. An engine that multiplies in bfloat16 or
+int8 can exceed the second; their own limits are in the last lines of a group. What activations are rounded to
+is in column `x` (of OpenVINO what its settings say): only equals compare.
 
-Peers that are not installed are named with the reason, and left out. `--plot` needs matplotlib. On a shared
-machine read `others`, what other processes had of the cores, first.
+Peers that are not installed are named with the reason, and left out. llama.cpp takes part with the folders
+of its headers and libraries (`--ggml llama.cpp/ggml/include llama.cpp/build/bin`). `--plot` needs matplotlib.
+On a shared machine read `others`, what other processes had of the cores, first.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ggml_engine import TYPES as GGML_TYPES
+from ggml_engine import Ggml
 from machine import Limit, Neighbours, compute_limits, description, last_level_cache, memory_limit
 from matmul_engines import PEERS, AbsentError, Contender, Engine, Problem, QGraph
 
@@ -43,6 +48,7 @@ from qgraph.schemes import SCHEMES
 
 FEW = 8  # rows up to which reading the weights is the limit
 PAUSE_S = 0.03  # longer than thread pools spin after a run
+TIMES = ("median", "best", "cpu_median")  # of a cell
 LEAST = 3  # passes of a contender, however long they take
 
 
@@ -59,6 +65,7 @@ class Cell:
     nbytes: int  # of a layer's weights; of a limit, read at once
     operations: int  # of a layer
     repeats: list[list[float]] = field(default_factory=list)  # seconds a layer
+    cpu: list[float] = field(default_factory=list)  # of them, on processors: all threads together
 
     @property
     def median(self) -> float:
@@ -67,6 +74,10 @@ class Cell:
     @property
     def best(self) -> float:
         return float(np.quantile(np.concatenate(self.repeats), 0.1))
+
+    @property
+    def cpu_median(self) -> float:
+        return float(np.median(self.cpu))
 
     @property
     def deviation(self) -> float:
@@ -80,18 +91,20 @@ class Cell:
         return self.nbytes if self.rows <= FEW else self.operations
 
 
-def time_turns(runs: Sequence[Callable[[], object]], passes: int, seconds: float) -> list[list[float]]:
-    """Seconds of passes of each, in turns: `passes`, or as many as fit into so many seconds each, at least
-    LEAST."""
-    times: list[list[float]] = [[] for _ in runs]
+def time_turns(
+    runs: Sequence[Callable[[], object]], passes: int, seconds: float
+) -> list[list[tuple[float, float]]]:
+    """(wall, processor) seconds of passes of each, in turns: `passes`, or as many as fit into so many seconds
+    each, at least LEAST."""
+    times: list[list[tuple[float, float]]] = [[] for _ in runs]
     for turn in range(max(passes, LEAST)):
         for run, own in zip(runs, times, strict=True):
-            if turn >= LEAST and sum(own) > seconds:
+            if turn >= LEAST and sum(wall for wall, _ in own) > seconds:
                 continue
             time.sleep(PAUSE_S)
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             run()
-            own.append(time.perf_counter() - start)
+            own.append((time.perf_counter() - start, time.process_time() - cpu))
     return times
 
 
@@ -128,7 +141,8 @@ def measure_group(
                 run()  # touches what is mapped, and wakes threads
             found = time_turns(runs, options.passes, options.seconds)
             for cell, times in zip(cells[count], found, strict=True):
-                cell.repeats.append([t / cell.layers for t in times])
+                cell.repeats.append([wall / cell.layers for wall, _ in times])
+                cell.cpu += [cpu / cell.layers for _, cpu in times]
     return [cell for count in rows for cell in cells[count]]
 
 
@@ -150,15 +164,14 @@ def measure_shape(
 
 def print_tables(cells: Sequence[Cell]) -> None:
     """A shape: what each has, and what it is to each scheme of ours."""
-    columns = ("rows", "threads", "", "x", "us", "best", "GB/s", "GFLOP/s", "limit", "best", "repeats")
+    columns = ("rows", "threads", "", "x", "us", "best", "cpu", "GB/s", "GFLOP/s")
+    columns += ("limit", "best", "cpu", "repeats")
     print(f"\n### {cells[0].shape}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for group in grouped(cells):
         limit = next(cell for cell in group if not cell.activations)
         for cell in group:
-            share = [
-                f"{of(cell, limit, time):.2f}" if cell.activations else "" for time in ("median", "best")
-            ]
-            times = [f"{1e6 * t:.1f}" if cell.activations else "" for t in (cell.median, cell.best)]
+            share = [f"{of(cell, limit, time):.2f}" if cell.activations else "" for time in TIMES]
+            times = [f"{1e6 * getattr(cell, time):.1f}" if cell.activations else "" for time in TIMES]
             figures = [*times, *rates(cell), *share, f"{cell.deviation:.0%}"]
             about = [cell.rows, cell.threads, cell.name, cell.activations]
             print(f"| {' | '.join(map(str, [*about, *figures]))} |")
@@ -174,7 +187,7 @@ def rates(cell: Cell) -> list[str]:
 
 
 def of(cell: Cell, limit: Cell, time: str) -> float:
-    """How much of the limit a cell reaches, by `median` or `best` times."""
+    """How much of the limit a cell reaches, by one of TIMES."""
     return (cell.amount / getattr(cell, time)) / (limit.amount / getattr(limit, time))
 
 
@@ -288,6 +301,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=numbers, default="1,2")
     parser.add_argument("--schemes", type=names(SCHEMES), default=schemes)
     parser.add_argument("--peers", type=names(PEERS), default=",".join(PEERS))
+    parser.add_argument(
+        "--ggml",
+        type=Path,
+        nargs=2,
+        metavar=("INCLUDE", "LIBRARIES"),
+        help="llama.cpp's headers and libraries",
+    )
     parser.add_argument("--passes", type=int, default=10, help="of each, in a repeat (default: %(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=2, help="of each in a repeat, at most, but for 3 passes (default: 2)"
@@ -315,6 +335,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         work.mkdir(parents=True, exist_ok=True)
         engines: list[tuple[str, Engine]] = [(scheme, QGraph(scheme, work)) for scheme in options.schemes]
         engines += [(name, PEERS[name]()) for name in options.peers]
+        if options.ggml:
+            engines += [(f"llama.cpp {kind}", Ggml(kind, *options.ggml)) for kind in GGML_TYPES]
+        else:
+            print("without llama.cpp: give --ggml")
         for shape in options.shapes:
             found = measure_shape(shape, engines, options)
             print_tables(found)

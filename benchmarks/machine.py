@@ -9,20 +9,16 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qgraph.errors import ResourceError
+from compiled import compile_c
 
 DEFAULT_CACHE = 64 << 20  # bytes, where the machine does not say
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-pthread")
 
 # `read_all`: each thread has its part, and reads it as STREAMS streams, for a core's prefetchers follow
 # several at once. `fma`, `dot_*`: enough independent chains that latency hides, few enough for registers.
@@ -151,18 +147,7 @@ class Limit:
 @cache
 def _library() -> ctypes.CDLL:
     """Raises ResourceError where no C compiler compiles the loops."""
-    command = shlex.split(os.environ.get("CC", "cc"))
-    if shutil.which(command[0]) is None:
-        raise ResourceError(f"the machine's limits need a C compiler, and there is no {command[0]}: set CC")
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "limits.c", Path(folder) / "limits.so"
-        source.write_text(SOURCE, encoding="utf-8")
-        done = subprocess.run(
-            [*command, *FLAGS, str(source), "-o", str(library)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise ResourceError(f"{command[0]} does not compile the machine's limits: {done.stderr.strip()}")
-        found = ctypes.CDLL(str(library))
+    found = compile_c(SOURCE, *FLAGS)
     found.read_all.restype = ctypes.c_double
     found.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     found.compute.restype = ctypes.c_int64

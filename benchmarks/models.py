@@ -108,7 +108,7 @@ class Worker:
 def prepare(name: str, options: argparse.Namespace, work: Path) -> dict[str, Path]:
     """The files of a model, by the contender's name; those in `work` already are taken as they are."""
     source = options.minilm if name == "minilm" and options.minilm else work / name / f"{name}.onnx"
-    source.parent.mkdir(parents=True, exist_ok=True)
+    (work / name).mkdir(parents=True, exist_ok=True)
     if not source.is_file():
         say(f"exporting {name}")
         if name == "minilm":
@@ -134,7 +134,11 @@ def ort_int4(source: Path, path: Path) -> Path:
     """What ONNX Runtime's quantizer makes of a float model, as its users call it for the CPU."""
     if path.is_file():
         return path
+    import logging
+
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)
 
     say(f"quantizing {source.stem} by ONNX Runtime")
     quantizer = MatMulNBitsQuantizer(str(source), bits=4, block_size=32, is_symmetric=True, accuracy_level=4)

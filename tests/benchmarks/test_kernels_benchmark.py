@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from ggml_engine import Ggml  # noqa: E402
 from kernels import arguments, main  # noqa: E402
 from machine import Neighbours, compute_limits, last_level_cache, memory_limit  # noqa: E402
 from matmul_chain import bits_chain, chain, one_layer  # noqa: E402
@@ -93,6 +95,31 @@ def test_peers_pass_over_their_chains(engine: OnnxRuntime | Torch | OpenVino) ->
         pytest.skip(str(reason))
     assert contender.layers * contender.nbytes >= 128 * 128
     contender.bind(np.ones((2, 128), np.float32))()
+
+
+@pytest.mark.parametrize(("kind", "error"), [("nvfp4", 0.2), ("q4_0", 0.2), ("tq2_0", 2)])
+@pytest.mark.parametrize("outputs", [256, 512])
+def test_llama_cpp_computes_its_chain(kind: str, error: float, outputs: int) -> None:
+    """Within what rounding the weights costs, in three layers or more."""
+    if "QGRAPH_GGML" not in os.environ:
+        pytest.skip(
+            "QGRAPH_GGML=INCLUDE:LIBRARIES is not set: the folders of llama.cpp's headers and libraries"
+        )
+    engine = Ggml(kind, *map(Path, os.environ["QGRAPH_GGML"].split(":")))
+    contender = engine(Problem(256, outputs, 1, 256 * outputs * 3 // 2))
+    x = np.random.default_rng(1).standard_normal((3, 256), np.float32)
+    run = contender.bind(x)
+    run()
+    weight = np.random.default_rng(0).standard_normal((outputs, 256), np.float32) / 16
+    for i in range(contender.layers):
+        x = x[:, :256] @ np.roll(weight, i, axis=0).T
+    found = run.__self__.output()
+    assert np.linalg.norm(found - x) < error * np.linalg.norm(x)
+
+
+def test_folders_without_llama_cpp_are_named(tmp_path: Path) -> None:
+    with pytest.raises(AbsentError, match="no ggml in"):
+        Ggml("q4_0", tmp_path, tmp_path)(TINY)
 
 
 def test_compiled_once_for_all_threads(tmp_path: Path) -> None:
