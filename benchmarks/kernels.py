@@ -142,7 +142,7 @@ def measure_group(
             found = time_turns(runs, options.passes, options.seconds)
             for cell, times in zip(cells[count], found, strict=True):
                 cell.repeats.append([wall / cell.layers for wall, _ in times])
-                cell.cpu += [cpu / cell.layers for _, cpu in times]
+                cell.cpu.extend(cpu / cell.layers for _, cpu in times)
     return [cell for count in rows for cell in cells[count]]
 
 
