@@ -32,13 +32,13 @@ def save_lowbit(
     tensors = [v.const_value for graph in _graphs(model) for v in graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     data = f"{path.name}.data" if nbytes >= external_data_from else None
-    with atomic_directory(path) as directory, _tensors_in_memory(model):
+    with atomic_directory(path) as directory, tensors_in_memory(model):
         ir.save(model, directory / path.name, format="protobuf", external_data=data)
     return [path] if data is None else [path, path.parent / data]
 
 
 @contextlib.contextmanager
-def _tensors_in_memory(model: ir.Model) -> Iterator[None]:
+def tensors_in_memory(model: ir.Model) -> Iterator[None]:
     """Within the block, weights in external files look like weights in memory. They stay mapped, not read."""
     replaced = []
     for graph in _graphs(model):

@@ -551,8 +551,13 @@ def _prefix(source: Path, scheme: str, output: str | os.PathLike[str] | None) ->
 
 
 def _save(model: ir.Model, path: Path) -> int:
-    """Write an ONNX file, with external data when it is large. Returns the bytes written."""
+    """Write an ONNX file, with external data when it is large. Returns the bytes written.
+
+    It refers to no other file: weights in external files of the source are copied.
+    """
     import onnx_ir as ir
+
+    from qgraph.passes.save import tensors_in_memory
 
     data = path.with_name(f"{path.name}.data")
     for old in (path, data):  # not overwritten: tensors may still be mapped from them
@@ -560,7 +565,8 @@ def _save(model: ir.Model, path: Path) -> int:
     weights = sum(
         v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
     )
-    ir.save(model, path, external_data=data.name if weights > EXTERNAL_DATA_BYTES else None)
+    with tensors_in_memory(model):
+        ir.save(model, path, external_data=data.name if weights > EXTERNAL_DATA_BYTES else None)
     return sum(file.stat().st_size for file in (path, data) if file.exists())
 
 
