@@ -192,16 +192,16 @@ def of(cell: Cell, limit: Cell, time: str) -> float:
 
 
 def print_ratios(cells: Sequence[Cell]) -> None:
-    """How many times as fast as each peer ours are, by medians."""
+    """How many times as fast as each peer ours are: one thread by processor time, else by the wall's."""
     peers = list(dict.fromkeys(c.name for c in cells if c.activations and not is_ours(c)))
     if not peers or not any(is_ours(cell) for cell in cells):
         return
     columns = ("rows", "threads", "times as fast as", *peers)
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for group in grouped(cells):
-        medians = {cell.name: cell.median for cell in group}
+        medians = {c.name: c.cpu_median if c.threads == 1 else c.median for c in group}
         for cell in filter(is_ours, group):
-            ratios = [f"{medians[p] / cell.median:.2f}" if p in medians else "" for p in peers]
+            ratios = [f"{medians[p] / medians[cell.name]:.2f}" if p in medians else "" for p in peers]
             print(f"| {cell.rows} | {cell.threads} | {cell.name} | {' | '.join(ratios)} |")
 
 

@@ -21,6 +21,7 @@ from qgraph.errors import QGraphError
 from qgraph.evaluate.decoders import open_decoder
 from qgraph.evaluate.runners import open_runner
 
+Times = tuple[float, float]  # seconds: of the wall clock, and on processors
 Orders = Mapping[str, Callable[..., Any]]
 
 
@@ -37,7 +38,7 @@ def encoder(path: Path, threads: int) -> Orders:
     runner = open_runner(path, threads=threads)
     feeds: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
-    def run(batch: int, sequence: int) -> list[float]:
+    def run(batch: int, sequence: int) -> list[Times]:
         found = feeds.setdefault((batch, sequence), inputs(batch, sequence))
         return [seconds(lambda: runner.run(found))]
 
@@ -57,12 +58,12 @@ def decoder(path: Path, threads: int, room: int) -> Orders:
     def ids(count: int) -> np.ndarray:
         return rng.integers(0, model.vocabulary, (1, count))
 
-    def prefill(tokens: int) -> list[float]:
+    def prefill(tokens: int) -> list[Times]:
         model.reset()
         text = ids(tokens)
         return [seconds(lambda: model.feed(text, last=True))]
 
-    def decode(tokens: int) -> list[float]:
+    def decode(tokens: int) -> list[Times]:
         texts = [ids(1) for _ in range(tokens)]
         return [seconds(lambda text=text: model.feed(text, last=True)) for text in texts]
 
@@ -72,10 +73,10 @@ def decoder(path: Path, threads: int, room: int) -> Orders:
 KINDS: dict[str, Callable[..., Orders]] = {"encoder": encoder, "decoder": decoder}
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object]) -> Times:
+    start, cpu = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def main(settings: dict[str, Any]) -> None:

@@ -11,11 +11,12 @@ MatMulNBitsQuantizer makes of it (blocks of 32, activations rounded to int8); ON
 of all positions of a prompt, as the exported file says, an artifact those of the last.
 
 Every model is in a process of its own, which loads it, runs it once and then waits; these take turns, a round
-each. Figures are medians of all rounds, behind them best deciles; `repeats` by how much the medians of the
-repeats differ. `load` and `first` are seconds from the call that opens the file, read before, to the model,
+each. Figures are medians of all rounds, behind them best deciles, and the medians of the time on processors,
+all threads together, which on a shared machine is the fairest figure of one thread; `repeats` is by how much
+the medians of the repeats differ. `load` and `first` are seconds from the call that opens the file, read before, to the model,
 and to its first result (a run of 1 x 16, a token); imports are not in them. `memory` is by how much the
-process's peak (VmHWM) grew from before the load to the end, mapped files included, and `of file` that by the
-file, and of a decoder its cache.
+process's peak (VmHWM) grew from before the load to the end, mapped files included, and of a decoder `of file`
+that by the file and its cache.
 
 llama.cpp is run by its llama-bench on the GGUF files given, a repeat each: between the others' turns, not
 beside them.
@@ -51,7 +52,8 @@ WORKER = Path(__file__).with_name("model_worker.py")
 
 @dataclass
 class Measured:
-    """A model file: what its process said. `repeats` holds, by task, the seconds of every repeat."""
+    """A model file: what its process said. `repeats` holds, by task, the seconds of every repeat, `cpu` those
+    that all its threads had on processors."""
 
     name: str
     threads: int
@@ -61,6 +63,7 @@ class Measured:
     first: float = float("nan")
     memory: int = 0
     repeats: dict[str, list[list[float]]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
 
     def all(self, task: str) -> np.ndarray:
         return np.concatenate(self.repeats[task])
@@ -217,7 +220,8 @@ def take_turns(
                     own[task] += answered
     for measured, own in zip(found, times, strict=True):
         for task, values in own.items():
-            measured.repeats.setdefault(task, []).append(values)
+            measured.repeats.setdefault(task, []).append([wall for wall, _ in values])
+            measured.cpu.setdefault(task, []).extend(cpu for _, cpu in values)
 
 
 def llama_bench(options: argparse.Namespace, threads: int) -> Iterator[Measured]:
@@ -243,7 +247,7 @@ def print_table(name: str, found: Sequence[Measured]) -> None:
     orders = list(found[0].repeats)
     columns = ["threads", "", "MB"]
     for task in orders:
-        columns += [f"{task}, {unit(task)}", "best", "repeats"]
+        columns += [f"{task}, {unit(task)}", "best", "cpu", "repeats"]
     columns += ["load s", "first s", "memory MB", "of file"]
     print(f"\n### {name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for one in found:
@@ -251,10 +255,11 @@ def print_table(name: str, found: Sequence[Measured]) -> None:
         for task in orders:
             times = one.all(task)
             cells += [rate(task, float(np.median(times))), rate(task, float(np.quantile(times, 0.1)))]
+            cells.append(rate(task, float(np.median(one.cpu[task]))) if task in one.cpu else "")
             cells.append(f"{one.deviation(task):.0%}")
         if one.memory:
-            share = one.memory / (one.nbytes + one.cache)
-            cells += [f"{one.load:.3f}", f"{one.first:.3f}", f"{one.memory / 1e6:.1f}", f"{share:.2f}"]
+            share = f"{one.memory / (one.nbytes + one.cache):.2f}" if one.cache else ""
+            cells += [f"{one.load:.3f}", f"{one.first:.3f}", f"{one.memory / 1e6:.1f}", share]
         else:
             cells += [""] * 4
         print(f"| {' | '.join(cells)} |")
@@ -273,20 +278,24 @@ def rate(task: str, seconds: float) -> str:
 
 
 def print_ratios(found: Sequence[Measured], orders: Sequence[str]) -> None:
-    """How many times as fast as each peer ours are, by medians."""
+    """How many times as fast as each peer ours are, by medians: of one thread those of processor time, if the
+    peer has one, else of the wall's."""
     peers = list(dict.fromkeys(one.name for one in found if not is_ours(one)))
     if not peers:
         return
     columns = ["threads", "times as fast as", *(f"{peer}, {task}" for peer in peers for task in orders)]
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    medians = {(o.name, o.threads, task): float(np.median(o.all(task))) for o in found for task in orders}
+    by_name = {(one.name, one.threads): one for one in found}
     for one in filter(is_ours, found):
-        cells = [
-            f"{medians[peer, one.threads, task] / medians[one.name, one.threads, task]:.2f}"
-            for peer in peers
-            for task in orders
-        ]
+        others = (by_name[peer, one.threads] for peer in peers)
+        cells = [f"{ratio(one, other, task):.2f}" for other in others for task in orders]
         print(f"| {one.threads} | {one.name} | {' | '.join(cells)} |")
+
+
+def ratio(ours: Measured, peer: Measured, task: str) -> float:
+    if ours.threads == 1 and task in peer.cpu:
+        return float(np.median(peer.cpu[task]) / np.median(ours.cpu[task]))
+    return float(np.median(peer.all(task)) / np.median(ours.all(task)))
 
 
 def is_ours(one: Measured) -> bool:

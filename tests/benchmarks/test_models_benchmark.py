@@ -57,7 +57,7 @@ def test_a_decoder_beside_its_peers(work: Path, tmp_path: Path, capsys: pytest.C
     models.main(f"{options} --llama-bench {program} --gguf {gguf} --work {work} --json {found}".split())
     printed = capsys.readouterr().out
     assert "### llama-134m" in printed
-    assert "| 1 | llama.cpp tiny | 0.0 | 1000.0 | 1000.0 | 0% | 500.0 | 500.0 | 0% |" in printed
+    assert "| 1 | llama.cpp tiny | 0.0 | 1000.0 | 1000.0 |  | 0% | 500.0 | 500.0 |  | 0% |" in printed
     assert "times as fast as" in printed
     measured = {one["name"]: one for one in json.loads(found.read_text())["models"]["llama-134m"]}
     assert list(measured) == [
@@ -70,6 +70,7 @@ def test_a_decoder_beside_its_peers(work: Path, tmp_path: Path, capsys: pytest.C
     assert ours["cache"] == 2 * 2 * 2 * 16 * 11 * 4  # keys and values, layers, heads, width, tokens, bytes
     assert [len(times) for times in ours["repeats"]["prefill 8"]] == [2, 2]
     assert [len(times) for times in ours["repeats"]["decode 3"]] == [6, 6]
+    assert len(ours["cpu"]["decode 3"]) == 12
     assert 0 < ours["load"] < ours["first"]
     assert ours["memory"] > ours["nbytes"]
     weights = measured["ONNX Runtime float32"]["nbytes"]
