@@ -15,9 +15,10 @@ EXTERNAL_DATA_FROM = 1 << 30  # bytes of weights: protobuf ends at 2 GiB
 
 
 def save_lowbit(
-    model: ir.Model, path: str | os.PathLike[str], *, external_data_from: int = EXTERNAL_DATA_FROM
+    model: ir.Model, path: str | os.PathLike[str], *, external_data_from: int | None = None
 ) -> list[Path]:
-    """Writes `model` to `path`, and from `external_data_from` bytes of weights on their data to
+    """Writes `model` to `path`, and from `external_data_from` bytes of weights on (by default
+    EXTERNAL_DATA_FROM) their data to
     `<path>.data`.
 
     Returns the files written, the model first. Weights that lie in external files of the source are copied,
@@ -29,7 +30,7 @@ def save_lowbit(
     data = path.with_name(f"{path.name}.data")
     tensors = [v.const_value for graph in _graphs(model) for v in graph.initializers.values()]
     nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    large = nbytes >= external_data_from
+    large = nbytes >= (EXTERNAL_DATA_FROM if external_data_from is None else external_data_from)
     for old in (path, data):
         old.unlink(missing_ok=True)
     with _tensors_in_memory(model):

@@ -60,7 +60,8 @@ def _first_bytes(value: ir.Value) -> bytes:
 
 
 def _all_bytes(value: ir.Value) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(_array(value)).data).digest()
+    # As bytes: elements of low-bit types have no buffer.
+    return hashlib.sha256(np.ascontiguousarray(_array(value)).reshape(-1).view(np.uint8)).digest()
 
 
 def _array(value: ir.Value) -> np.ndarray:

@@ -143,23 +143,6 @@ def test_quantize_gives_the_same_onnx(compiled: Compiled, tmp_path: Path) -> Non
     assert (tmp_path / "q.onnx").read_bytes() == compiled.onnx.read_bytes()
 
 
-def test_external_data_of_the_original_is_not_referred_to(compiled: Compiled, tmp_path: Path) -> None:
-    """Also of a tensor that stays as it is: whatever becomes of the original, the result is whole."""
-    source, made = tmp_path / "source", tmp_path / "made"
-    source.mkdir()
-    made.mkdir()
-    model = onnx.load(compiled.model)
-    onnx.save(model, source / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
-    done = qgraph("compile", "-q", source / "m.onnx", "-o", made / "q")
-    assert done.code == 0, done.err
-    for file in source.iterdir():
-        file.unlink()
-    assert sorted(p.name for p in made.iterdir()) == ["q.onnx", "q.qg", "q.report.json"]
-    onnx.checker.check_model(str(made / "q.onnx"))
-    done = qgraph("build", "-q", made / "q.onnx", "-o", made / "again")
-    assert done.code == 0, done.err
-
-
 def test_default_names_are_beside_the_model(tmp_path: Path) -> None:
     save_tiny(tmp_path / "tiny.onnx", layers=1)
     assert qgraph("compile", "-q", "tiny.onnx", "--no-verify", "--no-onnx", cwd=tmp_path).code == 0

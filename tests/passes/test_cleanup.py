@@ -19,7 +19,7 @@ from qgraph.passes.inline_functions import InlineFunctions
 from qgraph.passes.lift_constants import LiftConstants
 from qgraph.passes.remove_unused import RemoveUnused
 from qgraph.passes.simplify_reshape import SimplifyReshape
-from qgraph.passes.tie_initializers import TieInitializers
+from qgraph.passes.tie_initializers import TieInitializers, equal_initializers
 
 I64 = np.int64
 rng = np.random.default_rng(0)
@@ -281,6 +281,21 @@ def test_equal_initializers_are_tied() -> None:
     )
     check_pass(model, TieInitializers())
     assert set(model.graph.initializers) == {"w", "w_other"}
+
+
+@pytest.mark.parametrize("name", ["FLOAT4E2M1", "FLOAT8E4M3FN", "UINT4", "INT2", "BFLOAT16"])
+def test_low_bit_initializers_are_compared(name: str) -> None:
+    """Three with the same first kilobyte, of which two are equal to the end."""
+    dtype = ir.DataType[name]
+    codes = np.zeros(4096, dtype.numpy())
+    other = codes.copy()
+    other[-1] = 1
+    model = parse("(float[n] x) => (float[n] y) { y = Identity(x) }")
+    for label, array in (("a", codes), ("b", codes.copy()), ("c", other)):
+        model.graph.initializers.add(
+            ir.Value(name=label, const_value=ir.Tensor(array, dtype, name=label), type=ir.TensorType(dtype))
+        )
+    assert [[v.name for v in group] for group in equal_initializers(model.graph)] == [["a", "b"]]
 
 
 def test_same_bytes_of_another_type_or_shape_are_not_tied() -> None:
