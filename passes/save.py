@@ -17,9 +17,8 @@ EXTERNAL_DATA_FROM = 1 << 30  # bytes of weights: protobuf ends at 2 GiB
 def save_lowbit(
     model: ir.Model, path: str | os.PathLike[str], *, external_data_from: int | None = None
 ) -> list[Path]:
-    """Writes `model` to `path`, and from `external_data_from` bytes of weights on (by default
-    EXTERNAL_DATA_FROM) their data to
-    `<path>.data`.
+    """Writes `model` to `path`, and from `external_data_from` bytes of weights on their data to
+    `<path>.data`; by default from EXTERNAL_DATA_FROM on.
 
     Returns the files written, the model first. Weights that lie in external files of the source are copied,
     so the result refers to nothing but itself. The model is not changed. Files that are there go first: not
