@@ -68,11 +68,16 @@ bool cpu_has(std::string_view name) {
   const struct {
     std::string_view name;
     bool has;
-  } table[] = {{"avx2", f.avx2},         {"fma", f.fma},
-               {"f16c", f.f16c},         {"bmi2", f.bmi2},
-               {"avx512f", f.avx512f},   {"avx512bw", f.avx512bw},
-               {"avx512vl", f.avx512vl}, {"avx512dq", f.avx512dq},
-               {"avx512cd", f.avx512cd}, {"avx512vbmi", f.avx512vbmi},
+  } table[] = {{"avx2", f.avx2},
+               {"fma", f.fma},
+               {"f16c", f.f16c},
+               {"bmi2", f.bmi2},
+               {"avx512f", f.avx512f},
+               {"avx512bw", f.avx512bw},
+               {"avx512vl", f.avx512vl},
+               {"avx512dq", f.avx512dq},
+               {"avx512cd", f.avx512cd},
+               {"avx512vbmi", f.avx512vbmi},
                {"avx512vnni", f.avx512vnni}};
   for (const auto& entry : table) {
     if (entry.name == name) return entry.has;
