@@ -42,7 +42,7 @@ def profile(decoder: StatefulDecoder, ids: np.ndarray) -> np.ndarray:
     decoder.reset()
     found = np.zeros((len(ids), 2))
     for i, token in enumerate(ids):
-        for step, ns in decoder.profile(token.reshape(1, 1)):
+        for step, ns in decoder.profile(token.reshape(1, 1)).steps:
             found[i, 0 if "attention" in step.kernel else 1] += ns * 1e-9
     return found
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qgraph.runtime.model import Dim, Model, Session, Step, TensorInfo, Variant
 
-__all__ = ["Dim", "Model", "Session", "Step", "TensorInfo", "Variant", "load"]
+__all__ = ["Dim", "Model", "Profile", "Session", "Step", "TensorInfo", "Variant", "load"]
 
 
 def load(

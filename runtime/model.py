@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass
@@ -63,6 +64,14 @@ class Step:
 
     name: str
     kernel: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One run with timing on, in nanoseconds: from call to return, and every step of it."""
+
+    wall_ns: int
+    steps: tuple[tuple[Step, int], ...]
 
 
 @dataclass(frozen=True)
@@ -329,19 +338,18 @@ class Session:
         _native.check(lib.qg_run(handle))
         return outputs
 
-    def profile(
-        self, inputs: Mapping[str, Any], dims: Mapping[str, int] | None = None
-    ) -> list[tuple[Step, int]]:
-        """Run once with timing on: every step with the nanoseconds it took. Arguments and errors as `run`."""
+    def profile(self, inputs: Mapping[str, Any], dims: Mapping[str, int] | None = None) -> Profile:
+        """Run once with every step timed. Arguments and errors as `run`."""
         lib = _native.library()
         with self._lock:
             handle = self._open_handle()
             _native.check(lib.qg_session_profile(handle, 1))
             try:
+                start = time.perf_counter_ns()
                 self.run(inputs, dims)
-                return [
-                    (step, lib.qg_session_step_time(handle, i)) for i, step in enumerate(self._model.steps)
-                ]
+                wall = time.perf_counter_ns() - start
+                steps = enumerate(self._model.steps)
+                return Profile(wall, tuple((step, lib.qg_session_step_time(handle, i)) for i, step in steps))
             finally:
                 _native.check(lib.qg_session_profile(handle, 0))
 

@@ -23,6 +23,7 @@ VERBS = {
     "run": "Run an artifact on given or seeded inputs.",
     "generate": "Generate text with a causal language model.",
     "bench": "Measure an artifact's latency, beside ONNX Runtime's on the float model.",
+    "profile": "Show where the time of an artifact goes.",
     "inspect": "Show what an artifact or an ONNX file holds.",
     "check": "Compare an artifact with its low-bit ONNX file and its original.",
     "eval": "Measure an artifact or an ONNX file on a task.",

@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from qgraph.evaluate.latency import Latency
-    from qgraph.runtime import Model, Step
+    from qgraph.runtime import Model
 
-    Times = list[tuple[Step, int]]  # nanoseconds
-    # Threads, for JSON, as text, a run with every step timed.
-    Found = tuple[int, dict[str, Any], str, Callable[[], Times]]
+    Found = tuple[int, dict[str, Any], str]  # threads, for JSON, as text
 
 _FLOAT = "ONNX Runtime, float"
 
@@ -43,7 +41,6 @@ _FLOAT = "ONNX Runtime, float"
     type=click.IntRange(1),
     help="Tokens behind each prompt of a decoder with state.  [default: 32]",
 )
-@click.option("--profile", is_flag=True, help="Also list the steps of one run that took longest.")
 @threads_option
 @json_option
 @standard_options
@@ -55,7 +52,6 @@ def command(
     seed: int,
     repeat: int | None,
     decode: int | None,
-    profile: bool,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -74,16 +70,11 @@ def command(
             found = _time_decoder(model, onnx, feeds, repeat or 10, decode or 32)
         else:
             found = _time_runs(model, onnx, feeds, repeat or 50)
-        used, document, text, run_profiled = found
-        slowest = sorted(run_profiled(), key=lambda item: -item[1])[:15] if profile else []
+        used, document, text = found
     if as_json:
-        steps = [{"name": step.name, "kernel": step.kernel, "ns": ns} for step, ns in slowest]
-        print_json({"threads": used, **document, "slowest_steps": steps})
+        print_json({"threads": used, **document})
         return
     print(f"{used} thread{'s' if used > 1 else ''}; {text}")
-    if slowest:
-        rows = [(f"{ns / 1e3:.1f}", step.name, step.kernel) for step, ns in slowest]
-        print("\n" + table(rows, ("us", "step", "kernel"), right=(0,)))
 
 
 def _time_runs(model: Model, onnx: Path | None, feeds: dict[str, np.ndarray], repeat: int) -> Found:
@@ -105,7 +96,7 @@ def _time_runs(model: Model, onnx: Path | None, feeds: dict[str, np.ndarray], re
     text = ", ".join(f"{escape(name)} {shape}" for name, shape in shapes.items())
     latency = [{"name": name, **asdict(x)} for name, x in found.items()]
     text += "\n" + table(rows, header, right=range(1, 6))
-    return session.threads, {"inputs": shapes, "latency": latency}, text, lambda: session.profile(feeds)
+    return session.threads, {"inputs": shapes, "latency": latency}, text
 
 
 def _time_decoder(
@@ -143,14 +134,9 @@ def _time_decoder(
     header = ("", "prompt ms", "tokens/s", "token ms", "p90 ms", "tokens/s", "token / ours")
     text = f"{batch} x {sequence} tokens, then {decode}, one a run\n" + table(rows, header, right=range(1, 7))
 
-    def profile() -> Times:
-        ours.reset()
-        ours.feed(prompt, last=True)
-        return ours.profile(tokens[:, :1])
-
     decoding = [{"name": contender, **asdict(x)} for contender, x in found.items()]
     sizes = {"batch": batch, "prompt_tokens": sequence, "decoded_tokens": decode}
-    return threads, {**sizes, "decoding": decoding}, text, profile
+    return threads, {**sizes, "decoding": decoding}, text
 
 
 def _times(x: Latency) -> tuple[str, str]:

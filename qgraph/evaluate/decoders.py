@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from qgraph.runtime import Model, Step
+    from qgraph.runtime import Model, Profile
 
     Ids = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
@@ -154,8 +154,8 @@ class StatefulDecoder:
         logits: Logits = self._runner.session.run(feeds, dims=self._dims(last))[LOGITS]
         return logits[:, -1:] if last else logits
 
-    def profile(self, ids: Ids) -> list[tuple[Step, int]]:
-        """As `feed` with `last`, for the nanoseconds of every step."""
+    def profile(self, ids: Ids) -> Profile:
+        """As `feed` with `last`, for the time of every step."""
         feeds = self._ports.feeds(_checked(ids, self.vocabulary), self.length)
         return self._runner.session.profile(feeds, dims=self._dims(True))
 
@@ -166,7 +166,11 @@ class StatefulDecoder:
         self._runner.session.copy_state(self._runner.session, rows)
 
     def reset(self) -> None:
-        self._runner.session.reset()
+        self.truncate(0)
+
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first tokens of the text."""
+        self._runner.session.truncate(length)
 
     def close(self) -> None:
         self._runner.close()

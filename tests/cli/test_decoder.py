@@ -80,14 +80,23 @@ def test_bench_times_prompts_and_tokens(folder: Path, shown) -> None:
     for row in found["decoding"]:
         assert (row["prompt"]["runs"], row["step"]["runs"]) == (2, 8)
         assert row["step"]["median_ms"] > 0
-    code, out, err = shown("bench", folder / "cache1.qg", *options, "--profile")
+    code, out, err = shown("bench", folder / "cache1.qg", *options)
     assert code == 0, err
-    assert out.startswith("1 thread; 1 x 12 tokens, then 4, one a run\n") and "layer.1.attention" in out
+    assert out.startswith("1 thread; 1 x 12 tokens, then 4, one a run\n")
     np.savez(folder / "inputs.npz", input_ids=np.ones((1, 3), np.int64))
     code, out, err = shown("bench", folder / "cache1.qg", "--input", folder / "inputs.npz")
     assert code == 2 and "seeded tokens" in err
     code, out, err = shown("bench", folder / "cache0.qg", "--decode", 3)
     assert code == 2 and "no state to decode with" in err
+
+
+def test_profile_of_a_token_behind_others(folder: Path, shown) -> None:
+    options = ("--past", 20, "--dim", "sequence=1", "--repeat", 2, "--threads", 1)
+    code, out, err = shown("profile", folder / "cache1.qg", *options)
+    assert code == 0, err
+    assert "behind 20 tokens" in out and "attention_decode" in out and "layer.1.attention" in out
+    code, out, err = shown("profile", folder / "cache0.qg", *options)
+    assert code == 2 and "--past is for decoders with state" in err
 
 
 def test_run_and_check_make_room_for_their_tokens(folder: Path, shown) -> None:

@@ -301,7 +301,7 @@ def test_check(compiled: Compiled) -> None:
 
 
 def test_bench(compiled: Compiled) -> None:
-    options = ("--onnx", compiled.model, "--repeat", "5", "--threads", "1", "--profile", "--json")
+    options = ("--onnx", compiled.model, "--repeat", "5", "--threads", "1", "--json")
     done = qgraph("bench", compiled.artifact, *options)
     assert done.code == 0, done.err
     found = load_json(done.out)
@@ -310,7 +310,18 @@ def test_bench(compiled: Compiled) -> None:
     assert ours["name"].startswith("qgraph") and theirs["name"] == "ONNX Runtime, float"
     for row in (ours, theirs):
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["p90_ms"] and row["runs"] == 5
-    assert found["slowest_steps"]
+
+
+def test_profile(compiled: Compiled) -> None:
+    done = qgraph("profile", compiled.artifact, "--repeat", "3", "--threads", "1", "--json")
+    assert done.code == 0, done.err
+    found = load_json(done.out)
+    assert (found["threads"], found["past"], found["runs"]) == (1, 0, 2)
+    assert found["between_us"] > 0
+    total = found["between_us"] + sum(step["us"] for step in found["steps"])
+    assert total == pytest.approx(found["wall_us"])
+    text = qgraph("profile", compiled.artifact, "--repeat", "3", "--threads", "1").out
+    assert "matmul_nvfp4\n" in text and "between steps" in text and "layer.0/up" in text
 
 
 def test_inspect_artifact(compiled: Compiled, report: dict) -> None:

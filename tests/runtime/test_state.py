@@ -218,7 +218,7 @@ def test_model_run_begins_anew(model: Model, decoder_parts: Parts) -> None:
 
 def test_profile_is_a_run(session: Session) -> None:
     mask = np.ones((3, 2), np.int64)
-    times = session.profile({"input_ids": IDS[:, :2], "attention_mask": mask}, {"logits": 1})
+    times = session.profile({"input_ids": IDS[:, :2], "attention_mask": mask}, {"logits": 1}).steps
     assert (len(times), session.length) == (7, 2)
 
 
