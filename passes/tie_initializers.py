@@ -61,7 +61,7 @@ def _first_bytes(value: ir.Value) -> bytes:
 
 def _all_bytes(value: ir.Value) -> bytes:
     # As bytes: elements of low-bit types have no buffer.
-    return hashlib.sha256(np.ascontiguousarray(_array(value)).reshape(-1).view(np.uint8)).digest()
+    return hashlib.sha256(np.ascontiguousarray(_array(value)).reshape(-1).view(np.uint8).data).digest()
 
 
 def _array(value: ir.Value) -> np.ndarray:
