@@ -1,6 +1,6 @@
-// A chain of linear layers by llama.cpp's libraries, for benchmarks/ggml_engine.py. Weights go where llama.cpp
-// would put them: into the first of the CPU's special buffers (repacked, AMX) that takes their type, else into
-// a plain one.
+// A chain of linear layers by llama.cpp's libraries, for benchmarks/ggml_engine.py. Weights go where
+// llama.cpp would put them: into the first of the CPU's special buffers (repacked, AMX) that takes their
+// type, else into a plain one.
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,8 +22,8 @@ typedef struct {
 } chain;
 
 static struct ggml_context* context(size_t tensors) {
-  struct ggml_init_params params = {tensors * ggml_tensor_overhead() + ggml_graph_overhead_custom(tensors, false),
-                                    NULL, true};
+  struct ggml_init_params params = {
+      tensors * ggml_tensor_overhead() + ggml_graph_overhead_custom(tensors, false), NULL, true};
   return ggml_init(params);
 }
 
@@ -53,8 +53,8 @@ static ggml_backend_buffer_type_t best_buffer(int type, int64_t inputs, int64_t 
   ggml_backend_reg_t registry = ggml_backend_cpu_reg();
   ggml_backend_dev_t device = ggml_backend_reg_dev_get(registry, 0);
   ggml_backend_dev_get_extra_bufts_t extra =
-      (ggml_backend_dev_get_extra_bufts_t)ggml_backend_reg_get_proc_address(registry,
-                                                                            "ggml_backend_dev_get_extra_bufts");
+      (ggml_backend_dev_get_extra_bufts_t)ggml_backend_reg_get_proc_address(
+          registry, "ggml_backend_dev_get_extra_bufts");
   for (ggml_backend_buffer_type_t* at = extra ? extra(device) : NULL; at && *at; ++at) {
     struct ggml_context* probe = context(8);
     struct ggml_tensor* weight = ggml_new_tensor_2d(probe, type, inputs, outputs);
@@ -75,8 +75,10 @@ chain* open_chain(int type, int64_t inputs, int64_t outputs, int layers, int thr
   c->inputs = inputs, c->outputs = outputs, c->layers = layers;
   c->weights_context = context(layers + 8);
   c->weights = calloc(layers, sizeof *c->weights);
-  for (int i = 0; i < layers; ++i) c->weights[i] = ggml_new_tensor_2d(c->weights_context, type, inputs, outputs);
-  c->buffer = ggml_backend_alloc_ctx_tensors_from_buft(c->weights_context, best_buffer(type, inputs, outputs));
+  for (int i = 0; i < layers; ++i)
+    c->weights[i] = ggml_new_tensor_2d(c->weights_context, type, inputs, outputs);
+  c->buffer =
+      ggml_backend_alloc_ctx_tensors_from_buft(c->weights_context, best_buffer(type, inputs, outputs));
   if (!c->buffer) return NULL;
   size_t size = outputs * ggml_row_size(type, inputs);
   for (int i = 0; i < layers; ++i) ggml_backend_tensor_set(c->weights[i], data + i * size, 0, size);
