@@ -179,7 +179,7 @@ def compare(model: Path, artifact: Path, vocabulary: int) -> None:
 def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no Hugging Face model"):
         open_model(str(tmp_path))
-    with pytest.raises(UsageError, match="unknown model"):
+    with pytest.raises(UsageError, match="no folder"):
         open_model(str(tmp_path / "missing"))
     assert open_model("minilm").name == get_model("minilm").name
     (tmp_path / "config.json").write_text("{}")
