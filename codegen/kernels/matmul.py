@@ -27,6 +27,7 @@ from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.gemm import TILES, accumulate
 from qgraph.codegen.kernels.loops import index
+from qgraph.codegen.kernels.matmul_digits import DigitProduct
 from qgraph.codegen.kernels.signature import drop_parameters
 from qgraph.codegen.kernels.vector import f32, lanes_at, splat
 from qgraph.codegen.kernels.vmath import named
@@ -36,6 +37,7 @@ from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError
 
 _DIRECT_ROWS = 4
+_UNBOUNDED = 1 << 48  # extent of a flat buffer: a kernel does not need it
 _EXPONENT = 0x7F800000  # of a float32 that is an infinity or NaN
 _PANEL_FLOATS = 8192  # of decoded weights: 32 KiB of stack, half of what a kernel may use
 
@@ -52,6 +54,12 @@ def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     return matmul(spec, isa, symbol, NVFP4Reader(spec["k"], spec["n"], isa))
 
 
+@kernel("matmul_nvfp4_x24")
+def matmul_nvfp4_x24(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
+    """As matmul_nvfp4, from x and its digits (split_digits.py)."""
+    return matmul(spec, isa, symbol, NVFP4Reader(spec["k"], spec["n"], isa), "nvfp4")
+
+
 @kernel("matmul_f32")
 def matmul_f32(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     """y = epilogue(x @ W), W in layout `f32_n16`.
@@ -61,8 +69,11 @@ def matmul_f32(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     return matmul(spec, isa, symbol, F32Reader(spec["k"], spec["n"]))
 
 
-def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
-    """The kernel of `spec` over the weight that `reader` reads."""
+def matmul(
+    spec: KernelSpec, isa: Isa, symbol: str, reader: Reader, digits_of: str | None = None
+) -> PrimFunc:
+    """The kernel of `spec` over the weight that `reader` reads; with `digits_of`, a format, from digits of x
+    as well (matmul_digits.py)."""
     K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]
     epilogue: tuple[str, ...] = spec["epilogue"]
     block, unit = reader.block, reader.unit
@@ -75,6 +86,14 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
         or not result.known
     ):
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
+
+    integers = DigitProduct(digits_of, spec, isa, result) if digits_of else None
+    # Rows of a chunk that are not decoded to the stack, and whether some of them may have to be after all.
+    few = integers.most if integers and integers.most else _DIRECT_ROWS
+    direct_floats = integers is None or not integers.most
+    by_digits = integers is not None
+    by_sums = reader.has_offset and not by_digits
+    again = by_digits or by_sums
 
     L = isa.lanes
     parts = LANES // L  # vectors of one n16 tile
@@ -122,6 +141,10 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
                 at = [i % chains(R), r, lanes_at(0, L)]
                 B.buffer_store(part, part[at] + splat(x(index(r), i), L) * vector, at)
 
+    def block_sum(S: Any, row: Any, kb: Any) -> Any:
+        """The sum of a block's inputs, float32."""
+        return integers.total(S, row, kb) if integers else S[row, kb]
+
     @T.inline
     def add_block(acc, X, W, S, m0, rows, panel, group, kb, count, R):
         """acc[R, tile_vectors] += the first `count` inputs of block kb, weights straight from registers."""
@@ -152,7 +175,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
                 if reader.has_offset:
                     acc[r, v, lanes_at(0, L)] = acc[r, v, lanes_at(0, L)] + reader.offset(
                         W, columns(panel, group, v), kb
-                    ) * splat(S[m0 + T.min(r, rows - 1), kb], L)
+                    ) * splat(block_sum(S, m0 + T.min(r, rows - 1), kb), L)
 
     @T.inline
     def direct(Y, X, W, S, m0, rows, panel, R):
@@ -266,13 +289,16 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
     @T.inline
     def by_decoding(Y, X, W, S, P, m0, rows, panel):
         """More rows than are done directly; else those whose block sums are not finite, one by one."""
-        for r in T.serial(T.Select(rows > _DIRECT_ROWS, T.int64(1), rows)):
+        for r in T.serial(T.Select(rows > few, T.int64(1), rows)):
             worst = T.alloc_buffer((1,), "int32", scope="local")
-            worst[0] = T.int32(0)
-            for kb in T.serial(T.int64(blocks)):
-                worst[0] = T.max(worst[0], not_finite(S[m0 + r, kb]))
-            if rows > _DIRECT_ROWS or worst[0] == _EXPONENT:
-                tiles_of_rows(Y, X, W, P, m0 + r, T.Select(rows > _DIRECT_ROWS, rows, T.int64(1)), panel)
+            if by_digits:
+                worst[0] = T.Select(S[3][m0 + r] == 0, T.int32(_EXPONENT), T.int32(0))
+            else:
+                worst[0] = T.int32(0)
+                for kb in T.serial(T.int64(blocks)):
+                    worst[0] = T.max(worst[0], not_finite(S[m0 + r, kb]))
+            if rows > few or worst[0] == _EXPONENT:
+                tiles_of_rows(Y, X, W, P, m0 + r, T.Select(rows > few, rows, T.int64(1)), panel)
 
     # The script has a fixed number of parameters; those beyond the reader's are dropped below.
     taken = len(reader.operands)
@@ -282,6 +308,10 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
     def func(
         y: T.handle("float32"),
         x: T.handle("float32"),
+        digits: T.handle("int32"),
+        digit_scale: T.handle("float32"),
+        digit_sums: T.handle("int32"),
+        whole: T.handle("int32"),
         weight0: T.handle(operands[0].dtype),
         weight1: T.handle(operands[1].dtype),
         weight2: T.handle(operands[2].dtype),
@@ -307,7 +337,12 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
             else T.meta_var(None)
         )
         W = T.meta_var((W0, W1, W2))
-        S = T.decl_buffer((M, blocks), "float32", data=block_sums) if reader.has_offset else T.meta_var(None)
+        D0 = T.decl_buffer((_UNBOUNDED,), "int32", data=digits) if by_digits else T.meta_var(None)
+        D1 = T.decl_buffer((_UNBOUNDED,), "float32", data=digit_scale) if by_digits else T.meta_var(None)
+        D2 = T.decl_buffer((_UNBOUNDED,), "int32", data=digit_sums) if by_digits else T.meta_var(None)
+        D3 = T.decl_buffer((M,), "int32", data=whole) if by_digits else T.meta_var(None)
+        S0 = T.decl_buffer((M, blocks), "float32", data=block_sums) if by_sums else T.meta_var(None)
+        S = T.meta_var((D0, D1, D2, D3) if by_digits else S0)
         bias_row = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
         R = T.decl_buffer((M * N,), "float32", data=residual) if "residual" in epilogue else T.meta_var(None)
         P = T.alloc_buffer((depth, n_block), "float32") if reader.decoded else T.meta_var(None)
@@ -315,18 +350,22 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
             m0: T.let = T.truncdiv(begin + b, T.int64(panels)) * m_block
             panel: T.let = T.truncmod(begin + b, T.int64(panels))
             rows: T.let = T.min(T.int64(m_block), M - m0)
-            if rows == 1:
+            if not direct_floats:
+                if rows <= few:
+                    integers.chunk(S, W, Y, m0, rows, panel)
+            elif rows == 1:
                 direct(Y, X, W, S, m0, rows, panel, 1)
             elif rows == 2:
                 direct(Y, X, W, S, m0, rows, panel, 2)
             elif rows <= _DIRECT_ROWS:
                 direct(Y, X, W, S, m0, rows, panel, _DIRECT_ROWS)
-            elif not reader.has_offset:
+            elif not again:
                 tiles_of_rows(Y, X, W, P, m0, rows, panel)
-            if reader.has_offset:
+            if again:
                 by_decoding(Y, X, W, S, P, m0, rows, panel)
             result.finish(Y, bias_row, R, m0, rows, panel)
 
     unused = {f"weight{i}" for i in range(taken, len(operands))}
-    unused |= set() if reader.has_offset else {"block_sums"}
+    unused |= set() if by_sums else {"block_sums"}
+    unused |= set() if by_digits else {"digits", "digit_scale", "digit_sums", "whole"}
     return drop_parameters(func, unused | ({"bias", "residual"} - set(epilogue)))

@@ -6,10 +6,11 @@ from functools import partial
 
 from tvm.tirx import PrimFunc
 
+from qgraph.codegen.int8_input import int8_input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.matmul import matmul
-from qgraph.codegen.kernels.weights_group import open_reader
+from qgraph.codegen.kernels.weights_group import GroupReader, open_reader
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats.group import GROUP_FORMATS
 
@@ -28,3 +29,14 @@ def _matmul_group(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) -
 
 for _format in GROUP_FORMATS:
     kernel(_format.kernel)(partial(_matmul_group, _format.name))
+
+
+def _matmul_digits(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
+    """As _matmul_group, from x and its digits (split_digits.py)."""
+    reader = GroupReader(spec["k"], spec["n"], isa, weight_format, spec["block"], "2bit")
+    return matmul(spec, isa, symbol, reader, weight_format)
+
+
+for _format in GROUP_FORMATS:
+    if int8_input(_format.name):
+        kernel(f"{_format.kernel}_x24")(partial(_matmul_digits, _format.name))
