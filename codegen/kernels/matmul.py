@@ -292,7 +292,7 @@ def matmul(
         for r in T.serial(T.Select(rows > few, T.int64(1), rows)):
             worst = T.alloc_buffer((1,), "int32", scope="local")
             if by_digits:
-                worst[0] = T.Select(S[3][m0 + r] == 0, T.int32(_EXPONENT), T.int32(0))
+                worst[0] = T.Select(integers.whole(S, m0 + r), T.int32(0), T.int32(_EXPONENT))
             else:
                 worst[0] = T.int32(0)
                 for kb in T.serial(T.int64(blocks)):
@@ -309,9 +309,6 @@ def matmul(
         y: T.handle("float32"),
         x: T.handle("float32"),
         digits: T.handle("int32"),
-        digit_scale: T.handle("float32"),
-        digit_sums: T.handle("int32"),
-        whole: T.handle("int32"),
         weight0: T.handle(operands[0].dtype),
         weight1: T.handle(operands[1].dtype),
         weight2: T.handle(operands[2].dtype),
@@ -337,12 +334,8 @@ def matmul(
             else T.meta_var(None)
         )
         W = T.meta_var((W0, W1, W2))
-        D0 = T.decl_buffer((_UNBOUNDED,), "int32", data=digits) if by_digits else T.meta_var(None)
-        D1 = T.decl_buffer((_UNBOUNDED,), "float32", data=digit_scale) if by_digits else T.meta_var(None)
-        D2 = T.decl_buffer((_UNBOUNDED,), "int32", data=digit_sums) if by_digits else T.meta_var(None)
-        D3 = T.decl_buffer((M,), "int32", data=whole) if by_digits else T.meta_var(None)
         S0 = T.decl_buffer((M, blocks), "float32", data=block_sums) if by_sums else T.meta_var(None)
-        S = T.meta_var((D0, D1, D2, D3) if by_digits else S0)
+        S = T.decl_buffer((_UNBOUNDED,), "int32", data=digits) if by_digits else T.meta_var(S0)
         bias_row = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
         R = T.decl_buffer((M * N,), "float32", data=residual) if "residual" in epilogue else T.meta_var(None)
         P = T.alloc_buffer((depth, n_block), "float32") if reader.decoded else T.meta_var(None)
@@ -367,5 +360,5 @@ def matmul(
 
     unused = {f"weight{i}" for i in range(taken, len(operands))}
     unused |= set() if by_sums else {"block_sums"}
-    unused |= set() if by_digits else {"digits", "digit_scale", "digit_sums", "whole"}
+    unused |= set() if by_digits else {"digits"}
     return drop_parameters(func, unused | ({"bias", "residual"} - set(epilogue)))

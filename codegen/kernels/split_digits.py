@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
+from qgraph.codegen.digits import DIGITS, DigitRows
+from qgraph.codegen.int8_input import Int8Input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.function import function
@@ -18,95 +21,107 @@ from qgraph.codegen.kernels.vmath import Expr, bits_as, const_like, convert, nam
 from qgraph.codegen.packing import LANES
 from qgraph.codegen.spec import KernelSpec
 
-DIGITS = 3  # signed bytes: the numbers of 24 bits from -0x808080 to 0x7F7F7F
-_BALANCED = 0x808080  # a digit's lowest value in every digit
-_ABOVE = 0x020000  # takes what would round beyond 0x7F7F7F to the next exponent, as mantissas are 1.984 and up
-_UP = 22  # a block's largest input is scaled to an exponent of this, or by _ABOVE of 21
-_LEAST, _MOST = 23, 227  # biased exponents of it: below, the scale is that of the least; above, it is too large
+_LOWEST = 0x808080  # in every digit its lowest value
+_ROUNDS_UP = 0x020000  # what takes mantissas of 1.984 and up to the next exponent: 2^22 of those is too much
+_UP = 22  # the exponent that a block's largest input gets
+_LEAST, _MOST = 23, 227  # bounds of that input's own, biased
+
+Body = Callable[[Expr, Expr], None]
 
 
 @kernel("split_digits")
 def split_digits(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
-    """Blocks of rows as integers q of 24 bits with a scale, a power of two: x = scale q, rounded to nearest.
+    """Rows as integers q = d + 256 e + 65536 f, digits in -128 .. 127, with a scale a block: x = scale q.
 
-    The scale is a 2^-22 part of a block's largest magnitude, so |x - scale q| <= 2^-23 max |x|, and what is
-    within a factor of two of the largest is exact but for its last bit. Blocks below 2^-104 have the scale
-    2^-126. The digits of q are d0 + 2^8 d1 + 2^16 d2, of -128 .. 127.
+    The scale is a power of two, at most 1.01 2^-22 of the largest magnitude of the block, and q is rounded to
+    nearest: |x - scale q| <= 2^-23 max |x|. A block below 2^-104 has the scale 2^-126.
 
-    Spec: k, and fields, block, factor of an `Int8Input` (codegen/int8_input.py), in whose order digits are.
-    Arguments: digits i8 [M, 3, B block], B = ceil(k/block), 0 beyond k, scale f32 [M, B], sums i32 [M, B, 3]:
-    factor times the sum of a block's digits; whole i32 [M]: 1, or 0 for a row with a NaN, an infinity or
-    a number of 2^100 and up, whose blocks are not to be used; x f32 [M, k]. Block: 1 row.
+    Spec: k, and fields, block, offset of an `Int8Input`. Arguments: digits i32 [M, words], as `DigitRows`
+    (codegen/digits.py) says, digits of padding 0; x f32 [M, k]. A row with NaN, an infinity or a number of
+    2^101 and up has the flag 0, and blocks that mean nothing. Block: 1 row.
     """
-    k, block = spec["k"], spec["block"]
-    blocks = -(-k // block)
-    order = byte_order(spec["fields"])
-    pointers = [("digits", "int8"), ("scale", "float32"), ("sums", "int32"), ("whole", "int32"), ("x", "float32")]
-    with function(symbol, pointers, []) as f:
-        x, every = f.buffers["x"], lanes_at(index(0), LANES)
+    k = spec["k"]
+    rows = DigitRows(Int8Input(spec["fields"], spec["block"], spec["offset"]), k)
+    block = rows.input.block
+    with function(symbol, [("digits", "int32"), ("x", "float32")], []) as f:
+        words, x, every = f.buffers["digits"], f.buffers["x"], lanes_at(index(0), LANES)
+        bytes_ = B.decl_buffer((1 << 48,), "int8", data=words.data)
+        order = byte_order(rows.input.fields)
+
+        def each(place: Expr, size: int, body: Body) -> None:
+            """body(at, inputs) for every vector of the `size` inputs from `place`, `at` counted from there."""
+            if full := size // LANES:
+                with B.serial(index(full)) as v:
+                    body(v * LANES, load(x, place + v * LANES, LANES))
+            if rest := size % LANES:
+                at = index(full * LANES)
+                body(at, load_first(x, place + at, index(rest), LANES))
+
+        def one(row: Expr, b: Expr, size: int, flag: Any) -> None:
+            """Block b of a row, of which there are `size` inputs."""
+            place, to = B.bind(row * k + b * block), B.bind(row * rows.words + b * rows.record)
+            largest = B.alloc_buffer((LANES,), "int32", scope="local")
+            B.buffer_store(largest, splat(0, "int32", LANES), [every])
+
+            def seek(at: Expr, value: Expr) -> None:
+                # As integers, of which those of NaN are above those of infinity, and these above the rest.
+                magnitude = bits_as(value, "int32") & splat(0x7FFFFFFF, "int32", LANES)
+                B.buffer_store(largest, T.max(largest[every], magnitude), [every])
+
+            each(place, size, seek)
+            top = named(reduce_lanes(T.max, named(largest[every])))
+            exponent = named(T.shift_right(top + T.int32(_ROUNDS_UP), T.int32(23)))
+            fits = named(T.cast(exponent <= T.int32(_MOST), "int32"))
+            B.buffer_store(flag, flag[0] & fits, [0])
+            bounded = named(T.max(T.min(exponent, T.int32(_MOST)), T.int32(_LEAST)))
+            scale = named(_power(bounded - T.int32(_UP)))
+            up = named(T.broadcast(_power(T.int32(254 + _UP) - bounded), LANES))
+            kept = named(T.broadcast(T.int32(0) - fits, LANES))
+            sums = B.alloc_buffer((DIGITS, LANES), "int32", scope="local")
+            for d in range(DIGITS):
+                B.buffer_store(sums, splat(0, "int32", LANES), [index(d), every])
+
+            def write(at: Expr, value: Expr) -> None:
+                # What cannot be split is taken for 0: its conversion to an integer is not defined.
+                finite = T.reinterpret(f"float32x{LANES}", bits_as(value, "int32") & kept)
+                q = convert(T.nearbyint(finite * up), "int32")
+                digits = named((q + const_like(q, _LOWEST)) ^ const_like(q, _LOWEST))
+                for d in range(DIGITS):
+                    shift = const_like(digits, 8 * (DIGITS - 1 - d))
+                    digit = named(convert(T.shift_right(digits, shift), "int8"))
+                    here = [index(d), every]
+                    B.buffer_store(sums, sums[here] + convert(digit, "int32"), here)
+                    start = to * 4 + d * block + at
+                    B.buffer_store(bytes_, T.Shuffle([digit], order), [lanes_at(start, LANES)])
+
+            each(place, size, write)
+            for d in range(DIGITS):
+                for at in range(-(-size // LANES) * LANES, block, LANES):
+                    start = to * 4 + d * block + at
+                    B.buffer_store(bytes_, splat(0, "int8", LANES), [lanes_at(start, LANES)])
+            high, middle, least = (
+                named(reduce_lanes(lambda p, q: p + q, named(sums[index(d), every]))) for d in range(DIGITS)
+            )
+            factor = T.int32(rows.input.factor)
+            high, low = named(high * factor), named((middle * 256 + least) * factor)
+            total = T.fma(T.cast(high, "float32"), T.float32(65536), T.cast(low, "float32")) * scale
+            extra = {rows.HIGH: high, rows.LOW: low}
+            extra |= {rows.SCALE: T.reinterpret("int32", scale), rows.TOTAL: T.reinterpret("int32", total)}
+            for name, value in extra.items():
+                B.buffer_store(words, value, [to + rows.extra + name])
+
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
-            whole = B.alloc_buffer((1,), "int32", scope="local")
-            B.buffer_store(whole, T.int32(1), [0])
-
-            def each(b: Expr, size: int, body: Any) -> None:
-                """body(place in the row, vector of inputs) for every vector of a block's first `size` inputs."""
-                start, full = b * block, size // LANES
-                if full:
-                    with B.serial(index(full)) as v:
-                        body(start + v * LANES, load(x, row * k + start + v * LANES, LANES))
-                if rest := size % LANES:
-                    at = start + full * LANES
-                    body(at, load_first(x, row * k + at, index(rest), LANES))
-
-            def one(b: Expr, size: int) -> None:
-                largest = B.alloc_buffer((LANES,), "int32", scope="local")
-                B.buffer_store(largest, splat(0, "int32", LANES), [every])
-
-                def seek(at: Expr, value: Expr) -> None:
-                    # As integers: so NaN is above infinity, and that above all numbers.
-                    magnitude = bits_as(value, "int32") & splat(0x7FFFFFFF, "int32", LANES)
-                    B.buffer_store(largest, T.max(largest[every], magnitude), [every])
-
-                each(b, size, seek)
-                top = named(reduce_lanes(T.max, named(largest[every])))
-                exponent = named(T.shift_right(top + T.int32(_ABOVE), T.int32(23)))
-                fits = named(T.cast(exponent <= T.int32(_MOST), "int32"))
-                B.buffer_store(whole, whole[0] & fits, [0])
-                bounded = named(T.max(T.min(exponent, T.int32(_MOST)), T.int32(_LEAST)))
-                unit = T.reinterpret("float32", T.shift_left(bounded - T.int32(_UP), T.int32(23)))
-                B.buffer_store(f.buffers["scale"], unit, [row * blocks + b])
-                up = T.reinterpret("float32", T.shift_left(T.int32(254 + _UP) - bounded, T.int32(23)))
-                wide, mask = named(T.broadcast(up, LANES)), named(T.broadcast(T.int32(0) - fits, LANES))
-                total = B.alloc_buffer((DIGITS, LANES), "int32", scope="local")
-                for d in range(DIGITS):
-                    B.buffer_store(total, splat(0, "int32", LANES), [index(d), every])
-
-                def write(at: Expr, value: Expr) -> None:
-                    kept = T.reinterpret(f"float32x{LANES}", bits_as(value, "int32") & mask)
-                    q = convert(T.nearbyint(kept * wide), "int32")
-                    digits = named((q + const_like(q, _BALANCED)) ^ const_like(q, _BALANCED))
-                    for d in range(DIGITS):
-                        digit = named(convert(T.shift_right(digits, const_like(digits, 8 * d)), "int8"))
-                        here = [index(d), every]
-                        B.buffer_store(total, total[here] + convert(digit, "int32"), here)
-                        to = (row * DIGITS + d) * (blocks * block) + at
-                        B.buffer_store(f.buffers["digits"], T.Shuffle([digit], order), [lanes_at(to, LANES)])
-
-                each(b, size, write)
-                for d in range(DIGITS):
-                    value = named(reduce_lanes(lambda p, q: p + q, named(total[index(d), every])))
-                    at = (row * blocks + b) * DIGITS + d
-                    B.buffer_store(f.buffers["sums"], value * T.int32(spec["factor"]), [at])
-
+            flag = B.alloc_buffer((1,), "int32", scope="local")
+            B.buffer_store(flag, T.int32(1), [0])
             if k >= block:
                 with B.serial(index(k // block)) as b:
-                    one(b, block)
-            if rest := k % block:
-                one(index(k // block), rest)
-                padded = -(-k // LANES) * LANES
-                for d in range(DIGITS):
-                    for at in range(padded, blocks * block, LANES):
-                        to = (row * DIGITS + d) * (blocks * block) + at
-                        B.buffer_store(f.buffers["digits"], splat(0, "int8", LANES), [lanes_at(to, LANES)])
-            B.buffer_store(f.buffers["whole"], whole[0], [row])
+                    one(row, b, block, flag)
+            if k % block:
+                one(row, index(k // block), k % block, flag)
+            B.buffer_store(words, flag[0], [row * rows.words + rows.flag])
     return f.result
+
+
+def _power(biased: Expr) -> Expr:
+    """The power of two with this exponent, float32."""
+    return T.reinterpret("float32", T.shift_left(biased, T.int32(23)))
