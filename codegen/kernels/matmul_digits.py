@@ -137,7 +137,9 @@ class DigitProduct:
         for v, place in enumerate(columns):
             dots = B.alloc_buffer((R, DIGITS, chains, lanes), "int32", scope="local")
             for r, d, c in product(range(R), range(DIGITS), range(chains)):
-                start = extra[r][self.rows.HIGH] if reader.input.offset and not d and not c else T.int32(0)
+                start = T.int32(0)
+                if reader.input.offset and not c and d != 1:
+                    start = extra[r][self.rows.LOW if d else self.rows.HIGH]
                 B.buffer_store(dots, splat(start, lanes), [index(r), index(d), index(c), every])
 
             def add(word: Any, count: int, place: Columns = place, dots: Any = dots) -> None:
@@ -150,6 +152,8 @@ class DigitProduct:
                 add(index(0), unrolled)
             if rest := words % unrolled:
                 add(index(words // unrolled * unrolled), rest)
+            if int(os.environ.get("SA","0")):
+                prefetch(self._w[1], (place.tile, kb + int(os.environ["SA"]), index(0)))
             scales = [named(scale) for scale in reader.scales(self._w, place, kb)]
             for r in range(R):
                 here = [index(r), index(v), every]
@@ -166,8 +170,6 @@ class DigitProduct:
         lanes, rows = self._isa.lanes, self.rows
         # The two low digits fit an integer.
         low: Any = T.shift_left(parts[1], const_like(parts[1], 8)) + parts[2]
-        if self._reader.input.offset:
-            low = low + splat(extra[rows.LOW], lanes)
         high, low = _float(parts[0]), _float(low)
         if self._offset == "zero_point":  # all exact, in blocks of at most 32
             high = T.fma(splat(T.cast(T.int32(0) - extra[rows.HIGH], "float32"), lanes), scales[1], high)
@@ -188,12 +190,13 @@ class DigitProduct:
             if len(records) >= _AHEAD_ROWS:
                 prefetch(codes, (place.tile, first + word + i + _AHEAD, index(0)))
             fields += map(named, reader.bytes(named(codes[place.tile, first + word + i, place.lanes])))
-        for (r, record), d, c in product(enumerate(records), range(DIGITS), range(chains)):
-            start = record + d * (reader.input.block // 4) + word * reader.input.fields
-            some = range(c, len(fields), chains)
-            inputs = [self._x[start + t] for t in some]
-            here = [index(r), index(d), index(c), lanes_at(index(0), self._isa.lanes)]
-            weights = [fields[t] for t in some]
+        # One field after the other goes into all sums, where there is no need to have several at once.
+        step = 1 if self._isa.dot == "vnni" else len(fields)
+        for t, (r, record), d in product(range(0, len(fields), step), enumerate(records), range(DIGITS)):
+            start = record + d * (reader.input.block // 4) + word * reader.input.fields + t
+            weights = fields[t : t + step]
+            inputs = [self._x[start + i] for i in range(len(weights))]
+            here = [index(r), index(d), index(t % chains), lanes_at(index(0), self._isa.lanes)]
             B.buffer_store(dots, multiply_add(self._isa, dots[here], weights, inputs, reader.largest), here)
 
 
