@@ -53,10 +53,10 @@ class DigitRows:
         return self.flag + 16
 
 
-def digit_rows(weight_format: str, k: int, block: int = 0) -> DigitRows | None:
-    """What the kernel of a format reads; None for one that does not multiply by digits.
+def digit_rows(weight_format: str, packing: str, k: int, block: int = 0) -> DigitRows | None:
+    """What the kernel of a format in a packing reads; None for one that does not multiply by digits.
 
     `block` is that of a group format, 0 its usual one.
     """
-    wanted = int8_input(weight_format, block)
+    wanted = None if packing == "base3" else int8_input(weight_format, block)
     return None if wanted is None else DigitRows(wanted, k)
