@@ -1,5 +1,5 @@
-"""How float32 activations lie in memory that are split into digits (kernels/split_digits.py). Knows nothing of
-TVM."""
+"""How float32 activations lie in memory that are split into digits (kernels/split_digits.py). Knows nothing
+of TVM."""
 
 from __future__ import annotations
 

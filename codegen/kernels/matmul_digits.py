@@ -1,12 +1,12 @@
 """Products of float32 activations, split into three digits (split_digits.py), with low-bit weights, in
 integers: a part of matmul.py.
 
-A block's product is 65536 a . w + 256 b . w + c . w, for its digits a, b, c and the bytes w that weights are
-unpacked to in registers (weights_bytes.py), each of the three exact in 32 bits. So inputs are rounded once, to
-2^-23 of the largest of the block, and neither products nor their sums within the block are, which float32
-arithmetic rounds to 2^-24 input by input. It takes three multiplications of bytes where float32 takes four of
-floats, and no conversion. (Integer digits for floats, the largest of a block setting their unit: Ozaki, Ogita,
-Oishi, Rump 2012; on int8 units: Ootomo, Ozaki, Yokota 2024.)
+A block's product is 65536 a . w + 256 b . w + c . w, for its digits a, b, c and the bytes w that weights
+are unpacked to in registers (weights_bytes.py), each of the three exact in 32 bits. So inputs are rounded
+once, to 2^-23 of the largest of the block, and neither products nor their sums within the block are, which
+float32 arithmetic rounds to 2^-24 input by input. It takes three multiplications of bytes where float32 takes
+four of floats, and no conversion. (Integer digits for floats, the largest of a block setting their unit:
+Ozaki, Ogita, Oishi, Rump 2012; on int8 units: Ootomo, Ozaki, Yokota 2024.)
 
 The sum over blocks is float32, one fused multiply-add after the other from the first block to the last. So a
 row's result depends on nothing but the row.
@@ -110,13 +110,9 @@ class DigitProduct:
                     self._block(acc, X, W, starts, place, kb, self._per_block)
             if rest:
                 self._block(acc, X, W, starts, place, index(whole), rest)
-            unit = self._reader.unit(W)
             for r in range(R):
                 with B.If(index(r) < rows), B.Then():
-                    value = acc[index(r), every]
-                    self._result.store(
-                        Y, at[r], column, value if unit is None else value * splat(unit, lanes)
-                    )
+                    self._result.store(Y, at[r], column, acc[index(r), every])
 
     def _columns(self, start: Expr) -> Columns:
         """Those of a vector; beyond the last tile, of the last (its sums are dropped)."""
@@ -161,6 +157,8 @@ class DigitProduct:
         if rest := words % unrolled:
             add(index(words - rest), rest)
         scales = [named(scale) for scale in reader.scales(W, place, kb)]
+        if (unit := reader.unit(W)) is not None:  # rounded where dequantizing rounds
+            scales[0] = named(scales[0] * splat(unit, lanes))
         for r in range(R):
             parts = [
                 sum(

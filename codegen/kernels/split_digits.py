@@ -49,7 +49,7 @@ def split_digits(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
         order = byte_order(rows.input.fields)
 
         def each(place: Expr, size: int, body: Body) -> None:
-            """body(at, inputs) for every vector of the `size` inputs from `place`, `at` counted from there."""
+            """body(at, inputs) for every vector of the `size` inputs from `place`, where `at` is 0."""
             if full := size // LANES:
                 with B.serial(index(full)) as v:
                     body(v * LANES, load(x, place + v * LANES, LANES))

@@ -288,7 +288,7 @@ class Lowering:
         return self._int8[key]
 
     def digits(self, value: ir.Value, wanted: DigitRows) -> View:
-        """A value split into digits along its last axis; computed once for all readers that want them alike."""
+        """A value split into digits along its last axis; computed once for all who want them alike."""
         key = (value, wanted.input)
         if key not in self._digits:
             lead, x = self.shape(value)[:-1], self.dense(value)
