@@ -5,8 +5,8 @@
 
 All take turns. A figure is the median CPU time of a call (time descheduled on a busy machine is not in it).
 Weights are cold: calls go around copies of them that exceed the last-level cache. GB/s counts the bytes of
-weights and scales; the ratio is numpy's time over the kernel's. Kernels of weights with means are timed with
-the sums of blocks that they take, which in a model several layers share.
+weights and scales; the ratio is numpy's time over the kernel's. Kernels are timed with the splitting of rows
+into digits, or the sums of blocks, that they take, which in a model several layers share.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "codegen")]
 
 from kernel_harness import aligned, compile_kernel, native_isas  # noqa: E402
 
+from qgraph.codegen.digits import DigitRows  # noqa: E402
+from qgraph.codegen.int8_input import Int8Input, int8_input  # noqa: E402
 from qgraph.codegen.isa import Isa  # noqa: E402
 from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8  # noqa: E402
 from qgraph.codegen.packing_group import (  # noqa: E402
@@ -59,6 +61,7 @@ class Packed:
     weights: list[np.ndarray]
     params: dict[str, Any] = field(default_factory=dict)
     sums: bool = False
+    digits: Int8Input | None = None
 
 
 def packed_weights(K: int, N: int, rng: np.random.Generator) -> dict[str, Packed]:
@@ -66,7 +69,11 @@ def packed_weights(K: int, N: int, rng: np.random.Generator) -> dict[str, Packed
     codes, scale = rng.integers(0, 16, (K, N), np.uint8), rng.integers(0x20, 0x40, (-(-K // 16), N), np.uint8)
     found = {
         "matmul_f32": Packed("matmul_f32", [pack_f32_n16(rng.standard_normal((K, N)).astype(np.float32))]),
-        "matmul_nvfp4": Packed("matmul_nvfp4", [*pack_nvfp4_n16k8(codes, scale), np.ones(1, np.float32)]),
+        "matmul_nvfp4": Packed(
+            "matmul_nvfp4",
+            [*pack_nvfp4_n16k8(codes, scale), np.ones(1, np.float32)],
+            digits=int8_input("nvfp4"),
+        ),
         "matmul_ternary base3": packed_group(TERNARY, K, N, rng, "base3"),
     }
     for spec in GROUP_FORMATS:
@@ -84,7 +91,8 @@ def packed_group(spec: BlockFormat, K: int, N: int, rng: np.random.Generator, pa
     elif spec.offset == "mean":
         weights.append(pack_blocks(rng.standard_normal((blocks, N)).astype(np.float16)))
     params = {"block": spec.block} | ({"packing": packing} if spec is TERNARY else {})
-    return Packed(spec.kernel, weights, params, spec.offset == "mean")
+    digits = None if spec is TERNARY and packing == "base3" else int8_input(spec.name)
+    return Packed(spec.kernel, weights, params, spec.offset == "mean" and digits is None, digits)
 
 
 def kernel_call(
@@ -100,6 +108,15 @@ def kernel_call(
     seconds = time.perf_counter() - start
     before: Call = lambda: None  # noqa: E731
     alive = list(weights)
+    if packed.digits is not None:
+        rows = DigitRows(packed.digits, K)
+        digits = aligned(np.zeros((M, rows.words), np.int32))
+        wanted = {name: getattr(packed.digits, name) for name in ("fields", "block", "offset")}
+        splitter, operands = compile_kernel(KernelSpec.make("split_digits", k=K, **wanted), isa).bind(
+            digits, x
+        )
+        before = lambda: splitter(*operands, 0, M)  # noqa: E731
+        alive.insert(0, digits)
     if packed.sums:
         sums = aligned(np.zeros((M, -(-K // packed.params["block"])), np.float32))
         add = compile_kernel(KernelSpec.make("block_sums", k=K, block=packed.params["block"]), isa)

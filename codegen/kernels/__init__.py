@@ -37,6 +37,7 @@ _MODULES = (
     "norm",
     "quantize_int8",
     "reduce",
+    "split_digits",
     "support",
 )
 

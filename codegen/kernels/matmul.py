@@ -1,16 +1,16 @@
 """x @ W for a constant weight W: kernels that differ in how weights are read (weights.py).
 
 Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` output columns. A
-chunk of at most _DIRECT_ROWS rows multiplies weights straight from registers (a matrix-vector product, bound
-by the bandwidth of the weights). A larger one decodes a K-slice of the panel once, to a tile on the stack,
-and runs a register-blocked kernel over it (gemm.py); sums wait in y between K-slices. Both end with the same
-pass that applies the epilogue to the finished block. Sums are float32, and a row's result depends on no other
-row's values.
+chunk of few rows multiplies weights straight from registers: in integers where the kernel has the digits of x
+and the ISA multiplies bytes (matmul_digits.py; with VNNI any number of rows is few), else in float32. One of
+more rows decodes a K-slice of the panel once, to a tile on the stack, and runs a register-blocked kernel over
+it (gemm.py); sums wait in y between K-slices. All end with the same pass that applies the epilogue to the
+finished block. Sums are float32, and a row's result depends on no other row's values.
 
-Where a block of weights has an offset o, few rows take its share as o times the sum of the block's inputs,
-from a matrix of block sums (block_sums.py). That is the product with the decoded weights but for rounding, as
-long as the sums are finite: a row where they are not (it holds an infinity, or nearly) is done over with the
-weights decoded.
+A row that has no digits, as it holds an infinity, NaN or nearly, is done over with the weights decoded. In
+float32 few rows take the share of a block's offset o, where it has one, as o times the sum of the block's
+inputs, of the digits or from a matrix of block sums (block_sums.py). That is the product with the decoded
+weights but for rounding, as long as the sums are finite: a row where they are not is done over likewise.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.gemm import TILES, accumulate
 from qgraph.codegen.kernels.loops import index
+from qgraph.codegen.kernels.matmul_digits import open_digits
 from qgraph.codegen.kernels.signature import drop_parameters
 from qgraph.codegen.kernels.vector import f32, lanes_at, splat
 from qgraph.codegen.kernels.vmath import named
-from qgraph.codegen.kernels.weights import Columns, F32Reader, NVFP4Reader, Reader
+from qgraph.codegen.kernels.weights import Columns
+from qgraph.codegen.kernels.weights_group import open_reader
 from qgraph.codegen.packing import LANES
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError
+from qgraph.formats.nvfp4 import NVFP4
 
 _DIRECT_ROWS = 4
+_UNBOUNDED = 1 << 48  # extent of a flat buffer: a kernel does not need it
 _EXPONENT = 0x7F800000  # of a float32 that is an infinity or NaN
 _PANEL_FLOATS = 8192  # of decoded weights: 32 KiB of stack, half of what a kernel may use
 
@@ -46,10 +50,11 @@ def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
 
     Spec: k, n, n_block (multiple of 16), m_block, epilogue: names applied in order, of "bias" (+ [n]),
     "residual" (+ [M, n]) and ACTIVATIONS.
-    Arguments: y f32 [M, n], x f32 [M, k], codes u32, block_scale u8, global_scale f32 [1], [bias f32 [n]],
-    [residual f32 [M, n]], M, begin, end. Blocks: ceil(M/m_block) * ceil(n/n_block).
+    Arguments: y f32 [M, n], x f32 [M, k], digits i32 [M, words] (codegen/digits.py), codes u32, block_scale
+    u8, global_scale f32 [1], [bias f32 [n]], [residual f32 [M, n]], M, begin, end.
+    Blocks: ceil(M/m_block) * ceil(n/n_block).
     """
-    return matmul(spec, isa, symbol, NVFP4Reader(spec["k"], spec["n"], isa))
+    return matmul(spec, isa, symbol, NVFP4.name)
 
 
 @kernel("matmul_f32")
@@ -58,11 +63,12 @@ def matmul_f32(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
 
     Spec, blocks: as of matmul_nvfp4. Arguments: y, x, w f32, [bias], [residual], M, begin, end.
     """
-    return matmul(spec, isa, symbol, F32Reader(spec["k"], spec["n"]))
+    return matmul(spec, isa, symbol, "f32")
 
 
-def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
-    """The kernel of `spec` over the weight that `reader` reads."""
+def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
+    """The kernel of `spec` over a weight: `f32`, or a format that linear layers have."""
+    reader = open_reader(weight, spec, isa)
     K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]
     epilogue: tuple[str, ...] = spec["epilogue"]
     block, unit = reader.block, reader.unit
@@ -75,6 +81,13 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
         or not result.known
     ):
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
+
+    product = open_digits(weight, spec, isa, result) if weight != "f32" else None
+    has_digits = product is not None
+    in_digits = product is not None and product.most > 0
+    few = product.most if product and in_digits else _DIRECT_ROWS  # more rows of a chunk are decoded
+    has_sums = reader.has_offset and not has_digits
+    again = in_digits or reader.has_offset  # a row that is done for naught may be done over
 
     L = isa.lanes
     parts = LANES // L  # vectors of one n16 tile
@@ -122,6 +135,10 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
                 at = [i % chains(R), r, lanes_at(0, L)]
                 B.buffer_store(part, part[at] + splat(x(index(r), i), L) * vector, at)
 
+    def block_sum(S: Any, row: Any, kb: Any) -> Any:
+        """The sum of a block's inputs, float32."""
+        return product.total(S, row, kb) if product else S[row, kb]
+
     @T.inline
     def add_block(acc, X, W, S, m0, rows, panel, group, kb, count, R):
         """acc[R, tile_vectors] += the first `count` inputs of block kb, weights straight from registers."""
@@ -152,7 +169,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
                 if reader.has_offset:
                     acc[r, v, lanes_at(0, L)] = acc[r, v, lanes_at(0, L)] + reader.offset(
                         W, columns(panel, group, v), kb
-                    ) * splat(S[m0 + T.min(r, rows - 1), kb], L)
+                    ) * splat(block_sum(S, m0 + T.min(r, rows - 1), kb), L)
 
     @T.inline
     def direct(Y, X, W, S, m0, rows, panel, R):
@@ -265,14 +282,19 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
 
     @T.inline
     def by_decoding(Y, X, W, S, P, m0, rows, panel):
-        """More rows than are done directly; else those whose block sums are not finite, one by one."""
-        for r in T.serial(T.Select(rows > _DIRECT_ROWS, T.int64(1), rows)):
-            worst = T.alloc_buffer((1,), "int32", scope="local")
-            worst[0] = T.int32(0)
-            for kb in T.serial(T.int64(blocks)):
-                worst[0] = T.max(worst[0], not_finite(S[m0 + r, kb]))
-            if rows > _DIRECT_ROWS or worst[0] == _EXPONENT:
-                tiles_of_rows(Y, X, W, P, m0 + r, T.Select(rows > _DIRECT_ROWS, rows, T.int64(1)), panel)
+        """More rows than are done directly; else those that take it, one by one."""
+        for r in T.serial(T.Select(rows > few, T.int64(1), rows)):
+            count: T.let = T.Select(rows > few, rows, T.int64(1))
+            if has_digits:
+                if T.Or(rows > few, T.Not(product.is_split(S, m0 + r))):
+                    tiles_of_rows(Y, X, W, P, m0 + r, count, panel)
+            else:
+                worst = T.alloc_buffer((1,), "int32", scope="local")
+                worst[0] = T.int32(0)
+                for kb in T.serial(T.int64(blocks)):
+                    worst[0] = T.max(worst[0], not_finite(S[m0 + r, kb]))
+                if rows > few or worst[0] == _EXPONENT:
+                    tiles_of_rows(Y, X, W, P, m0 + r, count, panel)
 
     # The script has a fixed number of parameters; those beyond the reader's are dropped below.
     taken = len(reader.operands)
@@ -282,6 +304,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
     def func(
         y: T.handle("float32"),
         x: T.handle("float32"),
+        digits: T.handle("int32"),
         weight0: T.handle(operands[0].dtype),
         weight1: T.handle(operands[1].dtype),
         weight2: T.handle(operands[2].dtype),
@@ -307,7 +330,8 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
             else T.meta_var(None)
         )
         W = T.meta_var((W0, W1, W2))
-        S = T.decl_buffer((M, blocks), "float32", data=block_sums) if reader.has_offset else T.meta_var(None)
+        S0 = T.decl_buffer((M, blocks), "float32", data=block_sums) if has_sums else T.meta_var(None)
+        S = T.decl_buffer((_UNBOUNDED,), "int32", data=digits) if has_digits else T.meta_var(S0)
         bias_row = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
         R = T.decl_buffer((M * N,), "float32", data=residual) if "residual" in epilogue else T.meta_var(None)
         P = T.alloc_buffer((depth, n_block), "float32") if reader.decoded else T.meta_var(None)
@@ -315,18 +339,22 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, reader: Reader) -> PrimFunc:
             m0: T.let = T.truncdiv(begin + b, T.int64(panels)) * m_block
             panel: T.let = T.truncmod(begin + b, T.int64(panels))
             rows: T.let = T.min(T.int64(m_block), M - m0)
-            if rows == 1:
+            if in_digits:
+                if rows <= few:
+                    product.chunk(Y, S, W, m0, rows, panel)
+            elif rows == 1:
                 direct(Y, X, W, S, m0, rows, panel, 1)
             elif rows == 2:
                 direct(Y, X, W, S, m0, rows, panel, 2)
             elif rows <= _DIRECT_ROWS:
                 direct(Y, X, W, S, m0, rows, panel, _DIRECT_ROWS)
-            elif not reader.has_offset:
+            elif not again:
                 tiles_of_rows(Y, X, W, P, m0, rows, panel)
-            if reader.has_offset:
+            if again:
                 by_decoding(Y, X, W, S, P, m0, rows, panel)
             result.finish(Y, bias_row, R, m0, rows, panel)
 
     unused = {f"weight{i}" for i in range(taken, len(operands))}
-    unused |= set() if reader.has_offset else {"block_sums"}
+    unused |= set() if has_sums else {"block_sums"}
+    unused |= set() if has_digits else {"digits"}
     return drop_parameters(func, unused | ({"bias", "residual"} - set(epilogue)))

@@ -9,7 +9,6 @@ from tvm.tirx import PrimFunc
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.matmul import matmul
-from qgraph.codegen.kernels.weights_group import open_reader
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats.group import GROUP_FORMATS
 
@@ -19,11 +18,11 @@ def _matmul_group(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) -
 
     Spec: as of matmul_nvfp4, and block (inputs that share a scale, a multiple of 32), for ternary packing:
     "2bit" | "base3".
-    Arguments: y f32 [M, n], x f32 [M, k], codes u32 (base3: i8), block_scale f16, [zero_point u8 | mean f16,
-    block_sums f32 [M, ceil(k/block)]], [bias f32 [n]], [residual f32 [M, n]], M, begin, end. Blocks: as of
-    matmul_nvfp4.
+    Arguments: y f32 [M, n], x f32 [M, k], [digits i32 [M, words] (codegen/digits.py), not of int3 and base3],
+    codes u32 (base3: i8), block_scale f16, [zero_point u8 | mean f16], [block_sums f32 [M, ceil(k/block)], of
+    int3 and base3], [bias f32 [n]], [residual f32 [M, n]], M, begin, end. Blocks: as of matmul_nvfp4.
     """
-    return matmul(spec, isa, symbol, open_reader(weight_format, spec, isa))
+    return matmul(spec, isa, symbol, weight_format)
 
 
 for _format in GROUP_FORMATS:

@@ -29,8 +29,7 @@ def quantize_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     """
     k, block = spec["k"], spec["block"]
     blocks, whole = -(-k // block), k - k % LANES
-    # Vectors of 16 inputs on every ISA: so many that the longest order is a shuffle within one.
-    order = [j for start in range(0, LANES, 4 * spec["fields"]) for j in _order(start, spec["fields"])]
+    order = byte_order(spec["fields"])
     pointers = [("codes", "int8"), ("scale", "float32"), ("block_sums", "int32"), ("x", "float32")]
     with function(symbol, pointers, []) as f:
         x, codes, sums = f.buffers["x"], f.buffers["codes"], f.buffers["block_sums"]
@@ -78,9 +77,11 @@ def quantize_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     return f.result
 
 
-def _order(start: int, fields: int) -> list[int]:
-    """The inputs of a word of packed weights, field by field."""
-    return [start + fields * q + field for field in range(fields) for q in range(4)]
+def byte_order(fields: int) -> list[int]:
+    """The order of an `Int8Input`, of vectors of 16 inputs on every ISA: so many that the longest order is a
+    shuffle within one."""
+    words = range(0, LANES, 4 * fields)
+    return [start + fields * q + field for start in words for field in range(fields) for q in range(4)]
 
 
 def _first(x: Any, start: Expr, count: int) -> Expr:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
+from qgraph.codegen.digits import DigitRows
 from qgraph.codegen.dims import CONTENT, Dim, ceildiv, equal, grain_of, is_one, product, size, static
 from qgraph.codegen.int8_input import Int8Input
 from qgraph.codegen.lowering.state import State
@@ -171,6 +172,7 @@ class Lowering:
     places: dict[ir.Value, State] = field(default_factory=dict)
     _dense: dict[ir.Value, View] = field(default_factory=dict)
     _block_sums: dict[tuple[ir.Value, int], View] = field(default_factory=dict)
+    _digits: dict[tuple[ir.Value, Int8Input], View] = field(default_factory=dict)
     _rounded: dict[ir.Value, Rounded] = field(default_factory=dict)
     _int8: dict[tuple[ir.Value, Int8Input], tuple[View, View, View]] = field(default_factory=dict)
 
@@ -284,6 +286,22 @@ class Lowering:
             self.layers.append((rounded.node, step))
             self._int8[key] = out
         return self._int8[key]
+
+    def digits(self, value: ir.Value, wanted: DigitRows) -> View:
+        """A value split into digits along its last axis; computed once for all who want them alike."""
+        key = (value, wanted.input)
+        if key not in self._digits:
+            lead, x = self.shape(value)[:-1], self.dense(value)
+            out = self.temp("i32", (*lead, sympy.Integer(wanted.words)))
+            params = {
+                "fields": wanted.input.fields,
+                "block": wanted.input.block,
+                "offset": wanted.input.offset,
+            }
+            spec = KernelSpec.make("split_digits", k=wanted.k, **params)
+            self.emit(f"{value.name}/digits", spec, [out, x], product(lead), grain_of(wanted.k))
+            self._digits[key] = out
+        return self._digits[key]
 
     def copy(self, view: View, name: str, out: View | None = None) -> View:
         """A dense copy of `view`, or a copy into `out`."""

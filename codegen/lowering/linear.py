@@ -10,8 +10,8 @@ import onnx_ir as ir
 import sympy
 
 from qgraph.codegen import packing
+from qgraph.codegen.digits import digit_rows
 from qgraph.codegen.dims import Dim, ceildiv, product
-from qgraph.codegen.int8_input import int8_input
 from qgraph.codegen.lowering.context import Linear, Lowering, broadcast, lowers, unsupported
 from qgraph.codegen.memory import Buffer, View, collapse
 from qgraph.codegen.spec import KernelSpec
@@ -69,12 +69,18 @@ def qlinear_nvfp4(low: Lowering, node: ir.Node) -> None:
     low.bind(node, Linear(node, op, operand, k, n, weights, low.shape(node.outputs[0])))
 
 
-def left_operand(low: Lowering, x: ir.Value, k: int, weight: BlockFormat) -> tuple[str, tuple[View, ...]]:
+def left_operand(
+    low: Lowering, x: ir.Value, k: int, weight: BlockFormat, packing: str = ""
+) -> tuple[str, tuple[View, ...]]:
     """Which kernel multiplies x [.., k] by a weight of the format, and its arguments for x: where that is
-    rounded to int8, codes for a product in integers."""
-    wanted = int8_input(weight.name)
-    codes = low.int8(x, k, wanted) if wanted is not None else None
-    return (weight.kernel, (low.dense(x),)) if codes is None else (f"{weight.kernel}_a8", codes)
+    rounded to int8, codes for a product in integers; else x, and its digits if the kernel takes those."""
+    digits = digit_rows(weight.name, packing, k)
+    if digits is None:
+        return weight.kernel, (low.dense(x),)
+    codes = low.int8(x, k, digits.input)
+    if codes is not None:
+        return f"{weight.kernel}_a8", codes
+    return weight.kernel, (low.dense(x), low.digits(x, digits))
 
 
 def f32_weight(low: Lowering, value: ir.Value, array: np.ndarray) -> Buffer:

@@ -29,12 +29,11 @@ def qlinear_group(low: Lowering, node: ir.Node) -> None:
     spec = OPERATORS[node.op_type.removeprefix("QLinear")]
     q, weights, params = group_weight(low, node, spec)
     k, n = q.shape
-    base3 = params.get("packing") == "base3"  # has no product in integers
-    op, operand = (spec.kernel, (low.dense(x),)) if base3 else left_operand(low, x, k, spec)
+    op, operand = left_operand(low, x, k, spec, params.get("packing", ""))
     sums = None
     if op != spec.kernel:
         params = {"block": spec.block}
-    elif spec.offset == "mean":
+    elif spec.offset == "mean" and len(operand) == 1:  # else the digits come with sums
         sums = low.block_sums(x, k, spec.block)
     shape, rest = low.shape(node.outputs[0]), tuple(params.items())
     low.bind(node, Linear(node, op, operand, k, n, weights, shape, params=rest, sums=sums))

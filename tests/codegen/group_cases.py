@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from kernel_harness import Kernel, aligned, compile_kernel
+from matmul_cases import digits_of
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.packing_group import code_layout, pack_blocks, pack_codes, pack_nibbles
@@ -53,7 +54,7 @@ class GroupMatMul:
     """One kernel with its operands: `run` returns y, `reference` the float64 answer."""
 
     def __init__(self, isa: Isa, q: QTensor, packing: str) -> None:
-        self.isa, self.q, self.format = isa, q, FORMATS[q.format]
+        self.isa, self.q, self.format, self.packing = isa, q, FORMATS[q.format], packing
         self.K, self.N = q.shape
         self.kernel: Kernel = compile_kernel(make_spec(q.format, packing, self.K, self.N), isa)
         self.operands = [aligned(a) for a in packed(q, packing)]
@@ -65,11 +66,13 @@ class GroupMatMul:
 
     def run(self, x: np.ndarray, **how: Any) -> np.ndarray:
         M = len(x)
+        guard = {k: how[k] for k in how if k == "guard"}
+        digits = digits_of(self.isa, self.format.name, x, self.packing, **guard)
         sums = []
-        if self.format.offset == "mean":
-            sums = [block_sums(self.isa, x, self.format.block, **{k: how[k] for k in how if k == "guard"})]
+        if self.format.offset == "mean" and not digits:
+            sums = [block_sums(self.isa, x, self.format.block, **guard)]
         y = np.full((M, self.N), np.nan, np.float32)
-        self.kernel(y, x, *self.operands, *sums, M, blocks=-(-M // 128) * -(-self.N // 32), **how)
+        self.kernel(y, x, *digits, *self.operands, *sums, M, blocks=-(-M // 128) * -(-self.N // 32), **how)
         return y
 
     def reference(self, x: np.ndarray) -> np.ndarray:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from kernel_harness import Kernel, aligned, compile_kernel
 
+from qgraph.codegen.digits import digit_rows
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8
 from qgraph.codegen.spec import KernelSpec
@@ -88,7 +90,8 @@ class MatMul:
     def run(self, x: np.ndarray, residual: np.ndarray, **how: object) -> np.ndarray:
         M = x.shape[0]
         y = np.full((M, self.N), np.nan, np.float32)
-        args = [y, x, *self.operands]
+        digits = digits_of(self.kernel.isa, "nvfp4", x) if self.kernel.spec.op == "matmul_nvfp4" else []
+        args = [y, x, *digits, *self.operands]
         args += [self.bias] if "bias" in self.epilogue else []
         args += [residual] if "residual" in self.epilogue else []
         blocks = -(-M // self.m_block) * -(-self.N // self.n_block)
@@ -106,6 +109,21 @@ class MatMul:
                 else:
                     y = ACTIVATIONS[name](y)
         return y
+
+
+def digits_of(
+    isa: Isa, weight_format: str, x: np.ndarray, packing: str = "", block: int = 0, **how: Any
+) -> list[np.ndarray]:
+    """The digits that the kernel of a format takes behind x [M, K], by their kernel; nothing where it takes
+    none."""
+    M, K = x.shape
+    rows = digit_rows(weight_format, packing, K, block)
+    if rows is None:
+        return []
+    params = {"fields": rows.input.fields, "block": rows.input.block, "offset": rows.input.offset}
+    digits = np.full((M, rows.words), -7, np.int32)
+    compile_kernel(KernelSpec.make("split_digits", k=K, **params), isa)(digits, x, blocks=M, **how)
+    return [digits]
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:

@@ -84,21 +84,25 @@ def test_kernels_and_bytes(artifact: Artifact) -> None:
     assert sum(layer.nbytes for layer in layers.values()) == artifact.weight_bytes - bias
 
 
-def test_block_sums_are_computed_once_for_all_layers_that_read_a_value(lowbit: onnx.ModelProto) -> None:
+def test_digits_and_sums_are_computed_once_for_all_layers_that_read_a_value(lowbit: onnx.ModelProto) -> None:
     steps = lower(prepare_model(ir.from_proto(lowbit)).graph).steps
-    assert Counter(s.spec.op for s in steps)["block_sums"] == 2  # of x for q, k and v; of h for up
-    sums = {step.args[0][1] for step in steps if step.spec.op == "block_sums"}
-    read = [{arg[1] for arg in step.args if arg[0] == "v"} & sums for step in steps]
+    made = Counter(s.spec.op for s in steps)
+    # Digits of x for q and k, and with other sums for v, of what mid, out and last read; int3, up, takes sums
+    # of h.
+    assert made["split_digits"] == 5 and made["block_sums"] == 1
+    digits = {step.args[0][1] for step in steps if step.spec.op == "split_digits"}
+    read = [{arg[1] for arg in step.args if arg[0] == "v"} & digits for step in steps]
     users = {step.name: found for step, found in zip(steps, read, strict=True) if found}
-    assert users["q"] == users["k"] == users["v"] == users["x/block_sums"] and users["up"] != users["q"]
-    assert not {"mid", "out", "last"} & set(users)
+    assert users["q"] == users["k"] and users["q"] != users["v"]
+    assert {"mid", "out", "last"} < set(users) and "up" not in users
 
 
 def test_a_copy_that_several_layers_need_is_made_once() -> None:
     text = """(float[n, 64, b] x) => (float[b, n, 16] y) {
         t = Transpose<perm = [2, 0, 1]>(x) a = MatMul(t, wa) c = MatMul(t, wb) y = Add(a, c) }"""
     model = quantized(text, {"wa": (64, 16), "wb": (64, 16)}, {})
-    assert [s.spec.op for s in lower(model.graph).steps] == ["elementwise", "matmul_int8", "matmul_int8"]
+    ops = [s.spec.op for s in lower(model.graph).steps]
+    assert ops == ["elementwise", "split_digits", "matmul_int8", "matmul_int8"]
 
 
 def test_ternary_packed_small_behind_rounded_activations(tmp_path: Path) -> None:

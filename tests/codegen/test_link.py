@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_harness import Kernel, native_isas
+from matmul_cases import digits_of
 
 from qgraph.codegen.isa import ISAS, Isa
 from qgraph.codegen.kernels import build_kernel
@@ -42,7 +43,8 @@ def _run(image: CodeImage, spec: KernelSpec, isa: Isa) -> np.ndarray:
     y, x = np.zeros((2, N), np.float32), np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
     words = np.arange(N * 4, dtype=np.uint32).reshape(N // 16, 4, 16) * np.uint32(2654435761)
     scale = np.full((N // 16, 2, 16), 0x38, np.uint8)
-    Kernel(spec, isa, image)(y, x, words, scale, np.ones(1, np.float32), 2, blocks=-(-N // 16))
+    digits = digits_of(isa, "nvfp4", x)
+    Kernel(spec, isa, image)(y, x, *digits, words, scale, np.ones(1, np.float32), 2, blocks=-(-N // 16))
     return y
 
 

@@ -10,7 +10,7 @@ import pytest
 from emulated import MISSING, run_on_aarch64
 from group_cases import CASES, NAMES, GroupMatMul, block_sums, make_spec, packed, random_weight
 from kernel_harness import innermost_loops, link_kernel, native_isas
-from matmul_cases import error
+from matmul_cases import digits_of, error
 
 from qgraph.codegen.isa import ISAS, Isa
 from qgraph.codegen.kernels import build_kernel
@@ -131,10 +131,11 @@ def test_aarch64(weight_format: str, packing: str, tmp_path: Path) -> None:
     q = random_weight(weight_format, K, N)
     for M in (1, 3, 9):
         x = np.random.default_rng(M).standard_normal((M, K)).astype(np.float32)
+        digits = digits_of(native_isas()[0], weight_format, x, packing)
         sums = []
-        if FORMATS[weight_format].offset == "mean":
+        if FORMATS[weight_format].offset == "mean" and not digits:
             sums = [np.add.reduceat(x, range(0, K, FORMATS[weight_format].block), axis=1)]
-        args = [np.zeros((M, N), np.float32), x, *packed(q, packing), *sums, M]
+        args = [np.zeros((M, N), np.float32), x, *digits, *packed(q, packing), *sums, M]
         got = run_on_aarch64(spec, args, -(-N // 32), tmp_path)
         assert error(got, x.astype(np.float64) @ q.dequantize()) < 1e-6, M
 

@@ -1,0 +1,62 @@
+"""How float32 activations lie in memory that are split into digits (kernels/split_digits.py). Knows nothing
+of TVM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qgraph.codegen.int8_input import Int8Input, int8_input
+
+DIGITS = 3  # signed bytes, the most significant first
+
+
+@dataclass(frozen=True)
+class DigitRows:
+    """Rows of K inputs in blocks, as a weight's kernel wants them: i32 [M, words].
+
+    A block is a record: its digits, most significant first, `block` bytes each in the order of `input`, then
+    four words, `HIGH`, `LOW`, `SCALE` and `TOTAL` behind them. Blocks are followed by the word `flag`. What
+    is left of a row keeps rows from being a multiple of 4096 bytes apart, which a cache would have no room
+    for.
+    """
+
+    input: Int8Input
+    k: int
+
+    HIGH = 0  # int32: factor times the sum of the first digits; 0 where nobody needs it
+    LOW = 1  # int32: factor times the sum of 256 d + e for the others
+    SCALE = 2  # float32
+    TOTAL = 3  # float32: factor times the sum of the inputs
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.k // self.input.block)
+
+    @property
+    def extra(self) -> int:
+        """Where in a record the four words are."""
+        return DIGITS * self.input.block // 4
+
+    @property
+    def record(self) -> int:
+        """Words of a block."""
+        return self.extra + 4
+
+    @property
+    def flag(self) -> int:
+        """The word of a row that is 1, or 0 where it cannot be split."""
+        return self.blocks * self.record
+
+    @property
+    def words(self) -> int:
+        """Of a row."""
+        return self.flag + 16
+
+
+def digit_rows(weight_format: str, packing: str, k: int, block: int = 0) -> DigitRows | None:
+    """What the kernel of a format in a packing reads; None for one that does not multiply by digits.
+
+    `block` is that of a group format, 0 its usual one.
+    """
+    wanted = None if packing == "base3" else int8_input(weight_format, block)
+    return None if wanted is None else DigitRows(wanted, k)

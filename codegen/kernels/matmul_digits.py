@@ -1,0 +1,216 @@
+"""Products of float32 activations, split into three digits (split_digits.py), with low-bit weights, in
+integers: a part of matmul.py.
+
+A block's product is 65536 a . w + 256 b . w + c . w, for its digits a, b, c and the bytes w that weights
+are unpacked to in registers (weights_bytes.py), each of the three exact in 32 bits. So inputs are rounded
+once, to 2^-23 of the largest of the block, and neither products nor their sums within the block are, which
+float32 arithmetic rounds to 2^-24 input by input. It takes three multiplications of bytes where float32 takes
+four of floats, and no conversion. (Integer digits for floats, the largest of a block setting their unit:
+Ozaki, Ogita, Oishi, Rump 2012; on int8 units: Ootomo, Ozaki, Yokota 2024.)
+
+The sum over blocks is float32, one fused multiply-add after the other from the first block to the last. So a
+row's result depends on nothing but the row.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as B
+
+from qgraph.codegen.digits import DIGITS, DigitRows, digit_rows
+from qgraph.codegen.isa import Isa
+from qgraph.codegen.kernels.dot import multiply_add
+from qgraph.codegen.kernels.epilogue import Result
+from qgraph.codegen.kernels.loops import index
+from qgraph.codegen.kernels.vector import f32, lanes_at, prefetch, splat
+from qgraph.codegen.kernels.vmath import Expr, const_like, named
+from qgraph.codegen.kernels.weights import Columns
+from qgraph.codegen.kernels.weights_bytes import ByteReader, open_bytes
+from qgraph.codegen.packing import LANES
+from qgraph.codegen.spec import KernelSpec
+from qgraph.formats import FORMATS
+
+# By how the ISA multiplies bytes, rows of a chunk that are done this way at most. VNNI is faster than float32
+# at any number of them, AVX2 until decoding to the stack pays; without either it is not worth it.
+_MOST = {"vnni": 1 << 30, "maddubs": 8, "widen": 0}
+_ROWS = 4  # that share unpacked weights: registers hold their 12 sums, and weights beside them
+_UNROLLED = 4  # words of a block that are unrolled
+_AHEAD = 32  # words, of 16 columns 64 bytes, that are asked for ahead
+_LONG = 8  # fields of a block from which a row alone has two sums a digit, as one has to wait for itself
+
+
+def open_digits(weight_format: str, spec: KernelSpec, isa: Isa, result: Result) -> DigitProduct | None:
+    """What multiplies by digits in the kernel of `spec`; None if its weight is read as floats only.
+
+    Of the spec: k, n; of a group format block, and of `ternary` packing.
+    """
+    block = spec["block"] if "block" in dict(spec.params) else 0
+    packing = spec["packing"] if weight_format == "ternary" else ""
+    rows = digit_rows(weight_format, packing, spec["k"], block)
+    if rows is None:
+        return None
+    return DigitProduct(
+        rows, open_bytes(weight_format, spec["k"], spec["n"], isa, block), weight_format, isa, result
+    )
+
+
+class DigitProduct:
+    """Emits products of rows.
+
+    Attributes:
+        most: rows of a chunk that are done this way, at most; 0 where the ISA has no use for it.
+    """
+
+    def __init__(
+        self, rows: DigitRows, reader: ByteReader, weight_format: str, isa: Isa, result: Result
+    ) -> None:
+        self._rows, self._reader, self._isa, self._result = rows, reader, isa, result
+        self._offset = FORMATS[weight_format].offset
+        self._per_block = reader.input.block // (4 * reader.input.fields)  # words
+        self.most = _MOST[isa.dot]
+
+    def is_split(self, X: Any, row: Expr) -> Expr:
+        """Whether the digits of a row, of the flat buffer X of digits, are what it is."""
+        return X[row * self._rows.words + self._rows.flag] != 0
+
+    def total(self, X: Any, row: Expr, kb: Expr) -> Expr:
+        """The sum of the inputs of block kb, float32."""
+        total = self._extra(X, row * self._rows.words + kb * self._rows.record)[self._rows.TOTAL]
+        return total * T.float32(1 / self._reader.input.factor)
+
+    def chunk(self, Y: Any, X: Any, W: Any, m0: Expr, rows: Expr, panel: Expr) -> None:
+        """Stores rows m0 .. m0 + rows - 1 of a panel to Y, without epilogue; W are the weight's buffers."""
+        full = B.bind(T.truncdiv(rows + (_ROWS - _ROWS // 2 - 1), index(_ROWS)))
+        with B.serial(full) as c:
+            first = B.bind(m0 + c * _ROWS)
+            self._some(Y, X, W, first, B.bind(T.min(rows - c * _ROWS, index(_ROWS))), panel, _ROWS)
+        left = B.bind(rows - full * _ROWS)
+        for low, size in pairwise((0, 1, _ROWS // 2)):
+            with B.If(T.And(left > low, left <= size)), B.Then():
+                self._some(Y, X, W, B.bind(m0 + full * _ROWS), left, panel, size)
+
+    def _some(self, Y: Any, X: Any, W: Any, first: Expr, rows: Expr, panel: Expr, R: int) -> None:
+        """Rows first .. first + rows - 1, at most R of them; the rest repeat the last one and are dropped."""
+        lanes, n_block = self._isa.lanes, self._result.n_block
+        at = [B.bind(first + T.min(index(r), rows - 1)) for r in range(R)]
+        starts = [B.bind(row * self._rows.words) for row in at]
+        every = lanes_at(index(0), lanes)
+        with B.serial(index(n_block // lanes)) as vector:
+            column = B.bind(panel * n_block + vector * lanes)
+            place = self._columns(column)
+            acc = B.alloc_buffer((R, lanes), "float32", scope="local")
+            for r in range(R):
+                B.buffer_store(acc, f32(0, lanes), [index(r), every])
+            whole, rest = divmod(self._reader.operands[0].shape[1], self._per_block)
+            if whole:
+                with B.serial(index(whole)) as kb:
+                    self._block(acc, X, W, starts, place, kb, self._per_block)
+            if rest:
+                self._block(acc, X, W, starts, place, index(whole), rest)
+            for r in range(R):
+                with B.If(index(r) < rows), B.Then():
+                    self._result.store(Y, at[r], column, acc[index(r), every])
+
+    def _columns(self, start: Expr) -> Columns:
+        """Those of a vector; beyond the last tile, of the last (its sums are dropped)."""
+        tile = T.truncdiv(start, index(LANES))
+        if self._result.ragged:
+            tile = T.min(tile, index(-(-self._result.N // LANES) - 1))
+        return Columns(tile, lanes_at(T.truncmod(start, index(LANES)), self._isa.lanes))
+
+    def _extra(self, X: Any, record: Expr) -> list[Expr]:
+        """The four words behind a block's digits."""
+        rows = self._rows
+        words = [X[record + rows.extra + i] for i in range(4)]
+        return [
+            T.reinterpret("float32", w) if i in (rows.SCALE, rows.TOTAL) else w for i, w in enumerate(words)
+        ]
+
+    def _block(
+        self, acc: Any, X: Any, W: Any, starts: list[Expr], place: Columns, kb: Expr, words: int
+    ) -> None:
+        """acc += the share of the first `words` words of block kb, of the rows that begin at `starts`."""
+        lanes, reader, rows, R = self._isa.lanes, self._reader, self._rows, len(starts)
+        every, unrolled = lanes_at(index(0), lanes), min(_UNROLLED, words)
+        records = [B.bind(start + kb * rows.record) for start in starts]
+        extra = [[named(word) for word in self._extra(X, record)] for record in records]
+        long = words * reader.input.fields >= _LONG
+        chains = 2 if R == 1 and long and self._isa.dot == "vnni" else 1
+        dots = B.alloc_buffer((R, DIGITS, chains, lanes), "int32", scope="local")
+        for r, d, c in product(range(R), range(DIGITS), range(chains)):
+            start: Expr = T.int32(0)
+            if reader.input.offset and c == 0 and d != 1:  # what bytes have too much, of both low digits
+                start = extra[r][rows.LOW if d else rows.HIGH]
+            B.buffer_store(dots, splat(start, lanes), [index(r), index(d), index(c), every])
+
+        def add(word: Expr, count: int) -> None:
+            self._add_words(dots, X, W, records, place, kb, word, count)
+
+        if words > unrolled:
+            with B.serial(index(words // unrolled)) as u:
+                add(u * unrolled, unrolled)
+        else:
+            add(index(0), unrolled)
+        if rest := words % unrolled:
+            add(index(words - rest), rest)
+        scales = [named(scale) for scale in reader.scales(W, place, kb)]
+        if (unit := reader.unit(W)) is not None:  # rounded where dequantizing rounds
+            scales[0] = named(scales[0] * splat(unit, lanes))
+        for r in range(R):
+            parts = [
+                sum(
+                    (dots[index(r), index(d), index(c), every] for c in range(1, chains)),
+                    start=dots[index(r), index(d), index(0), every],
+                )
+                for d in range(DIGITS)
+            ]
+            here = [index(r), every]
+            B.buffer_store(acc, self._share(acc[here], parts, extra[r], scales), here)
+
+    def _share(self, acc: Expr, parts: list[Expr], extra: list[Expr], scales: list[Expr]) -> Expr:
+        """acc plus a block's share: `parts` its sums of products digit by digit, `extra` the words behind
+        them."""
+        lanes, rows = self._isa.lanes, self._rows
+        high, middle, low = parts
+        high, low = _float(high), _float(T.shift_left(middle, const_like(middle, 8)) + low)
+        if self._offset == "zero_point":  # exact for blocks of 32: all are integers below 2^24
+            high = T.fma(splat(_float(T.int32(0) - extra[rows.HIGH]), lanes), scales[1], high)
+            low = T.fma(splat(_float(T.int32(0) - extra[rows.LOW]), lanes), scales[1], low)
+        value = T.fma(high, f32(65536, lanes), low) * splat(extra[rows.SCALE], lanes)
+        acc = T.fma(value, scales[0], acc)
+        return T.fma(splat(extra[rows.TOTAL], lanes), scales[1], acc) if self._offset == "mean" else acc
+
+    def _add_words(
+        self,
+        dots: Any,
+        X: Any,
+        W: Any,
+        records: list[Expr],
+        place: Columns,
+        kb: Expr,
+        word: Expr,
+        count: int,
+    ) -> None:
+        """dots += products of words word .. word + count - 1 of block kb."""
+        reader, chains = self._reader, int(dots.shape[2])
+        fields: list[Expr] = []
+        for i in range(count):
+            row = kb * self._per_block + word + i
+            prefetch(W[0], (place.tile, row + _AHEAD, index(0)))
+            fields += map(named, reader.bytes(named(W[0][place.tile, row, place.lanes])))
+        # One field after the other goes into all sums, unless the ISA sums several at once.
+        step = 1 if self._isa.dot == "vnni" else len(fields)
+        for t, (r, record), d in product(range(0, len(fields), step), enumerate(records), range(DIGITS)):
+            start = record + d * (reader.input.block // 4) + word * reader.input.fields + t
+            weights = fields[t : t + step]
+            inputs = [X[start + i] for i in range(len(weights))]
+            here = [index(r), index(d), index(t % chains), lanes_at(index(0), self._isa.lanes)]
+            B.buffer_store(dots, multiply_add(self._isa, dots[here], weights, inputs, reader.largest), here)
+
+
+def _float(value: Expr) -> Expr:
+    lanes = value.ty.dtype.lanes
+    return T.cast(value, "float32" if lanes == 1 else f"float32x{lanes}")
