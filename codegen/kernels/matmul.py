@@ -82,7 +82,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
     ):
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
 
-    product = open_digits(weight, spec, isa, result) if weight != "f32" else None
+    product: Any = open_digits(weight, spec, isa, result) if weight != "f32" else None
     has_digits = product is not None
     in_digits = product is not None and product.most > 0
     few = product.most if product and in_digits else _DIRECT_ROWS  # more rows of a chunk are decoded
