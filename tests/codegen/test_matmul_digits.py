@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from group_cases import GroupMatMul, make_spec, random_weight
+from emulated import MISSING, run_on_aarch64
+from group_cases import GroupMatMul, make_spec, packed, random_weight
 from kernel_harness import innermost_loops, native_isas
 from matmul_cases import MatMul, digits_of, make_weight
 
 from qgraph.codegen.digits import DigitRows, digit_rows
 from qgraph.codegen.isa import ISAS, Isa
 from qgraph.codegen.kernels import build_kernel
+from qgraph.codegen.packing import pack_nvfp4_n16k8
 from qgraph.codegen.spec import KernelSpec
 from qgraph.codegen.tvm_backend import compile_text
 from qgraph.formats import FORMATS
@@ -153,3 +156,30 @@ def test_four_rows_stay_in_registers(weight_format: str) -> None:
     loops = innermost_loops(compile_text({spec.symbol: build_kernel(spec, isa)}, isa))
     found = [body for body in loops if sum("vpdpbusd" in i and "1to16" in i for i in body) >= 48]
     assert found and not [i for body in found for i in body if "zmm" in i and "rsp" in i]
+
+
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.mark.parametrize("weight_format", ["nvfp4", "ternary"])
+def test_aarch64_takes_floats_and_the_sums_of_digits(weight_format: str, tmp_path: Path) -> None:
+    """The digits are made elsewhere; of a row that has none, nothing is taken from them."""
+    K, N = 172, 49
+    x = np.random.default_rng(0).standard_normal((3, K)).astype(np.float32)
+    x[1, K - 1] = np.inf
+    digits = digits_of(native_isas()[0], weight_format, x)
+    if weight_format == "nvfp4":
+        weight = make_weight(K, N, 0x30, 0x40)
+        spec, value = MatMul(native_isas()[0], "matmul_nvfp4", weight).kernel.spec, weight.value
+        operands = [*pack_nvfp4_n16k8(weight.codes, weight.block_scale), weight.global_scale]
+    else:
+        q = random_weight(weight_format, K, N)
+        spec, value, operands = make_spec(weight_format, "2bit", K, N), q.dequantize(), packed(q, "2bit")
+    with np.errstate(invalid="ignore"):
+        want = x.astype(np.float64) @ value.astype(np.float64)
+    for first, M in ((0, 3), (1, 1)):
+        some = [x[first : first + M].copy(), digits[0][first : first + M].copy()]
+        args = [np.zeros((M, N), np.float32), *some, *operands, M]
+        got = run_on_aarch64(spec, args, -(-N // 32), tmp_path)
+        for row, expected in zip(got, want[first:], strict=False):
+            finite = np.isfinite(expected)
+            np.testing.assert_array_equal(row[~finite], expected[~finite])
+            assert np.linalg.norm(row[finite] - expected[finite]) <= 1e-6 * np.linalg.norm(expected[finite])
