@@ -13,6 +13,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from machine import processor
+
 import qgraph
 from qgraph.cli.console import make_progress, table
 from qgraph.cli.failure import guard
@@ -98,7 +100,7 @@ def main(model: Path) -> None:
         (f"latency, {shape}: median (least)", *(f"{t.median_ms:.2f} ({t.min_ms:.2f}) ms" for t in x.values()))
         for shape, x in latency.items()
     ]
-    machine = f"{_cpu()}, {session.threads} threads, {loaded.isa}"
+    machine = f"{processor()}, {session.threads} threads, {loaded.isa}"
     print(f"\nall-MiniLM-L6-v2 on {machine}; ONNX Runtime {version('onnxruntime')}")
     columns = ("", "ONNX Runtime, float32", "qgraph, nvfp4", "qgraph, embeddings too")
     print(table(rows, columns, right=(1, 2, 3)))
@@ -120,16 +122,6 @@ def main(model: Path) -> None:
 
 def _stored(reports: dict[str, CompileReport], kind: str) -> list[str]:
     return [size(report.sizes[f"{kind}_stored"]) for report in reports.values()]
-
-
-def _cpu() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown CPU"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from qgraph.errors import UsageError
@@ -51,12 +51,29 @@ class Scheme:
 
 _NVFP4_SOLVERS = ("gptq", "sweep-diagonal", "sweep", "soar", "four-over-six", "rtn")
 _GROUP_SOLVERS = ("gptq", "itf", "rtn")
-_TERNARY_SOLVERS = ("gptq", "pt2-llm", "itf", "rtn")
 
 
 def _integers(name: str, bits_per_weight: float, summary: str, **defaults: str) -> Scheme:
     return Scheme(name, summary, name, None, bits_per_weight, _GROUP_SOLVERS, **defaults)
 
+
+def _with_int8(base: Scheme, name: str) -> Scheme:
+    """The weights of a scheme behind int8 activations."""
+    summary = f"the weights of {base.name}, activations rounded to int8 with a scale for every token"
+    return replace(base, name=name, summary=summary, activation_format="int8")
+
+
+_TERNARY = Scheme(
+    name="ternary",
+    summary="-1, 0 and 1 with a float16 scale and mean every 128 (PT2-LLM), float activations",
+    weight_format="ternary",
+    activation_format=None,
+    bits_per_weight=2.25,
+    solvers=("gptq", "pt2-llm", "itf", "rtn"),
+    reorder="fold",
+)
+_INT4 = _integers("int4", 4.625, "4-bit integers with a float16 scale and a zero point every 32")
+_INT8 = _integers("int8", 8.125, "8-bit integers with a float16 scale every 128, symmetric")
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -92,24 +109,8 @@ SCHEMES: dict[str, Scheme] = {
             bits_per_weight=4.5,
             solvers=_NVFP4_SOLVERS,
         ),
-        Scheme(
-            name="ternary",
-            summary="-1, 0 and 1 with a float16 scale and mean every 128 (PT2-LLM), float activations",
-            weight_format="ternary",
-            activation_format=None,
-            bits_per_weight=2.25,
-            solvers=_TERNARY_SOLVERS,
-            reorder="fold",
-        ),
-        Scheme(
-            name="ternary-w2a8",
-            summary="the weights of ternary, activations rounded to int8 with a scale for every token",
-            weight_format="ternary",
-            activation_format="int8",
-            bits_per_weight=2.25,
-            solvers=_TERNARY_SOLVERS,
-            reorder="fold",
-        ),
+        _TERNARY,
+        _with_int8(_TERNARY, "ternary-w2a8"),
         _integers(
             "int2",
             2.25,
@@ -124,25 +125,11 @@ SCHEMES: dict[str, Scheme] = {
             reorder="fold",
             dual_scale="on",
         ),
-        _integers("int4", 4.625, "4-bit integers with a float16 scale and a zero point every 32"),
-        Scheme(
-            name="int4-w4a8",
-            summary="the weights of int4, activations rounded to int8 with a scale for every token",
-            weight_format="int4",
-            activation_format="int8",
-            bits_per_weight=4.625,
-            solvers=_GROUP_SOLVERS,
-        ),
+        _INT4,
+        _with_int8(_INT4, "int4-w4a8"),
         _integers("int4-sym", 4.5, "4-bit integers with a float16 scale every 32, symmetric"),
-        _integers("int8", 8.125, "8-bit integers with a float16 scale every 128, symmetric"),
-        Scheme(
-            name="int8-w8a8",
-            summary="the weights of int8, activations rounded to int8 with a scale for every token",
-            weight_format="int8",
-            activation_format="int8",
-            bits_per_weight=8.125,
-            solvers=_GROUP_SOLVERS,
-        ),
+        _INT8,
+        _with_int8(_INT8, "int8-w8a8"),
     )
 }
 

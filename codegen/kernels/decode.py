@@ -55,16 +55,11 @@ _BYTE_LOOKUP = {8: "llvm.x86.avx2.pshuf.b", 4: "llvm.aarch64.neon.tbl1.v16i8"}
 def _bytes16(isa: Isa) -> E2M1Decoder:
     # One byte lookup decodes every other code of the words, to twice its value as a signed byte; a shift up
     # and a shift down widen one of them to 32 bits.
-    lanes, size = isa.lanes, isa.lanes * 4
-    table = T.Shuffle([T.int8(int(2 * v)) for v in _VALUES * (size // 16)], list(range(size)))
-    lookup = T.llvm_lookup_intrinsic_id(_BYTE_LOOKUP[lanes])
+    lanes, table = isa.lanes, [int(2 * v) & 0xFF for v in _VALUES]
 
     def raw(words: Any, j: Any) -> Any:
-        nibbles = T.bitwise_and(T.shift_right(words, _bits(j % 2 * 4, lanes)), _bits(0x0F0F0F0F, lanes))
-        doubled = T.call_llvm_pure_intrin(
-            lookup, table, T.reinterpret(f"int8x{size}", nibbles), dtype=f"int8x{size}"
-        )
-        top = T.shift_left(T.reinterpret(f"uint32x{lanes}", doubled), _bits(24 - j // 2 * 8, lanes))
+        doubled = lookup_bytes(table, T.shift_right(words, _bits(j % 2 * 4, lanes)), isa)
+        top = T.shift_left(doubled, _bits(24 - j // 2 * 8, lanes))
         signed = T.shift_right(T.reinterpret(f"int32x{lanes}", top), T.broadcast(T.int32(24), lanes))
         return T.cast(signed, f"float32x{lanes}")
 

@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels.vmath import Expr, named
 
-_INT8 = 127  # the largest magnitude of an activation's code
+_INT8 = 128  # the largest magnitude of a signed byte
 _INT16 = 32767
 
 
@@ -20,7 +20,7 @@ def multiply_add(isa: Isa, acc: Expr, weights: Sequence[Expr], inputs: Sequence[
     Args:
         acc: int32 lanes.
         weights: u32 lanes, four bytes 0 .. `largest` each.
-        inputs: int32 scalars, four int8 in -127 .. 127 each.
+        inputs: int32 scalars, four int8 each.
         largest: at most 255.
     """
     if isa.dot == "vnni":

@@ -23,6 +23,8 @@ from qgraph.codegen.kernels.vmath import (
     vsilu,
     vtanh,
 )
+from qgraph.codegen.kernels.weights import Columns
+from qgraph.codegen.packing import LANES
 
 ACTIVATIONS = {
     "gelu_erf": vgelu_erf,
@@ -58,6 +60,14 @@ class Result:
     def known(self) -> bool:
         """Whether there is nothing in the epilogue that has no meaning."""
         return all(name in ("bias", "residual", *ACTIVATIONS) for name in self.epilogue)
+
+    def columns(self, start: Expr) -> Columns:
+        """The weight's columns for a vector of these; beyond the last tile, of the last (its sums are
+        dropped)."""
+        tile = T.truncdiv(start, index(LANES))
+        if self.ragged:
+            tile = T.min(tile, index(-(-self.N // LANES) - 1))
+        return Columns(tile, lanes_at(T.truncmod(start, index(LANES)), self.lanes))
 
     def load(self, A: Any, row: Expr, column: Expr) -> Expr:
         """Columns of a flat buffer of rows of N; those beyond N are not read."""

@@ -12,7 +12,7 @@ from tvm.ir import PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as B
 
-_UNBOUNDED = 1 << 48  # extent of a flat buffer: a kernel does not need it
+UNBOUNDED = 1 << 48  # extent of a flat buffer: a kernel does not need it
 
 
 @dataclass
@@ -40,6 +40,6 @@ def function(symbol: str, pointers: Sequence[tuple[str, str]], scalars: Sequence
             for name in (*scalars, "begin", "end"):
                 out.scalars[name] = B.arg(name, tirx.Var(name, "int64"))
             for (name, dtype), pointer in zip(pointers, data, strict=True):
-                out.buffers[name] = B.decl_buffer((_UNBOUNDED,), dtype, data=pointer)
+                out.buffers[name] = B.decl_buffer((UNBOUNDED,), dtype, data=pointer)
             yield out
         out.result = builder.get()

@@ -25,6 +25,7 @@ from tvm.tirx import PrimFunc
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.epilogue import Result
+from qgraph.codegen.kernels.function import UNBOUNDED
 from qgraph.codegen.kernels.gemm import TILES, accumulate
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.matmul_digits import open_digits
@@ -39,7 +40,6 @@ from qgraph.errors import QGraphError
 from qgraph.formats.nvfp4 import NVFP4
 
 _DIRECT_ROWS = 4
-_UNBOUNDED = 1 << 48  # extent of a flat buffer: a kernel does not need it
 _EXPONENT = 0x7F800000  # of a float32 that is an infinity or NaN
 _PANEL_FLOATS = 8192  # of decoded weights: 32 KiB of stack, half of what a kernel may use
 
@@ -331,7 +331,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
         )
         W = T.meta_var((W0, W1, W2))
         S0 = T.decl_buffer((M, blocks), "float32", data=block_sums) if has_sums else T.meta_var(None)
-        S = T.decl_buffer((_UNBOUNDED,), "int32", data=digits) if has_digits else T.meta_var(S0)
+        S = T.decl_buffer((UNBOUNDED,), "int32", data=digits) if has_digits else T.meta_var(S0)
         bias_row = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
         R = T.decl_buffer((M * N,), "float32", data=residual) if "residual" in epilogue else T.meta_var(None)
         P = T.alloc_buffer((depth, n_block), "float32") if reader.decoded else T.meta_var(None)

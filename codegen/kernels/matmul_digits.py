@@ -26,10 +26,9 @@ from qgraph.codegen.kernels.dot import multiply_add
 from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vector import f32, lanes_at, prefetch, splat
-from qgraph.codegen.kernels.vmath import Expr, const_like, named
+from qgraph.codegen.kernels.vmath import Expr, const_like, convert, named
 from qgraph.codegen.kernels.weights import Columns
 from qgraph.codegen.kernels.weights_bytes import ByteReader, open_bytes
-from qgraph.codegen.packing import LANES
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats import FORMATS
 
@@ -100,7 +99,7 @@ class DigitProduct:
         every = lanes_at(index(0), lanes)
         with B.serial(index(n_block // lanes)) as vector:
             column = B.bind(panel * n_block + vector * lanes)
-            place = self._columns(column)
+            place = self._result.columns(column)
             acc = B.alloc_buffer((R, lanes), "float32", scope="local")
             for r in range(R):
                 B.buffer_store(acc, f32(0, lanes), [index(r), every])
@@ -113,13 +112,6 @@ class DigitProduct:
             for r in range(R):
                 with B.If(index(r) < rows), B.Then():
                     self._result.store(Y, at[r], column, acc[index(r), every])
-
-    def _columns(self, start: Expr) -> Columns:
-        """Those of a vector; beyond the last tile, of the last (its sums are dropped)."""
-        tile = T.truncdiv(start, index(LANES))
-        if self._result.ragged:
-            tile = T.min(tile, index(-(-self._result.N // LANES) - 1))
-        return Columns(tile, lanes_at(T.truncmod(start, index(LANES)), self._isa.lanes))
 
     def _extra(self, X: Any, record: Expr) -> list[Expr]:
         """The four words behind a block's digits."""
@@ -175,10 +167,13 @@ class DigitProduct:
         them."""
         lanes, rows = self._isa.lanes, self._rows
         high, middle, low = parts
-        high, low = _float(high), _float(T.shift_left(middle, const_like(middle, 8)) + low)
+        high, low = (
+            convert(high, "float32"),
+            convert(T.shift_left(middle, const_like(middle, 8)) + low, "float32"),
+        )
         if self._offset == "zero_point":  # exact for blocks of 32: all are integers below 2^24
-            high = T.fma(splat(_float(T.int32(0) - extra[rows.HIGH]), lanes), scales[1], high)
-            low = T.fma(splat(_float(T.int32(0) - extra[rows.LOW]), lanes), scales[1], low)
+            high = T.fma(splat(convert(T.int32(0) - extra[rows.HIGH], "float32"), lanes), scales[1], high)
+            low = T.fma(splat(convert(T.int32(0) - extra[rows.LOW], "float32"), lanes), scales[1], low)
         value = T.fma(high, f32(65536, lanes), low) * splat(extra[rows.SCALE], lanes)
         acc = T.fma(value, scales[0], acc)
         return T.fma(splat(extra[rows.TOTAL], lanes), scales[1], acc) if self._offset == "mean" else acc
@@ -209,8 +204,3 @@ class DigitProduct:
             inputs = [X[start + i] for i in range(len(weights))]
             here = [index(r), index(d), index(t % chains), lanes_at(index(0), self._isa.lanes)]
             B.buffer_store(dots, multiply_add(self._isa, dots[here], weights, inputs, reader.largest), here)
-
-
-def _float(value: Expr) -> Expr:
-    lanes = value.ty.dtype.lanes
-    return T.cast(value, "float32" if lanes == 1 else f"float32x{lanes}")

@@ -139,12 +139,13 @@ class _Product:
             acc = B.alloc_buffer((R, vectors, lanes), "float32", scope="local")
             for r, v in product(range(R), range(vectors)):
                 B.buffer_store(acc, f32(0, lanes), [index(r), index(v), every])
+            places = [self._result.columns(column + v * lanes) for v in range(vectors)]
             whole, rest = divmod(self._words, per_block)
             if whole:
                 with B.serial(index(whole)) as kb:
-                    self._block(acc, at, [self._columns(column, v) for v in range(vectors)], kb, per_block)
+                    self._block(acc, at, places, kb, per_block)
             if rest:
-                self._block(acc, at, [self._columns(column, v) for v in range(vectors)], index(whole), rest)
+                self._block(acc, at, places, index(whole), rest)
             unit = reader.unit(self._weights)
             for r in range(R):
                 with B.If(index(r) < rows), B.Then():
@@ -154,14 +155,6 @@ class _Product:
                             value = value * splat(unit, lanes)
                         value = value * splat(self._buffers["scale"][at[r]], lanes)
                         self._result.store(self._buffers["y"], at[r], column + v * lanes, value)
-
-    def _columns(self, first: Expr, v: int) -> Columns:
-        """Those of vector v of a group; beyond the last tile, of the last (its sums are dropped)."""
-        start = first + v * self._isa.lanes
-        tile = T.truncdiv(start, index(LANES))
-        if self._result.ragged:
-            tile = T.min(tile, index(-(-self._result.N // LANES) - 1))
-        return Columns(tile, lanes_at(T.truncmod(start, index(LANES)), self._isa.lanes))
 
     def _block(self, acc: Any, at: list[Expr], columns: list[Columns], kb: Expr, words: int) -> None:
         """acc += the share of the first `words` words of block kb."""

@@ -13,7 +13,7 @@ from qgraph.codegen.digits import DIGITS, DigitRows
 from qgraph.codegen.int8_input import Int8Input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
-from qgraph.codegen.kernels.function import function
+from qgraph.codegen.kernels.function import UNBOUNDED, function
 from qgraph.codegen.kernels.loops import index, load
 from qgraph.codegen.kernels.quantize_int8 import byte_order
 from qgraph.codegen.kernels.vector import lanes_at, load_first, reduce_lanes
@@ -45,7 +45,7 @@ def split_digits(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     block = rows.input.block
     with function(symbol, [("digits", "int32"), ("x", "float32")], []) as f:
         words, x, every = f.buffers["digits"], f.buffers["x"], lanes_at(index(0), LANES)
-        bytes_ = B.decl_buffer((1 << 48,), "int8", data=words.data)
+        bytes_ = B.decl_buffer((UNBOUNDED,), "int8", data=words.data)
         order = byte_order(rows.input.fields)
 
         def each(place: Expr, size: int, body: Body) -> None:

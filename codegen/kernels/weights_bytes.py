@@ -16,7 +16,7 @@ from qgraph.codegen.int8_input import Int8Input, int8_input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels.decode import E4M3_UNIT, e4m3_units, lookup_bytes
 from qgraph.codegen.kernels.vector import splat
-from qgraph.codegen.kernels.vmath import Expr, const_like
+from qgraph.codegen.kernels.vmath import Expr, const_like, convert
 from qgraph.codegen.kernels.weights import Buffers, Columns, NVFP4Reader, Operand
 from qgraph.codegen.kernels.weights_group import GroupReader
 from qgraph.errors import QGraphError
@@ -48,7 +48,7 @@ class ByteReader(ABC):
     def add(self, acc: Expr, dot: Expr, block_sum: Expr, scales: list[Expr]) -> Expr:
         """acc plus the share of a block, float32 lanes: `dot` its sum of products, int32 lanes, `block_sum`
         the quantizer's, int32."""
-        return T.fma(_float(dot), scales[0], acc)
+        return T.fma(convert(dot, "float32"), scales[0], acc)
 
     def unit(self, w: Buffers) -> Expr | None:
         """What finished sums are multiplied by, float32; None is 1."""
@@ -111,7 +111,7 @@ class GroupBytes(ByteReader):
         return read
 
     def add(self, acc: Expr, dot: Expr, block_sum: Expr, scales: list[Expr]) -> Expr:
-        value = _float(dot)
+        value = convert(dot, "float32")
         if self._spec.offset == "none":
             return T.fma(value, scales[0], acc)
         total = splat(T.cast(block_sum, "float32"), self._lanes)
@@ -120,10 +120,6 @@ class GroupBytes(ByteReader):
             less = value - total * scales[1]
             return T.fma(less, scales[0], acc)
         return T.fma(total, scales[1], T.fma(value, scales[0], acc))
-
-
-def _float(value: Expr) -> Expr:
-    return T.cast(value, f"float32x{value.ty.dtype.lanes}")
 
 
 def open_bytes(weight_format: str, K: int, N: int, isa: Isa, block: int) -> ByteReader:

@@ -66,8 +66,8 @@ def command(
     5 when one differs too much. The cache of a decoder is empty."""
     from qgraph.evaluate.compare import compare
     from qgraph.evaluate.decoders import FromStart
-    from qgraph.evaluate.runners import OnnxRuntimeRunner, Runner, capacity_for, run_once
-    from qgraph.evaluate.text_ports import artifact_cache, new_tokens
+    from qgraph.evaluate.runners import OnnxRuntimeRunner, Runner, run_capacity, run_once
+    from qgraph.evaluate.text_ports import artifact_cache
     from qgraph.runtime import load
 
     if lowbit is None and original is None:
@@ -75,7 +75,7 @@ def command(
     with load(artifact, threads=threads) as model:
         feeds = make_feeds(model, inputs, dims, seed)
         got = run_once(model, feeds)
-        cache, capacity = artifact_cache(model), capacity_for(model, new_tokens(model, feeds))
+        cache, capacity = artifact_cache(model), run_capacity(model, feeds)
     rows: list[Row] = []
     faults: list[str] = []
     roundings = 0

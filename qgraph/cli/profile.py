@@ -92,11 +92,11 @@ def _profile(model: Model, feeds: dict[str, np.ndarray], past: int, repeat: int)
 
     from qgraph.evaluate.decoders import stateful_decoder
     from qgraph.evaluate.profile import measure
-    from qgraph.evaluate.runners import capacity_for
-    from qgraph.evaluate.text_ports import IDS, new_tokens
+    from qgraph.evaluate.runners import run_capacity
+    from qgraph.evaluate.text_ports import IDS
 
     if not model.has_state or IDS not in feeds:
-        with model.session(capacity=capacity_for(model, new_tokens(model, feeds))) as session:
+        with model.session(capacity=run_capacity(model, feeds)) as session:
 
             def run() -> Profile:
                 if model.has_state:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qgraph.errors import InputError, UsageError
 from qgraph.evaluate.runners import ArtifactRunner, OnnxRuntimeRunner, ReferenceRunner, Runner, open_runner
 from qgraph.evaluate.samples import artifact_ranges
-from qgraph.evaluate.text_ports import IDS, POSITIONS, TextPorts, empty_cache, text_ports
+from qgraph.evaluate.text_ports import IDS, POSITIONS, TextPorts, empty_cache, no_logit, text_ports
 
 if TYPE_CHECKING:
     import numpy as np
@@ -270,10 +270,7 @@ def _checked(ids: Ids, vocabulary: int) -> Ids:
     if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
         raise InputError(f"ids are {ids.dtype} {list(ids.shape)}: expected integers [batch, sequence]")
     if ids.min() < 0 or (vocabulary and ids.max() >= vocabulary):
-        raise InputError(
-            f"token {ids.min() if ids.min() < 0 else ids.max()} has no logit among {vocabulary}: is this the "
-            "model's tokenizer?"
-        )
+        raise no_logit(ids.min() if ids.min() < 0 else ids.max(), vocabulary)
     return ids
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from qgraph.errors import InputError, UsageError
+from qgraph.evaluate.text_ports import no_logit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,9 +197,7 @@ def _log_probabilities(
         _check_ports(runner, output)
         vocabulary = (runner.output_shapes[output] or (0,))[-1]
         if isinstance(vocabulary, int) and largest >= vocabulary > 0:
-            raise InputError(
-                f"token {largest} of the text has no logit among {vocabulary}: is this the model's tokenizer?"
-            )
+            raise no_logit(largest, vocabulary, " of the text")
     # Windows of one length together, so that little is padding.
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
     for start in range(0, len(order), batch):
@@ -247,9 +246,7 @@ def _log_softmax(logits: npt.NDArray, tokens: npt.NDArray[np.int64]) -> npt.NDAr
     if x.ndim != 2 or len(x) != len(tokens):
         raise InputError(f"logits of {len(x)} positions for {len(tokens)} tokens: is this a causal model?")
     if tokens.max() >= x.shape[1]:
-        raise InputError(
-            f"token {tokens.max()} has no logit among {x.shape[1]}: is this the model's tokenizer?"
-        )
+        raise no_logit(tokens.max(), x.shape[1])
     shifted = x - x.max(axis=1, keepdims=True)
     if np.isnan(shifted).any():
         raise InputError("the model's logits hold NaN or infinity")

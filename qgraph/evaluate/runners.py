@@ -217,8 +217,13 @@ class ArtifactRunner:
 
 def run_once(model: Model, feeds: Feeds) -> dict[str, np.ndarray]:
     """The outputs of one run on an empty state, if there is one, with room for all tokens of `feeds`."""
-    with model.session(capacity=capacity_for(model, new_tokens(model, feeds))) as session:
+    with model.session(capacity=run_capacity(model, feeds)) as session:
         return session.run(dict(feeds))
+
+
+def run_capacity(model: Model, feeds: Feeds) -> int:
+    """The capacity of a session that `feeds` are the first run of."""
+    return capacity_for(model, new_tokens(model, feeds))
 
 
 def capacity_for(model: Model, tokens: int) -> int:

@@ -117,6 +117,11 @@ def _tokens_input(specs: Iterable[InputSpec], total: str) -> InputSpec | None:
     return next(iter(found), None)
 
 
+def no_logit(token: int, vocabulary: int, where: str = "") -> InputError:
+    """The error for a token that the model cannot have meant; `where` it stands, if that is worth saying."""
+    return InputError(f"token {token}{where} has no logit among {vocabulary}: is this the model's tokenizer?")
+
+
 def text_ports(
     specs: Sequence[InputSpec], outputs: Iterable[str], *, logits: str = "logits", where: str = "the model"
 ) -> TextPorts:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qgraph.errors import InputError, UsageError
+from qgraph.evaluate.text_ports import no_logit
 from qgraph.evaluate.tokenizer import encode, leading_tokens, load_tokenizer
 
 # Special tokens that end a text, of the models in wide use: for a tokenizer.json without its companions.
@@ -88,11 +89,9 @@ def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
         raise UsageError("the prompt has no tokens")
     wrong = next((i for i in found if i < 0 or (vocabulary and i >= vocabulary)), None)
     if wrong is not None:
-        raise InputError(
-            f"token {wrong} has no logit among {vocabulary}: is this the model's tokenizer?"
-            if vocabulary
-            else f"token {wrong}: ids are not negative"
-        )
+        if not vocabulary:
+            raise InputError(f"token {wrong}: ids are not negative")
+        raise no_logit(wrong, vocabulary)
     return found
 
 
