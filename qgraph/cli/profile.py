@@ -55,7 +55,7 @@ def command(
         if past and (inputs or not model.has_state):
             raise UsageError("--past is for decoders with state, on seeded tokens")
         feeds = make_feeds(model, inputs, dims, seed)
-        found, used = _profile(model, feeds, past, repeat)
+        found, used = _profile(model, feeds, bool(inputs), past, repeat)
     if as_json:
         steps = [{"name": step.name, "kernel": step.kernel, "us": us} for step, us in found.steps]
         shapes = {name: list(array.shape) for name, array in feeds.items()}
@@ -86,8 +86,10 @@ def command(
     )
 
 
-def _profile(model: Model, feeds: dict[str, np.ndarray], past: int, repeat: int) -> tuple[Summary, int]:
-    """The profile, and the number of threads."""
+def _profile(
+    model: Model, feeds: dict[str, np.ndarray], given: bool, past: int, repeat: int
+) -> tuple[Summary, int]:
+    """The profile, and the number of threads. What a user gives is run as it is."""
     import numpy as np
 
     from qgraph.evaluate.decoders import stateful_decoder
@@ -95,7 +97,7 @@ def _profile(model: Model, feeds: dict[str, np.ndarray], past: int, repeat: int)
     from qgraph.evaluate.runners import run_capacity
     from qgraph.evaluate.text_ports import IDS
 
-    if not model.has_state or IDS not in feeds:
+    if given or not model.has_state or IDS not in feeds:
         with model.session(capacity=run_capacity(model, feeds)) as session:
 
             def run() -> Profile:

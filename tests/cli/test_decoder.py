@@ -95,6 +95,9 @@ def test_profile_of_a_token_behind_others(folder: Path, shown) -> None:
     code, out, err = shown("profile", folder / "cache1.qg", *options)
     assert code == 0, err
     assert "behind 20 tokens" in out and "attention_decode" in out and "layer.1.attention" in out
+    np.savez(folder / "odd.npz", input_ids=np.ones((1, 3), np.int64))  # an input is missing
+    code, out, err = shown("profile", folder / "cache1.qg", "--input", folder / "odd.npz")
+    assert code == 3 and "'attention_mask' is missing" in err
     code, out, err = shown("profile", folder / "cache0.qg", *options)
     assert code == 2 and "--past is for decoders with state" in err
 
