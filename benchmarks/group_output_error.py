@@ -5,14 +5,16 @@
     python benchmarks/group_output_error.py --speed [--format ternary] [--size 4096] [--threads 2]
 
 Models, texts, columns and options are those of nvfp4_output_error.py; in brackets the weight error |W - W'|^2
-/ |W|^2, all in percent. First what PT2-LLM (arXiv 2510.03267) is made of: ITF, AGA, and GPTQ's feedback from
-block to block; of ternary as published, which is from the threshold's grid and at GPTQ's usual damping, 0.01,
-and from the best start (`itf`) at ours. Then feedback inside blocks too, on grids found in several ways, and
-the solver `gptq` step by step; the last row but one is the solver as it is.
+/ |W|^2, all in percent. First what PT2-LLM (arXiv 2510.03267) is made of: ITF, AGA, GPTQ's feedback from
+block to block, SSR; of ternary as published, which is from the threshold's grid and at GPTQ's usual damping,
+0.01, from the best start (`itf`) at ours, and as improved: ITF in the norm of the inputs' power, AGA in turns
+with rounding. Then feedback inside blocks too, on grids found in several ways, and the solver `gptq` step by
+step; the last row but one is the solver as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -20,6 +22,7 @@ from output_error import Array, Matrix, Quantize, arguments, print_speed, subjec
 
 from qgraph.formats import FORMATS
 from qgraph.solvers import GROUP_NAMES, SOLVERS, group_gptq, itf, pt2_llm
+from qgraph.solvers.reorder import similarity_order
 
 _SOLVERS = ("rtn", "itf", "pt2-llm", "gptq")
 
@@ -33,6 +36,11 @@ def variants(format: str, tokens: int) -> dict[str, Quantize]:
     def paper(W: Array, H: Matrix, **options) -> Array:
         return pt2_llm.solve(W, format=format, H=H, **options).dequantize()
 
+    def reordered(W: Array, H: Matrix, **options) -> Array:
+        order, result = similarity_order(W, FORMATS[format].block), np.empty_like(W)
+        result[order] = paper(W[order], H[np.ix_(order, order)], **options)
+        return result
+
     def ours(W: Array, H: Matrix, **options) -> Array:
         return group_gptq.solve(W, format=format, H=H, tokens=tokens, **options).dequantize()
 
@@ -44,22 +52,29 @@ def variants(format: str, tokens: int) -> dict[str, Quantize]:
     if format == "ternary":
         rows["symmetric threshold (TWN)"] = symmetric_threshold
     rows["rtn"] = partial(solver, "rtn")
-    settings = {"": {"starts": 1}}
+    settings = {"": {"starts": 1}, ", improved": {"starts": 1, "power": True, "aga": 5}}
     if format == "ternary":
         rows["itf, as published"] = published
         settings = {", as published": {"damping": 0.01}} | settings
     rows["itf"] = partial(solver, "itf")
-    steps = {
-        "itf + AGA": {"compensate": False},
-        "itf, feedback from block to block": {"aga": False},
-        "itf + AGA, feedback from block to block": {},
+    steps: dict[str, tuple[Callable[..., Array], dict]] = {
+        "itf + AGA": (paper, {"compensate": False}),
+        "itf, feedback from block to block": (paper, {"aga": 0}),
+        "itf + AGA, feedback from block to block": (paper, {}),
+        "+ SSR": (reordered, {}),
     }
-    for name, step in steps.items():
-        rows |= {name + how: partial(paper, **step, **setting) for how, setting in settings.items()}
+    for name, (run, step) in steps.items():
+        rows |= {name + how: partial(run, **setting | step) for how, setting in settings.items()}
     rows["pt2-llm"] = paper
     if format == "ternary":
         rows["feedback inside, itf, damping 0.01"] = partial(ours, grids="itf", damping=0.01, **plain)
-    grids = {"rtn": "rtn", "itf": "itf", "aga": "itf + AGA", "share": "itf + AGA for the block's share"}
+    grids = {
+        "rtn": "rtn",
+        "itf": "itf",
+        "power": "itf by power",
+        "aga": "itf + AGA",
+        "share": "itf + AGA for the block's share",
+    }
     rows |= {f"feedback inside, {text}": partial(ours, grids=key, **plain) for key, text in grids.items()}
     rows["feedback inside, grids searched"] = partial(ours, **plain)
     rows["+ order by power"] = partial(ours, sweeps=0)

@@ -86,8 +86,8 @@ def steps(format: str) -> list[Step]:
     weights = [Step("round to nearest", "group_rtn", ""), Step("least squares (ITF)", "itf", "")]
     if format == "ternary":
         paper = [
-            Step("GPTQ in blocks", "pt2_llm", options={"fit": False, "aga": False}),
-            Step("+ ITF", "pt2_llm", options={"aga": False}),
+            Step("GPTQ in blocks", "pt2_llm", options={"fit": False, "aga": 0}),
+            Step("+ ITF", "pt2_llm", options={"aga": 0}),
             Step("+ AGA", "pt2_llm"),
             Step("+ SSR", "pt2_llm", reorder=("similarity",)),
             Step("+ DAC (D2Quant)", "pt2_llm", reorder=("similarity",), mean_shift="attention"),

@@ -52,10 +52,14 @@ def first_pass(problem: Problem, target: Array, choose: Choice) -> Solution:
 
 
 def fitted(problem: Problem, block: Block, target: Array, *, norm: str) -> tuple[Array, Grid]:
-    """On the grid of the extremes (`rtn`), of least weight error (`itf`), or what AGA makes of the latter in
-    the norm of H'_bb (`aga`), or of R_bb R_bb^T (`share`)."""
+    """On the grid of the extremes (`rtn`), of least weight error as it is (`itf`) or with each row's in
+    proportion to what it costs, R_kk^2 (`power`), or what AGA makes of `itf` in the norm of H'_bb (`aga`), or
+    of R_bb R_bb^T (`share`)."""
     spec = problem.spec
-    grid = group_grid.initial(spec, target)[0] if norm == "rtn" else itf.best_grid(spec, target)
+    if norm == "rtn":
+        grid, _ = group_grid.initial(spec, target)
+    else:
+        grid = itf.best_grid(spec, target, power=block.weight if norm == "power" else None)
     if norm in ("aga", "share"):
         M = problem.moment[block.rows, block.rows] if norm == "aga" else block.share
         levels = spec.values[group_grid.nearest(spec, target, grid)]
@@ -80,7 +84,8 @@ def search(problem: Problem, block: Block, target: Array) -> tuple[Array, Grid]:
     return best[0], Grid(*best[1:])
 
 
-CHOICES: dict[str, Choice] = {norm: partial(fitted, norm=norm) for norm in ("rtn", "itf", "aga", "share")}
+_NORMS = ("rtn", "itf", "power", "aga", "share")
+CHOICES: dict[str, Choice] = {norm: partial(fitted, norm=norm) for norm in _NORMS}
 CHOICES["search"] = search
 
 

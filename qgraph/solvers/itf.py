@@ -10,6 +10,9 @@ starts ternary from the threshold of `group_rtn`. Here (`starts`):
 * the others from the best few of the grids that clip more or less of either end of a block's range.
 
 The grid of `group_rtn` is always among the starts: no block comes out worse than there.
+
+With `power`, the mean squares of a block's inputs, all of this is about sum_k power_k (w_k - w'_k)^2, the
+output error of inputs that are not correlated. The nearest levels are the best in that norm as well.
 """
 
 from __future__ import annotations
@@ -53,21 +56,21 @@ def solve(W: Array, *, format: str, name: str = "", threads: int | None = None, 
     return group_grid.solve_blocks(spec, W, work, threads)
 
 
-def best_grid(spec: BlockFormat, W: Array, starts: int = 2) -> Grid:
-    """The grids of the blocks W, float32 [b, n], that ITF ends in."""
+def best_grid(spec: BlockFormat, W: Array, starts: int = 2, power: Array | None = None) -> Grid:
+    """The grids of the blocks W, float32 [b, n], that ITF ends in. `power` float32 [b]; None is all 1."""
     extremes, codes = group_grid.initial(spec, W)
     if not starts:
-        return converge(spec, W, group_grid.fit(spec, W, codes, extremes))
+        return converge(spec, W, group_grid.fit(spec, W, codes, extremes, power), power)
     tried = [extremes, *_starts(spec, W, extremes)]
-    errors = np.stack([squared_error(spec, W, grid) for grid in tried])
+    errors = np.stack([squared_error(spec, W, grid, power) for grid in tried])
     scales, offsets = (np.stack(parts) for parts in zip(*tried, strict=True))
     column = np.arange(W.shape[1])
-    best, least = extremes, np.full(W.shape[1], np.inf, np.float32)
+    best, least = extremes, np.full(W.shape[1], np.inf)
     for _ in range(min(starts, len(tried) - 1)):
         choice = errors.argmin(axis=0)
         errors[choice, column] = np.inf
-        grid = converge(spec, W, Grid(scales[choice, column], offsets[choice, column]))
-        error = squared_error(spec, W, grid)
+        grid = converge(spec, W, Grid(scales[choice, column], offsets[choice, column]), power)
+        error = squared_error(spec, W, grid, power)
         better = error < least
         best = Grid(*(np.where(better, new, old) for new, old in zip(grid, best, strict=True)))
         least = np.minimum(error, least)
@@ -94,13 +97,13 @@ def _starts(spec: BlockFormat, W: Array, extremes: Grid) -> Iterator[Grid]:
             yield group_grid.project(spec, scale, centre + below * low - spec.values[0] * scale)
 
 
-def converge(spec: BlockFormat, W: Array, grid: Grid) -> Grid:
+def converge(spec: BlockFormat, W: Array, grid: Grid, power: Array | None = None) -> Grid:
     """`step` until no grid changes, or MAX_ROUNDS times."""
     scale, offset = grid.scale.copy(), grid.offset.copy()
     active = np.arange(W.shape[1])
     for _ in range(MAX_ROUNDS):
         now = Grid(scale[active], offset[active])
-        new = step(spec, W, now)
+        new = step(spec, W, now, power)
         scale[active], offset[active] = new
         moved = (new.scale != now.scale) | (new.offset != now.offset)
         count = np.count_nonzero(moved)
@@ -112,20 +115,21 @@ def converge(spec: BlockFormat, W: Array, grid: Grid) -> Grid:
     return Grid(scale, offset)
 
 
-def step(spec: BlockFormat, W: Array, grid: Grid) -> Grid:
+def step(spec: BlockFormat, W: Array, grid: Grid, power: Array | None = None) -> Grid:
     """One turn for blocks W, float32 [b, n]: the best grid for the levels that are nearest on this one."""
     v, e = _round(spec, W, grid)
     s = grid.scale.astype(np.float64)
-    t1, r1 = _sum(v), s * _sum(e)
-    rt = s * _sum(np.multiply(e, v, out=e))
-    tt = _sum(np.square(v, out=v))
-    return group_grid.improve(spec, grid, Moments(tt, t1, np.full(s.shape, float(len(W))), rt, r1))
+    n = np.full(s.shape, float(len(W)) if power is None else power.sum(dtype=np.float64))
+    t1, r1 = _sum(v, power), s * _sum(e, power)
+    rt = s * _sum(np.multiply(e, v, out=e), power)
+    tt = _sum(np.square(v, out=v), power)
+    return group_grid.improve(spec, grid, Moments(tt, t1, n, rt, r1))
 
 
-def squared_error(spec: BlockFormat, W: Array, grid: Grid) -> Array:
-    """sum_k (w_k - w'_k)^2 at the nearest levels: float32 [n]."""
+def squared_error(spec: BlockFormat, W: Array, grid: Grid, power: Array | None = None) -> Double:
+    """sum_k power_k (w_k - w'_k)^2 at the nearest levels: float64 [n]."""
     _, e = _round(spec, W, grid)
-    return np.square(e, out=e).sum(axis=0) * np.square(grid.scale)
+    return _sum(np.square(e, out=e), power) * np.square(grid.scale, dtype=np.float64)
 
 
 def _round(spec: BlockFormat, W: Array, grid: Grid) -> tuple[Array, Array]:
@@ -138,10 +142,12 @@ def _round(spec: BlockFormat, W: Array, grid: Grid) -> tuple[Array, Array]:
     return v, e
 
 
-def _sum(X: Array) -> Double:
+def _sum(X: Array, power: Array | None) -> Double:
     # A sum of products, not a matrix product: with BLAS or fused multiply-adds the file would depend on the
-    # machine.
-    return X.sum(axis=0).astype(np.float64)
+    # machine. Powers span orders of magnitude: float32 would make a change out of what changes nothing.
+    if power is None:
+        return X.sum(axis=0).astype(np.float64)
+    return (X * power.astype(np.float64)[:, None]).sum(axis=0)
 
 
 def _shares(table: dict[int, tuple[float, int]], levels: int) -> Array:

@@ -28,43 +28,64 @@ def block(rows: int, n: int = 80, seed: int = 0) -> np.ndarray:
     return W
 
 
-def error(spec: BlockFormat, W: np.ndarray, grid: Grid) -> np.ndarray:
-    """Squared error [n] at the nearest levels, in float64."""
+def powers(rows: int) -> np.ndarray:
+    """Of inputs as layers see them, float32 [rows]: some hundred times as strong as others."""
+    return np.exp(2 * np.random.default_rng(7).standard_normal(rows)).astype(np.float32)
+
+
+def error(spec: BlockFormat, W: np.ndarray, grid: Grid, power: np.ndarray | None = None) -> np.ndarray:
+    """Squared error [n] at the nearest levels, in float64, that of row k times power[k]."""
     back = group_grid.values(spec, group_grid.nearest(spec, W, grid), grid)
-    return ((W.astype(np.float64) - back) ** 2).sum(axis=0)
+    squares = (W.astype(np.float64) - back) ** 2
+    return squares.sum(axis=0) if power is None else power.astype(np.float64) @ squares
 
 
 @every_format
 @pytest.mark.parametrize("rows", [None, 44, 1])
-def test_the_objective_never_rises_and_the_steps_end(spec: BlockFormat, rows: int | None):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_objective_never_rises_and_the_steps_end(spec: BlockFormat, rows: int | None, weighted: bool):
     W = block(rows or spec.block)
+    power = powers(len(W)) if weighted else None
     norm = (W.astype(np.float64) ** 2).sum(axis=0)
     grid, _ = group_grid.initial(spec, W)
-    trace, moved = [error(spec, W, grid)], []
+    trace, moved = [error(spec, W, grid, power)], []
     for _ in range(itf.MAX_ROUNDS):
-        following = itf.step(spec, W, grid)
+        following = itf.step(spec, W, grid, power)
         moved.append((following.scale != grid.scale) | (following.offset != grid.offset))
         grid = following
-        trace.append(error(spec, W, grid))
+        trace.append(error(spec, W, grid, power))
     falls = np.diff(trace, axis=0)
     # Each step is decided on float32 sums; 1e-6 of the error is their rounding.
     assert (falls <= 1e-6 * np.array(trace[:-1]) + 1e-13 * norm).all()
-    assert not moved[-1].any()
+    # In a constant block many zero points are equally good, and weighted sums tell them apart by rounding.
+    assert not moved[-1][np.ptp(W, axis=0) > 0 if weighted else slice(None)].any()
     if spec.block > 32 and rows != 1 and len(spec.values) < 256:
         assert np.sum(moved, axis=0).mean() > 1.5 and trace[-1].sum() < 0.99 * trace[0].sum()
 
 
 @every_format
-def test_it_ends_where_no_step_helps(spec: BlockFormat):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_it_ends_where_no_step_helps(spec: BlockFormat, weighted: bool):
     W = block(spec.block, seed=1)
-    grid = itf.best_grid(spec, W)
-    assert all(np.array_equal(a, b) for a, b in zip(itf.step(spec, W, grid), grid, strict=True))
+    power = powers(len(W)) if weighted else None
+    grid = itf.best_grid(spec, W, power=power)
+    assert all(np.array_equal(a, b) for a, b in zip(itf.step(spec, W, grid, power), grid, strict=True))
     # Nor does the plain computation of least squares, in float64, by more than the rounding of sums.
     codes = group_grid.nearest(spec, W, grid)
-    other = group_grid.fit(spec, W, codes, grid)
+    other = group_grid.fit(spec, W, codes, grid, power)
     # (In a constant block all zero points are equally good until they are rounded.)
     varied = np.ptp(W, axis=0) > 0
-    assert (error(spec, W, other) >= error(spec, W, grid) * (1 - 1e-5))[varied].all()
+    assert (error(spec, W, other, power) >= error(spec, W, grid, power) * (1 - 1e-5))[varied].all()
+
+
+@every_format
+def test_weighted_by_power_it_is_better_in_that_norm(spec: BlockFormat):
+    W = block(spec.block, seed=1)
+    power = powers(len(W))
+    plain, weighted = (error(spec, W, itf.best_grid(spec, W, power=p), power) for p in (None, power))
+    assert weighted.sum() < 0.99 * plain.sum()
+    ones = error(spec, W, itf.best_grid(spec, W, power=np.ones(len(W), np.float32)))
+    np.testing.assert_allclose(ones, error(spec, W, itf.best_grid(spec, W)), rtol=1e-3, atol=1e-9)
 
 
 @every_format
