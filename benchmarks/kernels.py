@@ -1,7 +1,7 @@
 """Linear layers alone, beside the machine's limits and every peer that is installed, in one run.
 
     python benchmarks/kernels.py [--shapes 4096x4096,384x1536] [--rows 1,8,512] [--threads 1,2]
-        [--schemes nvfp4,ternary] [--peers ort-f32,torch-bf16 | --peers none]
+        [--schemes nvfp4,nvfp4/int8] [--peers ort-f32,torch-bf16 | --peers none]
         [--ggml INCLUDE LIBRARIES]
         [--passes 10] [--seconds 2] [--repeats 2] [--cache MIB] [--json FILE] [--plot FILE.svg]
 
@@ -20,7 +20,8 @@ the medians of the repeats differ. For up to 8 rows the limit is reading memory 
 scales), else the fused multiply-adds in float32, all on as many threads, measured in the same turns: `limit`
 is the share of it by medians, `best` and `cpu` behind it by those. An engine that multiplies in bfloat16 or
 int8 can exceed the second; their own limits are in the last lines of a group. What activations are rounded to
-is in column `x` (of OpenVINO what its settings say): only equals compare.
+is in column `x` (of OpenVINO what its settings say): only equals compare. `nvfp4/int8` is the scheme with
+`--compute int8`.
 
 Peers that are not installed are named with the reason, and left out. llama.cpp takes part with the folders
 of its headers and libraries (`--ggml llama.cpp/ggml/include llama.cpp/build/bin`). `--plot` needs matplotlib.
@@ -33,7 +34,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from ggml_engine import Ggml
 from machine import Limit, Neighbours, compute_limits, description, last_level_cache, memory_limit
 from matmul_engines import PEERS, AbsentError, Contender, Engine, Problem, QGraph
 
-from qgraph.schemes import SCHEMES
+from qgraph.schemes import COMPUTES, SCHEMES
 
 FEW = 8  # rows up to which reading the weights is the limit
 PAUSE_S = 0.03  # longer than thread pools spin after a run
@@ -279,7 +280,13 @@ def shapes(text: str) -> list[tuple[int, int]]:
     return found
 
 
-def names(known: Mapping[str, object]) -> Callable[[str], list[str]]:
+def recipes() -> list[str]:
+    """Schemes, and schemes with a `/` and what products of many rows round activations to."""
+    schemes = [name for name, scheme in SCHEMES.items() if scheme.solvers and not scheme.activation_format]
+    return [*SCHEMES, *(f"{scheme}/{compute}" for scheme in schemes for compute in COMPUTES[1:])]
+
+
+def names(known: Collection[str]) -> Callable[[str], list[str]]:
     """Names of a table, comma-separated, or `none`."""
 
     def parse(text: str) -> list[str]:
@@ -299,7 +306,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", type=shapes, default="4096x4096,4096x14336,2048x2048,384x1536")
     parser.add_argument("--rows", type=numbers, default="1,8,32,128,512")
     parser.add_argument("--threads", type=numbers, default="1,2")
-    parser.add_argument("--schemes", type=names(SCHEMES), default=schemes)
+    parser.add_argument("--schemes", type=names(recipes()), default=schemes)
     parser.add_argument("--peers", type=names(PEERS), default=",".join(PEERS))
     parser.add_argument(
         "--ggml",

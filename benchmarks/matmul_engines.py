@@ -18,6 +18,7 @@ import numpy as np
 from matmul_chain import X, Y, bits_chain, chain, one_layer
 
 import qgraph
+from qgraph.codegen.digits import FEW_ROWS
 from qgraph.schemes import SCHEMES
 
 F32 = "float32"
@@ -60,10 +61,14 @@ Engine = Callable[[Problem], Contender]
 
 
 class QGraph:
-    """Artifacts of a scheme, with whatever kernels `qgraph.compile` makes for it. `work` keeps them."""
+    """Artifacts of a scheme, with whatever kernels `qgraph.compile` makes for it. `work` keeps them.
 
-    def __init__(self, scheme: str, work: Path) -> None:
-        self.scheme, self.name, self._work = scheme, f"qgraph {scheme}", work
+    recipe: `SCHEME` or `SCHEME/COMPUTE`, as of `--compute`.
+    """
+
+    def __init__(self, recipe: str, work: Path) -> None:
+        self.scheme, _, self._compute = recipe.partition("/")
+        self.name, self._stem, self._work = f"qgraph {recipe}", recipe.replace("/", "-"), work
 
     def __call__(self, problem: Problem) -> Contender:
         path, layers, nbytes = self._artifact(problem)
@@ -73,6 +78,8 @@ class QGraph:
             return lambda: session.run({X: x})
 
         activations = SCHEMES[self.scheme].activation_format or F32
+        if self._compute:
+            activations = f"{self._compute} from {FEW_ROWS + 1} rows on"
         return Contender(self.name, layers, nbytes, activations, bind)
 
     def _artifact(self, problem: Problem) -> tuple[Path, int, int]:
@@ -83,18 +90,19 @@ class QGraph:
         stem = one.with_name(f"{one.stem}-{layers}")
         if not stem.with_suffix(".qg").is_file():
             longer = chain(one, layers, stem.with_suffix(".chain.onnx"))
-            qgraph.build(longer, output=stem, verify=False)
+            qgraph.build(longer, output=stem, verify=False, compute=self._compute or "f32")
             longer.unlink()
         return stem.with_suffix(".qg"), layers, nbytes
 
     def _layer(self, problem: Problem) -> Path:
         """The quantized model of one layer, beside its artifact."""
         shape = f"{problem.K}x{problem.N}"
-        stem = self._work / f"{self.scheme}-{shape}"
+        stem = self._work / f"{self._stem}-{shape}"
         if not stem.with_suffix(".qg").is_file():
             source = one_layer(problem.K, problem.N, self._work / f"{shape}.onnx")
             solver = {"solver": "rtn"} if SCHEMES[self.scheme].solvers else {}
-            qgraph.compile(source, scheme=self.scheme, output=stem, verify=False, **solver)
+            compute = {"compute": self._compute or "f32"}
+            qgraph.compile(source, scheme=self.scheme, output=stem, verify=False, **compute, **solver)
             source.unlink()
         return stem.with_suffix(".onnx")
 

@@ -1,6 +1,6 @@
 """Whole models beside ONNX Runtime and llama.cpp: speed, memory, and the time to the first result.
 
-    python benchmarks/models.py [minilm llama-134m llama-1b] [--schemes nvfp4,ternary] [--peers ort-f32]
+    python benchmarks/models.py [minilm llama-134m llama-1b] [--schemes nvfp4,nvfp4/int8] [--peers ort-f32]
         [--threads 1,2] [--prefill 512] [--decode 64] [--rounds 5] [--repeats 2] [--minilm FILE.onnx]
         [--llama-bench PATH --gguf FILE [FILE ...]] [--work FOLDER] [--json FILE]
 
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kernels import names, numbers
+from kernels import names, numbers, recipes
 from llama_shapes import SHAPES, LlamaShape, export
 from machine import Neighbours, description
 
@@ -122,11 +122,13 @@ def prepare(name: str, options: argparse.Namespace, work: Path) -> dict[str, Pat
             export(SHAPES[name], source)
     found = {}
     for scheme in options.schemes:
-        stem = work / name / scheme
+        stem = work / name / scheme.replace("/", "-")
+        of, _, compute = scheme.partition("/")
         if not stem.with_suffix(".qg").is_file():
             say(f"compiling {name} to {scheme}")
-            quantized = {"solver": "rtn", "embeddings": "nvfp4"} if SCHEMES[scheme].solvers else {}
-            qgraph.compile(source, scheme=scheme, output=stem, verify=False, onnx=False, **quantized)
+            made = {"solver": "rtn", "embeddings": "nvfp4"} if SCHEMES[of].solvers else {}
+            made |= {"compute": compute or "f32", "verify": False, "onnx": False}
+            qgraph.compile(source, scheme=of, output=stem, **made)
         found[f"qgraph {scheme}"] = stem.with_suffix(".qg")
     for peer in options.peers:
         found[PEERS[peer]] = source if peer == "ort-f32" else ort_int4(source, work / name / "ort-int4.onnx")
@@ -311,7 +313,7 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; default: all")
-    parser.add_argument("--schemes", type=names(SCHEMES), default="nvfp4,nvfp4-w4a8,ternary")
+    parser.add_argument("--schemes", type=names(recipes()), default="nvfp4,nvfp4-w4a8,ternary")
     parser.add_argument("--peers", type=names(PEERS), default=",".join(PEERS))
     parser.add_argument("--threads", type=numbers, default="1,2")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of a prompt (default: %(default)s)")

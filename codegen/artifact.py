@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qgraph.codegen import package
 from qgraph.codegen.compile import compile_variant
+from qgraph.codegen.digits import FEW_ROWS
 from qgraph.codegen.dims import size
 from qgraph.codegen.isa import get_target
 from qgraph.codegen.lowering import Lowering, lower
@@ -124,7 +125,9 @@ def _compute(node: ir.Node, spec: KernelSpec) -> str:
         return "float32 of keys and values stored as int8"
     source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
     rounded = _COMPUTE_ROUNDED.get((kernel, source.op_type)) if source is not None else None
-    return rounded or _COMPUTE.get(kernel, "float32")
+    digits = dict(spec.params).get("digits")
+    more = f"; of more than {FEW_ROWS} rows activations of {8 * digits} bits" if digits else ""
+    return (rounded or _COMPUTE.get(kernel, "float32")) + more
 
 
 def build_artifact(
@@ -132,6 +135,7 @@ def build_artifact(
     *,
     target: str = "x86_64-linux",
     packing: str = "fast",
+    compute: str = "f32",
     metadata: Mapping[str, str] | None = None,
     on_kernel: Callable[[int, int, str], None] | None = None,
 ) -> Artifact:
@@ -140,16 +144,16 @@ def build_artifact(
     Args:
         model: what phase `prepare` (and `quantize`) left.
         target: a key of `qgraph.codegen.isa.TARGETS`.
-        packing: `fast` | `small`, as of `lower`.
+        packing: `fast` | `small`, as of `lower`; compute: `f32` | `int16` | `int8`, likewise.
         metadata: provenance, added to the container's `__metadata__`.
         on_kernel: called with (done, total, symbol) before each kernel is compiled.
 
     Raises:
         UnsupportedError: an operator, data type or shape that has no kernel, named with its node.
-        UsageError: an unknown target or packing.
+        UsageError: an unknown target, packing or compute.
     """
     isas = get_target(target)
-    low = lower(model.graph, packing)
+    low = lower(model.graph, packing, compute)
     checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]
     plan = make_plan(low, checks)
     total = len(plan.kernels) * len(isas)
@@ -178,7 +182,7 @@ def build_artifact(
     document = json.dumps({**plan.document, "variants": variants}, separators=(",", ":")).encode()
     weights = [package.Tensor(b.name, b.dtype, b.data) for b in plan.weights]
     tensors = [package.raw_tensor("qgraph.plan", document), *code, *weights]
-    full = {"qgraph.target": target, "qgraph.packing": packing, **(metadata or {})}
+    full = {"qgraph.target": target, "qgraph.packing": packing, "qgraph.compute": compute, **(metadata or {})}
     if low.cache:
         full["qgraph.cache"] = json.dumps([[pair.past.name, pair.present.name] for pair in low.cache.pairs])
     return Artifact(

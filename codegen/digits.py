@@ -6,8 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qgraph.codegen.int8_input import Int8Input, int8_input
+from qgraph.codegen.isa import Isa
+from qgraph.codegen.spec import KernelSpec
 
-DIGITS = 3  # signed bytes, the most significant first
+DIGITS = 3  # signed bytes, the most significant first: as accurate as float32
+FEW_ROWS = 8  # that products have DIGITS of, whatever is asked for: time goes by the weights then
+COMPUTE_DIGITS = {"int16": 2, "int8": 1}  # of more rows, by `compute`; `f32` has DIGITS of all
+# How an ISA multiplies bytes -> numbers of digits fewer than DIGITS that are faster than what it does else.
+_FASTER = {"vnni": (1, 2), "maddubs": (1,), "widen": ()}
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,10 @@ class DigitRows:
 
     input: Int8Input
     k: int
+    digits: int = DIGITS
 
-    HIGH = 0  # int32: factor times the sum of the first digits; 0 where nobody needs it
-    LOW = 1  # int32: factor times the sum of 256 d + e for the others
+    HIGH = 0  # int32: of three digits, factor times the sum of the first; else 0
+    LOW = 1  # int32: factor times the sum of what the others stand for
     SCALE = 2  # float32
     TOTAL = 3  # float32: factor times the sum of the inputs
 
@@ -35,7 +42,7 @@ class DigitRows:
     @property
     def extra(self) -> int:
         """Where in a record the four words are."""
-        return DIGITS * self.input.block // 4
+        return self.digits * self.input.block // 4
 
     @property
     def record(self) -> int:
@@ -60,3 +67,15 @@ def digit_rows(weight_format: str, packing: str, k: int, block: int = 0) -> Digi
     """
     wanted = None if packing == "base3" else int8_input(weight_format, block)
     return None if wanted is None else DigitRows(wanted, k)
+
+
+def uses_digits(isa: Isa, digits: int) -> bool:
+    """Whether so many digits, fewer than DIGITS, are used for more than FEW_ROWS rows; else DIGITS are."""
+    return digits in _FASTER[isa.dot]
+
+
+def many_digits(spec: KernelSpec, isa: Isa) -> int:
+    """Digits of the rows of products with more than FEW_ROWS of them: those of a kernel's spec, where the ISA
+    uses them."""
+    digits = dict(spec.params).get("digits", DIGITS)
+    return digits if uses_digits(isa, digits) else DIGITS

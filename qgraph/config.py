@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qgraph.errors import InputError, UsageError
-from qgraph.schemes import PACKINGS, SCHEMES, Scheme, get_scheme
+from qgraph.schemes import COMPUTES, PACKINGS, SCHEMES, Scheme, get_scheme
 
 ONNX_STYLES = ("function", "qdq")
 EMBEDDINGS = ("float", "tied", "nvfp4")
@@ -60,6 +60,8 @@ class CompileConfig:
             (behind norms after an attention), `all` norms, `off`. Empty is the scheme's default if there are
             calibration data.
         packing: how the artifact holds ternary weights: `fast` to decode, 2 bits each, or `small`, 1.625.
+        compute: what products of more than 8 rows (a prompt, a batch) with low-bit weights round float
+            activations to: `f32` not at all, `int16` or `int8` by the block of a weight scale.
         onnx_style: `function` writes a quantized layer as one node with a standard body, `qdq` writes the
             body in place.
         onnx: whether the low-bit ONNX file is written.
@@ -91,6 +93,7 @@ class CompileConfig:
     dual_scale: str = ""
     mean_shift: str = ""
     packing: str = "fast"
+    compute: str = "f32"
     onnx_style: str = "function"
     onnx: bool = True
     target: str = "x86_64-linux"
@@ -130,7 +133,9 @@ class CompileConfig:
         _one_of("kv_cache", self.kv_cache, KV_CACHE)
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("packing", self.packing, PACKINGS)
+        _one_of("compute", self.compute, COMPUTES)
         _one_of("target", self.target, TARGETS)
+        self._check_compute(schemes)
         for name in ("threads", "seed", "samples", "length"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: must not be negative, got {getattr(self, name)}")
@@ -176,6 +181,20 @@ class CompileConfig:
         return [
             solver or default_solver(get_scheme(scheme).solvers, calibrated) for scheme, solver in recipes
         ]
+
+    def _check_compute(self, schemes: list[Scheme]) -> None:
+        from qgraph.codegen.digits import COMPUTE_DIGITS, uses_digits
+        from qgraph.codegen.isa import get_target
+
+        if self.compute == "f32":
+            return
+        if schemes[0].activation_format is not None:
+            raise UsageError(
+                f"compute '{self.compute}' is for float activations, and scheme '{schemes[0].name}' rounds "
+                "them itself"
+            )
+        if not any(uses_digits(isa, COMPUTE_DIGITS[self.compute]) for isa in get_target(self.target)):
+            raise UsageError(f"compute '{self.compute}': {self.target} has no kernels for it; choose f32")
 
     def _check_transforms(self, schemes: list[Scheme]) -> None:
         """`smooth`, `rotate`, `reorder`, `dual_scale` and `mean_shift`; not whether they have data."""

@@ -136,7 +136,7 @@ def build(
 ) -> CompileResult:
     """The second half of `compile`: a low-bit or float ONNX file to `<output>.qg` and `<output>.report.json`.
 
-    Arguments and errors as there; of the config only the fields of `CompileConfig.BUILD` matter.
+    Arguments and errors as there; of the config only what says how to build an artifact matters.
     """
     config, source = _config(config, options), _path("lowbit", lowbit)
     with _Run(source, config, output, dry_run, progress, suffixes=(".qg",)) as run:
@@ -348,11 +348,16 @@ def _build(run: _Run, lowbit: Path) -> Mapping[str, str]:
         metadata[METADATA_KEY] = json.dumps(ranges, sort_keys=True)
     with run.phase("kernels"):
         if run.dry_run:
-            report.sizes["artifact_weights"] = _plan_only(model, config.packing)
+            report.sizes["artifact_weights"] = _plan_only(model, config)
             report.set_layers(layers_of(model))
             return metadata
         artifact = build_artifact(
-            model, target=config.target, packing=config.packing, metadata=metadata, on_kernel=run.stepped
+            model,
+            target=config.target,
+            packing=config.packing,
+            compute=config.compute,
+            metadata=metadata,
+            on_kernel=run.stepped,
         )
         realised = {x.node_name: (x.kernel, x.compute, x.nbytes) for x in artifact.layers}
         report.set_layers(layers_of(model, realised))
@@ -384,13 +389,16 @@ def _verify(run: _Run, lowbit: Path) -> None:
             exposed: Path | None = None
             roundings: list[Rounding] = []
             if run.rounds_activations:
-                exposed, roundings = build_exposed(lowbit, config.target, Path(folder), config.packing)
+                exposed, roundings = build_exposed(
+                    lowbit, config.target, Path(folder), config.packing, config.compute
+                )
             try:
                 run.report.verification = verify(
                     run.staged(".qg"),
                     lowbit,
                     exposed=exposed,
                     roundings=roundings,
+                    compute=config.compute,
                     threads=config.threads,
                     seed=config.seed,
                     on_case=run.stepped,
@@ -400,7 +408,7 @@ def _verify(run: _Run, lowbit: Path) -> None:
 
 
 def build_exposed(
-    lowbit: Path, target: str, folder: Path, packing: str = "fast"
+    lowbit: Path, target: str, folder: Path, packing: str = "fast", compute: str = "f32"
 ) -> tuple[Path | None, list[Rounding]]:
     """An artifact of the low-bit file that shows its roundings of activations, in `folder`, and these; None
     without any. For `evaluate.verify`."""
@@ -413,7 +421,7 @@ def build_exposed(
     if not roundings:
         return None, []
     path = folder / "exposed.qg"
-    build_artifact(model, target=target, packing=packing, metadata={}).write(path)
+    build_artifact(model, target=target, packing=packing, compute=compute, metadata={}).write(path)
     return path, roundings
 
 
@@ -598,10 +606,13 @@ def _require_realised(run: _Run) -> None:
             )
 
 
-def _plan_only(model: ir.Model, packing: str) -> int:
+def _plan_only(model: ir.Model, config: CompileConfig) -> int:
     """Bytes of the weights that an artifact of `model` would hold. Raises UnsupportedError as
     `build_artifact` does."""
     from qgraph.codegen.lowering import lower
     from qgraph.codegen.plan import make_plan
 
-    return sum(weight.data.nbytes for weight in make_plan(lower(model.graph, packing), []).weights)
+    return sum(
+        weight.data.nbytes
+        for weight in make_plan(lower(model.graph, config.packing, config.compute), []).weights
+    )

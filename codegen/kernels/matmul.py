@@ -5,7 +5,8 @@ chunk of few rows multiplies weights straight from registers: in integers where 
 and the ISA multiplies bytes (matmul_digits.py; with VNNI any number of rows is few), else in float32. One of
 more rows decodes a K-slice of the panel once, to a tile on the stack, and runs a register-blocked kernel over
 it (gemm.py); sums wait in y between K-slices. All end with the same pass that applies the epilogue to the
-finished block. Sums are float32, and a row's result depends on no other row's values.
+finished block. Sums are float32, and a row's result depends on no other row's values. With fewer `digits`
+than three (matmul_digits.py) it does depend on whether there are more than FEW_ROWS rows.
 
 A row that has no digits, as it holds an infinity, NaN or nearly, is done over with the weights decoded. In
 float32 few rows take the share of a block's offset o, where it has one, as o times the sum of the block's
@@ -22,6 +23,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 from tvm.tirx import PrimFunc
 
+from qgraph.codegen.digits import FEW_ROWS
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.epilogue import Result
@@ -49,7 +51,8 @@ def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     """y = epilogue(x @ dequantize(W)), W in layout `nvfp4_n16k8`.
 
     Spec: k, n, n_block (multiple of 16), m_block, epilogue: names applied in order, of "bias" (+ [n]),
-    "residual" (+ [M, n]) and ACTIVATIONS.
+    "residual" (+ [M, n]) and ACTIVATIONS; digits, where the rows of x have fewer than three if there are more
+    than FEW_ROWS of them.
     Arguments: y f32 [M, n], x f32 [M, k], digits i32 [M, words] (codegen/digits.py), codes u32, block_scale
     u8, global_scale f32 [1], [bias f32 [n]], [residual f32 [M, n]], M, begin, end.
     Blocks: ceil(M/m_block) * ceil(n/n_block).
@@ -82,8 +85,10 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
     ):
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
 
-    product: Any = open_digits(weight, spec, isa, result) if weight != "f32" else None
-    has_digits = product is not None
+    products = open_digits(weight, spec, isa, result) if weight != "f32" else None
+    product: Any = products.few if products else None
+    many: Any = products.many if products else None
+    has_digits, has_many = product is not None, many is not None
     in_digits = product is not None and product.most > 0
     few = product.most if product and in_digits else _DIRECT_ROWS  # more rows of a chunk are decoded
     has_sums = reader.has_offset and not has_digits
@@ -280,13 +285,22 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
         """Bits that are _EXPONENT exactly where x is an infinity or NaN."""
         return T.bitwise_and(T.reinterpret("int32", x), T.int32(_EXPONENT))
 
+    def decoded(rows: Any) -> Any:
+        """Whether there are more rows than are done directly."""
+        return T.bool(False) if has_many else rows > few
+
+    def is_split(S: Any, row: Any, M: Any) -> Any:
+        """Whether there are digits of a row."""
+        split = product.is_split(S, row)
+        return T.Select(M > FEW_ROWS, many.is_split(S, row), split) if has_many else split
+
     @T.inline
-    def by_decoding(Y, X, W, S, P, m0, rows, panel):
+    def by_decoding(Y, X, W, S, P, M, m0, rows, panel):
         """More rows than are done directly; else those that take it, one by one."""
-        for r in T.serial(T.Select(rows > few, T.int64(1), rows)):
-            count: T.let = T.Select(rows > few, rows, T.int64(1))
+        for r in T.serial(T.Select(decoded(rows), T.int64(1), rows)):
+            count: T.let = T.Select(decoded(rows), rows, T.int64(1))
             if has_digits:
-                if T.Or(rows > few, T.Not(product.is_split(S, m0 + r))):
+                if T.Or(decoded(rows), T.Not(is_split(S, m0 + r, M))):
                     tiles_of_rows(Y, X, W, P, m0 + r, count, panel)
             else:
                 worst = T.alloc_buffer((1,), "int32", scope="local")
@@ -339,7 +353,12 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
             m0: T.let = T.truncdiv(begin + b, T.int64(panels)) * m_block
             panel: T.let = T.truncmod(begin + b, T.int64(panels))
             rows: T.let = T.min(T.int64(m_block), M - m0)
-            if in_digits:
+            if has_many:
+                if M > FEW_ROWS:
+                    many.chunk(Y, S, W, m0, rows, panel)
+                else:
+                    product.chunk(Y, S, W, m0, rows, panel)
+            elif in_digits:
                 if rows <= few:
                     product.chunk(Y, S, W, m0, rows, panel)
             elif rows == 1:
@@ -351,7 +370,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
             elif not again:
                 tiles_of_rows(Y, X, W, P, m0, rows, panel)
             if again:
-                by_decoding(Y, X, W, S, P, m0, rows, panel)
+                by_decoding(Y, X, W, S, P, M, m0, rows, panel)
             result.finish(Y, bias_row, R, m0, rows, panel)
 
     unused = {f"weight{i}" for i in range(taken, len(operands))}

@@ -8,19 +8,23 @@ float32 arithmetic rounds to 2^-24 input by input. It takes three multiplication
 four of floats, and no conversion. (Integer digits for floats, the largest of a block setting their unit:
 Ozaki, Ogita, Oishi, Rump 2012; on int8 units: Ootomo, Ozaki, Yokota 2024.)
 
+Products of many rows may have fewer digits: two are a . w and b . w alone, one a . w, of inputs that are
+rounded to 2^-16 or 2^-8 of the largest of the block (`digits` of a kernel's spec).
+
 The sum over blocks is float32, one fused multiply-add after the other from the first block to the last. So a
 row's result depends on nothing but the row.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
-from qgraph.codegen.digits import DIGITS, DigitRows, digit_rows
+from qgraph.codegen.digits import DIGITS, DigitRows, digit_rows, many_digits
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels.dot import multiply_add
 from qgraph.codegen.kernels.epilogue import Result
@@ -35,32 +39,46 @@ from qgraph.formats import FORMATS
 # By how the ISA multiplies bytes, rows of a chunk that are done this way at most. VNNI is faster than float32
 # at any number of them, AVX2 until decoding to the stack pays; without either it is not worth it.
 _MOST = {"vnni": 1 << 30, "maddubs": 8, "widen": 0}
-_ROWS = 4  # that share unpacked weights: registers hold their 12 sums, and weights beside them
+_ROWS = {3: 4, 2: 6, 1: 12}  # that share unpacked weights, by digits: registers hold 12 sums and the weights
 _UNROLLED = 4  # words of a block that are unrolled
 _AHEAD = 32  # words, of 16 columns 64 bytes, that are asked for ahead
 _LONG = 8  # fields of a block from which a row alone has two sums a digit, as one has to wait for itself
 
 
-def open_digits(weight_format: str, spec: KernelSpec, isa: Isa, result: Result) -> DigitProduct | None:
+def open_digits(weight_format: str, spec: KernelSpec, isa: Isa, result: Result) -> Products | None:
     """What multiplies by digits in the kernel of `spec`; None if its weight is read as floats only.
 
-    Of the spec: k, n; of a group format block, and of `ternary` packing.
+    Of the spec: k, n; of a group format block, and of `ternary` packing; digits, if many rows have fewer than
+    three.
     """
     block = spec["block"] if "block" in dict(spec.params) else 0
     packing = spec["packing"] if weight_format == "ternary" else ""
-    rows = digit_rows(weight_format, packing, spec["k"], block)
+    rows, count = digit_rows(weight_format, packing, spec["k"], block), many_digits(spec, isa)
     if rows is None:
         return None
-    return DigitProduct(
-        rows, open_bytes(weight_format, spec["k"], spec["n"], isa, block), weight_format, isa, result
+    reader = open_bytes(weight_format, spec["k"], spec["n"], isa, block)
+    few, many = (
+        DigitProduct(replace(rows, digits=digits), reader, weight_format, isa, result)
+        for digits in (DIGITS, count)
     )
+    return Products(few, many if count != DIGITS else None)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Those of a kernel: `few`, whose rows have three digits, and, where it is not None, `many`, for calls of
+    more than FEW_ROWS rows."""
+
+    few: DigitProduct
+    many: DigitProduct | None
 
 
 class DigitProduct:
     """Emits products of rows.
 
     Attributes:
-        most: rows of a chunk that are done this way, at most; 0 where the ISA has no use for it.
+        most: rows of a chunk that are done this way, at most; 0 where the ISA has no use for it. Of fewer
+            than three digits, any number.
     """
 
     def __init__(
@@ -69,7 +87,8 @@ class DigitProduct:
         self._rows, self._reader, self._isa, self._result = rows, reader, isa, result
         self._offset = FORMATS[weight_format].offset
         self._per_block = reader.input.block // (4 * reader.input.fields)  # words
-        self.most = _MOST[isa.dot]
+        self._digits, self._chunk = rows.digits, _ROWS[rows.digits]
+        self.most = _MOST[isa.dot] if rows.digits == DIGITS else max(_MOST.values())
 
     def is_split(self, X: Any, row: Expr) -> Expr:
         """Whether the digits of a row, of the flat buffer X of digits, are what it is."""
@@ -82,14 +101,15 @@ class DigitProduct:
 
     def chunk(self, Y: Any, X: Any, W: Any, m0: Expr, rows: Expr, panel: Expr) -> None:
         """Stores rows m0 .. m0 + rows - 1 of a panel to Y, without epilogue; W are the weight's buffers."""
-        full = B.bind(T.truncdiv(rows + (_ROWS - _ROWS // 2 - 1), index(_ROWS)))
+        size = self._chunk
+        full = B.bind(T.truncdiv(rows + (size - size // 2 - 1), index(size)))
         with B.serial(full) as c:
-            first = B.bind(m0 + c * _ROWS)
-            self._some(Y, X, W, first, B.bind(T.min(rows - c * _ROWS, index(_ROWS))), panel, _ROWS)
-        left = B.bind(rows - full * _ROWS)
-        for low, size in pairwise((0, 1, _ROWS // 2)):
-            with B.If(T.And(left > low, left <= size)), B.Then():
-                self._some(Y, X, W, B.bind(m0 + full * _ROWS), left, panel, size)
+            first = B.bind(m0 + c * size)
+            self._some(Y, X, W, first, B.bind(T.min(rows - c * size, index(size))), panel, size)
+        left = B.bind(rows - full * size)
+        for low, high in pairwise((0, 1, size // 2)):
+            with B.If(T.And(left > low, left <= high)), B.Then():
+                self._some(Y, X, W, B.bind(m0 + full * size), left, panel, high)
 
     def _some(self, Y: Any, X: Any, W: Any, first: Expr, rows: Expr, panel: Expr, R: int) -> None:
         """Rows first .. first + rows - 1, at most R of them; the rest repeat the last one and are dropped."""
@@ -131,11 +151,13 @@ class DigitProduct:
         extra = [[named(word) for word in self._extra(X, record)] for record in records]
         long = words * reader.input.fields >= _LONG
         chains = 2 if R == 1 and long and self._isa.dot == "vnni" else 1
-        dots = B.alloc_buffer((R, DIGITS, chains, lanes), "int32", scope="local")
-        for r, d, c in product(range(R), range(DIGITS), range(chains)):
+        dots = B.alloc_buffer((R, self._digits, chains, lanes), "int32", scope="local")
+        # What bytes have too much: of all but the first of three digits with the last.
+        over = {self._digits - 1: rows.LOW} | ({0: rows.HIGH} if self._digits == DIGITS else {})
+        for r, d, c in product(range(R), range(self._digits), range(chains)):
             start: Expr = T.int32(0)
-            if reader.input.offset and c == 0 and d != 1:  # what bytes have too much, of both low digits
-                start = extra[r][rows.LOW if d else rows.HIGH]
+            if reader.input.offset and c == 0 and d in over:
+                start = extra[r][over[d]]
             B.buffer_store(dots, splat(start, lanes), [index(r), index(d), index(c), every])
 
         def add(word: Expr, count: int) -> None:
@@ -157,7 +179,7 @@ class DigitProduct:
                     (dots[index(r), index(d), index(c), every] for c in range(1, chains)),
                     start=dots[index(r), index(d), index(0), every],
                 )
-                for d in range(DIGITS)
+                for d in range(self._digits)
             ]
             here = [index(r), every]
             B.buffer_store(acc, self._share(acc[here], parts, extra[r], scales), here)
@@ -166,16 +188,22 @@ class DigitProduct:
         """acc plus a block's share: `parts` its sums of products digit by digit, `extra` the words behind
         them."""
         lanes, rows = self._isa.lanes, self._rows
-        high, middle, low = parts
-        high, low = (
-            convert(high, "float32"),
-            convert(T.shift_left(middle, const_like(middle, 8)) + low, "float32"),
-        )
-        if self._offset == "zero_point":  # exact for blocks of 32: all are integers below 2^24
-            high = T.fma(splat(convert(T.int32(0) - extra[rows.HIGH], "float32"), lanes), scales[1], high)
-            low = T.fma(splat(convert(T.int32(0) - extra[rows.LOW], "float32"), lanes), scales[1], low)
-        value = T.fma(high, f32(65536, lanes), low) * splat(extra[rows.SCALE], lanes)
-        acc = T.fma(value, scales[0], acc)
+
+        def exact(value: Expr, over: Expr) -> Expr:
+            """A sum of products with weights, as float32, from that with bytes."""
+            value = convert(value, "float32")
+            if self._offset != "zero_point":
+                return value
+            # Exact for blocks of 32: all are integers below 2^24.
+            return T.fma(splat(convert(T.int32(0) - over, "float32"), lanes), scales[1], value)
+
+        *_, last = parts
+        if len(parts) > 1:
+            last = T.shift_left(parts[-2], const_like(last, 8)) + last
+        value = exact(last, extra[rows.LOW])
+        if self._digits == DIGITS:
+            value = T.fma(exact(parts[0], extra[rows.HIGH]), f32(65536, lanes), value)
+        acc = T.fma(value * splat(extra[rows.SCALE], lanes), scales[0], acc)
         return T.fma(splat(extra[rows.TOTAL], lanes), scales[1], acc) if self._offset == "mean" else acc
 
     def _add_words(
@@ -198,7 +226,9 @@ class DigitProduct:
             fields += map(named, reader.bytes(named(W[0][place.tile, row, place.lanes])))
         # One field after the other goes into all sums, unless the ISA sums several at once.
         step = 1 if self._isa.dot == "vnni" else len(fields)
-        for t, (r, record), d in product(range(0, len(fields), step), enumerate(records), range(DIGITS)):
+        for t, (r, record), d in product(
+            range(0, len(fields), step), enumerate(records), range(self._digits)
+        ):
             start = record + d * (reader.input.block // 4) + word * reader.input.fields + t
             weights = fields[t : t + step]
             inputs = [X[start + i] for i in range(len(weights))]

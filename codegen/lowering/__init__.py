@@ -21,7 +21,7 @@ from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attr
 from qgraph.codegen.lowering.state import find_places, find_states
 from qgraph.codegen.memory import Buffer, View
 from qgraph.errors import InputError, UnsupportedError, UsageError
-from qgraph.schemes import PACKINGS
+from qgraph.schemes import COMPUTES, PACKINGS
 
 MAX_RANK = 8  # of inputs and outputs (runtime/FORMAT.md)
 
@@ -88,21 +88,26 @@ def _check_lengths(low: Lowering) -> None:
                 )
 
 
-def lower(graph: ir.Graph, packing: str = "fast") -> Lowering:
+def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32") -> Lowering:
     """Lower a prepared graph.
 
     Args:
         packing: where a weight can be stored in more than one way, `fast` or `small`: ternary codes take 2 or
             1.625 bits.
+        compute: what products of more than FEW_ROWS rows with low-bit weights round float activations to:
+            `f32` (not at all), or, by the block of a weight scale, `int16` or `int8`.
 
-    Raises UnsupportedError naming node and operator for what has no kernel, UsageError for another packing.
+    Raises UnsupportedError naming node and operator for what has no kernel, UsageError for another packing or
+    compute.
     """
     if packing not in PACKINGS:
         raise UsageError(f"packing '{packing}': choose from {', '.join(PACKINGS)}")
+    if compute not in COMPUTES:
+        raise UsageError(f"compute '{compute}': choose from {', '.join(COMPUTES)}")
     graph, positions = take_last_positions(graph)
     nodes = _needed(graph)
     _reject_unknown(nodes)
-    low = Lowering(graph, packing, positions=positions)
+    low = Lowering(graph, packing, compute, positions=positions)
     _check_ports(low)
     for node in nodes:
         check_attributes(node, graph.opset_imports.get("", 0))
@@ -129,4 +134,9 @@ def lower(graph: ir.Graph, packing: str = "fast") -> Lowering:
         HANDLERS[node.domain, node.op_type](low, node)
     for value in low.outputs:
         low.deliver(value)
+    if low.fewer_digits and not any("digits" in dict(step.spec.params) for step in low.steps):
+        raise UsageError(
+            f"compute '{compute}' changes nothing here: no layer multiplies float activations by weights "
+            "that have such a kernel (those of int3, and ternary ones with packing 'small', do not)"
+        )
     return low

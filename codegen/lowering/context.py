@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from qgraph.codegen.digits import DigitRows
+from qgraph.codegen.digits import COMPUTE_DIGITS, DigitRows
 from qgraph.codegen.dims import CONTENT, Dim, ceildiv, equal, grain_of, is_one, product, size, static
 from qgraph.codegen.int8_input import Int8Input
 from qgraph.codegen.lowering.state import State
@@ -151,6 +151,7 @@ class Lowering:
         steps: in order of execution.
         layers: (node, step) of every node that became a step of its own kernel, for the report.
         packing: `fast` | `small`, where a weight can be stored in more than one way.
+        compute: `f32` | `int16` | `int8`, what products of many rows round float activations to.
         positions: how many positions the logits have, where a run may ask for fewer (last_positions.py).
         cache: that of the graph, if it has one.
         states: the memory of the session that stands for an input of the graph, and the output it becomes.
@@ -159,6 +160,7 @@ class Lowering:
 
     graph: ir.Graph
     packing: str = "fast"
+    compute: str = "f32"
     steps: list[Step] = field(default_factory=list)
     values: dict[ir.Value, Lazy] = field(default_factory=dict)
     uses: Counter[ir.Value] = field(default_factory=Counter)
@@ -287,8 +289,14 @@ class Lowering:
             self._int8[key] = out
         return self._int8[key]
 
-    def digits(self, value: ir.Value, wanted: DigitRows) -> View:
-        """A value split into digits along its last axis; computed once for all who want them alike."""
+    @property
+    def fewer_digits(self) -> dict[str, int]:
+        """What the specs of kernels have that make, or take, digits: nothing where all rows have as many."""
+        return {} if self.compute == "f32" else {"digits": COMPUTE_DIGITS[self.compute]}
+
+    def digits(self, value: ir.Value, wanted: DigitRows, fewer: dict[str, int]) -> View:
+        """A value split into digits along its last axis, `fewer` as above or nothing; computed once for all
+        who want them alike."""
         key = (value, wanted.input)
         if key not in self._digits:
             lead, x = self.shape(value)[:-1], self.dense(value)
@@ -298,8 +306,9 @@ class Lowering:
                 "block": wanted.input.block,
                 "offset": wanted.input.offset,
             }
-            spec = KernelSpec.make("split_digits", k=wanted.k, **params)
-            self.emit(f"{value.name}/digits", spec, [out, x], product(lead), grain_of(wanted.k))
+            spec = KernelSpec.make("split_digits", k=wanted.k, **params, **fewer)
+            args = [out, x, *([product(lead)] if fewer else [])]
+            self.emit(f"{value.name}/digits", spec, args, product(lead), grain_of(wanted.k))
             self._digits[key] = out
         return self._digits[key]
 

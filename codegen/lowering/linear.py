@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -65,22 +66,27 @@ def qlinear_nvfp4(low: Lowering, node: ir.Node) -> None:
     if x is None:
         raise unsupported(node, "an input is missing")
     (k, n), weights = nvfp4_weight(low, node, "n16k8", packing.pack_nvfp4_n16k8)
-    op, operand = left_operand(low, x, k, NVFP4)
-    low.bind(node, Linear(node, op, operand, k, n, weights, low.shape(node.outputs[0])))
+    op, operand, params = left_operand(low, x, k, NVFP4)
+    shape = low.shape(node.outputs[0])
+    low.bind(node, Linear(node, op, operand, k, n, weights, shape, params=tuple(params.items())))
 
 
 def left_operand(
     low: Lowering, x: ir.Value, k: int, weight: BlockFormat, packing: str = ""
-) -> tuple[str, tuple[View, ...]]:
-    """Which kernel multiplies x [.., k] by a weight of the format, and its arguments for x: where that is
-    rounded to int8, codes for a product in integers; else x, and its digits if the kernel takes those."""
+) -> tuple[str, tuple[View, ...], dict[str, Any]]:
+    """Which kernel multiplies x [.., k] by a weight of the format, its arguments for x, and what its spec
+    says of these: where x is rounded to int8, codes for a product in integers; else x, and its digits if the
+    kernel takes those."""
     digits = digit_rows(weight.name, packing, k)
     if digits is None:
-        return weight.kernel, (low.dense(x),)
+        return weight.kernel, (low.dense(x),), {}
     codes = low.int8(x, k, digits.input)
     if codes is not None:
-        return f"{weight.kernel}_a8", codes
-    return weight.kernel, (low.dense(x), low.digits(x, digits))
+        return f"{weight.kernel}_a8", codes, {}
+    # What a model rounds to NVFP4 is not rounded once more.
+    source = x.producer()
+    fewer = {} if source is not None and source.op_type == "DynamicQDQNVFP4" else low.fewer_digits
+    return weight.kernel, (low.dense(x), low.digits(x, digits, fewer)), fewer
 
 
 def f32_weight(low: Lowering, value: ir.Value, array: np.ndarray) -> Buffer:

@@ -29,13 +29,13 @@ def qlinear_group(low: Lowering, node: ir.Node) -> None:
     spec = OPERATORS[node.op_type.removeprefix("QLinear")]
     q, weights, params = group_weight(low, node, spec)
     k, n = q.shape
-    op, operand = left_operand(low, x, k, spec, params.get("packing", ""))
+    op, operand, wanted = left_operand(low, x, k, spec, params.get("packing", ""))
     sums = None
     if op != spec.kernel:
         params = {"block": spec.block}
     elif spec.offset == "mean" and len(operand) == 1:  # else the digits come with sums
         sums = low.block_sums(x, k, spec.block)
-    shape, rest = low.shape(node.outputs[0]), tuple(params.items())
+    shape, rest = low.shape(node.outputs[0]), tuple((params | wanted).items())
     low.bind(node, Linear(node, op, operand, k, n, weights, shape, params=rest, sums=sums))
 
 

@@ -13,7 +13,7 @@ from qgraph.cli.console import print_json, table
 from qgraph.cli.options import json_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
 from qgraph.errors import BudgetError, UnsupportedError, UsageError
-from qgraph.evaluate.verify import REL_ERROR_LIMIT
+from qgraph.evaluate.verify import REL_ERROR_LIMIT, ROUNDED_LIMITS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-rel-error",
     type=float,
-    default=REL_ERROR_LIMIT,
-    show_default=True,
-    help="Allowed against --lowbit.",
+    help=f"Allowed against --lowbit.  [default: {REL_ERROR_LIMIT:g}; more for artifacts that --compute made]",
 )
 @click.option(
     "--min-cosine",
@@ -57,7 +55,7 @@ def command(
     inputs: tuple[str, ...],
     dims: tuple[str, ...],
     seed: int,
-    max_rel_error: float,
+    max_rel_error: float | None,
     min_cosine: float,
     threads: int,
     as_json: bool,
@@ -68,8 +66,12 @@ def command(
     from qgraph.evaluate.decoders import FromStart
     from qgraph.evaluate.runners import OnnxRuntimeRunner, Runner, run_capacity, run_once
     from qgraph.evaluate.text_ports import artifact_cache
+    from qgraph.report.artifact import read_artifact
     from qgraph.runtime import load
 
+    if max_rel_error is None:
+        compute = read_artifact(artifact).metadata.get("qgraph.compute", "f32")
+        max_rel_error = ROUNDED_LIMITS.get(compute, REL_ERROR_LIMIT)
     if lowbit is None and original is None:
         raise UsageError("nothing to compare with: give --lowbit, --original or both")
     with load(artifact, threads=threads) as model:
@@ -82,7 +84,8 @@ def command(
     if lowbit is not None:
         try:
             found, roundings = _against_lowbit(artifact, lowbit, cache, capacity, feeds, got, threads)
-            rows += _rows("lowbit", found, lambda d: d.rel_error <= max_rel_error)
+            allowed = max_rel_error
+            rows += _rows("lowbit", found, lambda d: d.rel_error <= allowed)
         except BudgetError as error:
             faults.append(str(error))
     if original is not None:
@@ -130,7 +133,11 @@ def _against_lowbit(
         raise UnsupportedError(f"{artifact}: was built for {', '.join(isas)}, which is no target here")
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
         exposed, roundings = build_exposed(
-            lowbit, target, Path(folder), info.metadata.get("qgraph.packing", "fast")
+            lowbit,
+            target,
+            Path(folder),
+            info.metadata.get("qgraph.packing", "fast"),
+            info.metadata.get("qgraph.compute", "f32"),
         )
         reference = Reference(
             lowbit, exposed=exposed, roundings=roundings, cache=cache, capacity=capacity, threads=threads

@@ -125,6 +125,12 @@ _BUILD = (
         help="Ternary weights in the artifact: fast, 2 bits each, or small, 1.625.  [default: fast]",
     ),
     click.option(
+        "--compute",
+        metavar="HOW",
+        help="What products of more than 8 rows round float activations to: f32 (not at all), int16 or int8, "
+        "which are faster.  [default: f32]",
+    ),
+    click.option(
         "--strict", is_flag=True, default=None, help="Fail when a quantized layer gets no low-bit kernel."
     ),
     click.option("--seed", type=int, help="Seed of the comparison's inputs.  [default: 0]"),

@@ -53,10 +53,11 @@ def make_spec(weight_format: str, packing: str, K: int, N: int, **params: Any) -
 class GroupMatMul:
     """One kernel with its operands: `run` returns y, `reference` the float64 answer."""
 
-    def __init__(self, isa: Isa, q: QTensor, packing: str) -> None:
+    def __init__(self, isa: Isa, q: QTensor, packing: str, **params: int) -> None:
         self.isa, self.q, self.format, self.packing = isa, q, FORMATS[q.format], packing
         self.K, self.N = q.shape
-        self.kernel: Kernel = compile_kernel(make_spec(q.format, packing, self.K, self.N), isa)
+        self.params = params
+        self.kernel: Kernel = compile_kernel(make_spec(q.format, packing, self.K, self.N, **params), isa)
         self.operands = [aligned(a) for a in packed(q, packing)]
         for a in self.operands:
             a.flags.writeable = False
@@ -67,7 +68,7 @@ class GroupMatMul:
     def run(self, x: np.ndarray, **how: Any) -> np.ndarray:
         M = len(x)
         guard = {k: how[k] for k in how if k == "guard"}
-        digits = digits_of(self.isa, self.format.name, x, self.packing, **guard)
+        digits = digits_of(self.isa, self.format.name, x, self.packing, fewer=self.params, **guard)
         sums = []
         if self.format.offset == "mean" and not digits:
             sums = [block_sums(self.isa, x, self.format.block, **guard)]

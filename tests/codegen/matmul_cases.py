@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from kernel_harness import Kernel, aligned, compile_kernel
 
-from qgraph.codegen.digits import digit_rows
+from qgraph.codegen.digits import DigitRows, digit_rows
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8
 from qgraph.codegen.spec import KernelSpec
@@ -65,11 +66,14 @@ class MatMul:
         n_block: int = 32,
         m_block: int = 128,
         epilogue: tuple[str, ...] = (),
+        **params: int,
     ) -> None:
         self.K, self.N = weight.codes.shape
+        self.params = params
         self.weight, self.epilogue = weight, epilogue
         self.n_block, self.m_block = n_block, m_block
-        spec = KernelSpec.make(op, k=self.K, n=self.N, n_block=n_block, m_block=m_block, epilogue=epilogue)
+        blocks = {"n_block": n_block, "m_block": m_block}
+        spec = KernelSpec.make(op, k=self.K, n=self.N, epilogue=epilogue, **blocks, **params)
         self.kernel: Kernel = compile_kernel(spec, isa)
         if op == "matmul_nvfp4":
             words, scales = pack_nvfp4_n16k8(weight.codes, weight.block_scale)
@@ -90,7 +94,8 @@ class MatMul:
     def run(self, x: np.ndarray, residual: np.ndarray, **how: object) -> np.ndarray:
         M = x.shape[0]
         y = np.full((M, self.N), np.nan, np.float32)
-        digits = digits_of(self.kernel.isa, "nvfp4", x) if self.kernel.spec.op == "matmul_nvfp4" else []
+        isa, op = self.kernel.isa, self.kernel.spec.op
+        digits = digits_of(isa, "nvfp4", x, fewer=self.params) if op == "matmul_nvfp4" else []
         args = [y, x, *digits, *self.operands]
         args += [self.bias] if "bias" in self.epilogue else []
         args += [residual] if "residual" in self.epilogue else []
@@ -112,18 +117,30 @@ class MatMul:
 
 
 def digits_of(
-    isa: Isa, weight_format: str, x: np.ndarray, packing: str = "", block: int = 0, **how: Any
+    isa: Isa,
+    weight_format: str,
+    x: np.ndarray,
+    packing: str = "",
+    block: int = 0,
+    fewer: Mapping[str, int] | None = None,
+    **how: Any,
 ) -> list[np.ndarray]:
     """The digits that the kernel of a format takes behind x [M, K], by their kernel; nothing where it takes
-    none."""
+    none. `fewer` is {"digits": ..} where many rows have fewer."""
     M, K = x.shape
     rows = digit_rows(weight_format, packing, K, block)
     if rows is None:
         return []
     params = {"fields": rows.input.fields, "block": rows.input.block, "offset": rows.input.offset}
     digits = np.full((M, rows.words), -7, np.int32)
-    compile_kernel(KernelSpec.make("split_digits", k=K, **params), isa)(digits, x, blocks=M, **how)
+    kernel = compile_kernel(KernelSpec.make("split_digits", k=K, **params, **(fewer or {})), isa)
+    kernel(digits, x, *([M] if fewer else []), blocks=M, **how)
     return [digits]
+
+
+def compact(digits: np.ndarray, rows: DigitRows) -> np.ndarray:
+    """The rows of `digits_of`, which has room for three digits, where they have fewer: i32 [M, words]."""
+    return digits.reshape(-1)[: len(digits) * rows.words].reshape(len(digits), rows.words)
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:

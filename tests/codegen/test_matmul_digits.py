@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 from emulated import MISSING, run_on_aarch64
 from group_cases import GroupMatMul, make_spec, packed, random_weight
 from kernel_harness import innermost_loops, native_isas
-from matmul_cases import MatMul, digits_of, make_weight
+from matmul_cases import MatMul, compact, digits_of, make_weight
 
-from qgraph.codegen.digits import DigitRows, digit_rows
+from qgraph.codegen.digits import DigitRows, digit_rows, uses_digits
 from qgraph.codegen.isa import ISAS, Isa
 from qgraph.codegen.kernels import build_kernel
 from qgraph.codegen.packing import pack_nvfp4_n16k8
@@ -25,24 +26,24 @@ FORMATS_OF_DIGITS = [name for name in FORMATS if digit_rows(name, "", 16)]
 formats = pytest.mark.parametrize("weight_format", FORMATS_OF_DIGITS)
 
 
-def rows_of(weight_format: str, k: int) -> DigitRows:
+def rows_of(weight_format: str, k: int, digits: int = 3) -> DigitRows:
     found = digit_rows(weight_format, "", k)
     assert found is not None
-    return found
+    return replace(found, digits=digits)
 
 
-def case_of(isa: Isa, weight_format: str, K: int, N: int) -> tuple[Callable, np.ndarray]:
+def case_of(isa: Isa, weight_format: str, K: int, N: int, **params: int) -> tuple[Callable, np.ndarray]:
     """A product with a random weight, x -> y, and the weight."""
     if weight_format == "nvfp4":
         weight = make_weight(K, N, 0x30, 0x40)
-        case = MatMul(isa, "matmul_nvfp4", weight)
+        case = MatMul(isa, "matmul_nvfp4", weight, **params)
         return lambda x: case.run(x, x), weight.value
     q = random_weight(weight_format, K, N)
-    return GroupMatMul(isa, q, "2bit" if weight_format == "ternary" else "").run, q.dequantize()
+    return GroupMatMul(isa, q, "2bit" if weight_format == "ternary" else "", **params).run, q.dequantize()
 
 
 def split(x: np.ndarray, rows: DigitRows) -> tuple[np.ndarray, np.ndarray]:
-    """Integers [M, B block] and scales [M, B] of rows without NaN and infinities."""
+    """Three digits: integers [M, B block] and scales [M, B] of rows without NaN and infinities."""
     block, M = rows.input.block, len(x)
     padded = np.zeros((M, rows.blocks, block), np.float32)
     padded.reshape(M, -1)[:, : rows.k] = x
@@ -57,8 +58,9 @@ def read(digits: np.ndarray, rows: DigitRows) -> tuple[np.ndarray, np.ndarray, n
     """The same as the kernel wrote them, and the four words behind each block."""
     records = digits[:, : rows.flag].reshape(len(digits), rows.blocks, rows.record)
     bytes_ = np.ascontiguousarray(records[:, :, : rows.extra]).view(np.int8)
-    planes = bytes_.reshape(len(digits), rows.blocks, 3, rows.input.block).astype(np.int64)
-    q = ((planes[:, :, 0] * 256 + planes[:, :, 1]) * 256 + planes[:, :, 2]).reshape(len(digits), -1)
+    planes = bytes_.reshape(len(digits), rows.blocks, rows.digits, rows.input.block).astype(np.int64)
+    place = 256 ** np.arange(rows.digits)[::-1, None]
+    q = (planes * place).sum(axis=2).reshape(len(digits), -1)
     ordered, fields = np.empty_like(q), rows.input.fields
     for k in range(q.shape[1]):
         byte, field = divmod(k % (4 * fields), fields)
@@ -89,6 +91,74 @@ def test_rows_are_split_as_numpy_does(isa: Isa, weight_format: str) -> None:
         np.testing.assert_array_equal(words[:, :, rows.HIGH] * 65536 + words[:, :, rows.LOW], sums * factor)
         totals = extra.view(np.float32)[:, :, rows.TOTAL]
         np.testing.assert_allclose(totals, sums * factor * want_scale, rtol=2e-7)
+
+
+@isas
+@formats
+@pytest.mark.parametrize("count", [1, 2])
+def test_many_rows_have_fewer_digits(isa: Isa, weight_format: str, count: int) -> None:
+    """A block's largest becomes 127, or 32639, and the others are rounded to nearest. Eight rows, and those
+    of an ISA that would not be faster, are as ever."""
+    fewer, peak = {"digits": count}, 127 if count == 1 else 32639
+    for k in (1, 37, 172):
+        rng = np.random.default_rng(k)
+        x = (rng.standard_normal((9, k)) * 10.0 ** rng.integers(-6, 6, (9, k))).astype(np.float32)
+        x[1], x[2, 0], x[3] = 0, np.nan, x[3] * np.float32(1e-33)
+        x[4, :1] = 1.98 * 2.0**100
+        (got,) = digits_of(isa, weight_format, x, fewer=fewer, guard=True, split=(2, 1))
+        if not uses_digits(isa, count):
+            (want,) = digits_of(isa, weight_format, x)
+            np.testing.assert_array_equal(np.delete(got, 2, axis=0), np.delete(want, 2, axis=0))
+            continue
+        rows = rows_of(weight_format, k, count)
+        got = compact(got, rows)
+        assert got[:, rows.flag].tolist() == [1, 1, 0, *[1] * 6]
+        q, scale, extra = read(np.delete(got, [2, 3], axis=0), rows)
+        x = np.delete(x, [2, 3], axis=0)
+        padded = np.zeros((len(x), rows.blocks * rows.input.block))
+        padded[:, :k] = x
+        step = np.repeat(scale.astype(np.float64), rows.input.block, axis=1)
+        assert (np.abs(q - padded / step) <= 0.5 + 1e-6 * np.abs(q)).all()
+        tops = np.abs(padded).reshape(*scale.shape, -1).max(axis=2)
+        np.testing.assert_allclose(scale[tops > 0] * peak, tops[tops > 0], rtol=2e-7)
+        assert np.abs(q).max() == peak and not q[1].any()
+        sums = q.reshape(*scale.shape, -1).sum(axis=2) * rows.input.factor
+        np.testing.assert_array_equal(extra[:, :, rows.LOW], sums)
+        assert not extra[:, :, rows.HIGH].any()
+        np.testing.assert_allclose(extra.view(np.float32)[:, :, rows.TOTAL], sums * scale, rtol=2e-7)
+        few, all_ = (digits_of(isa, weight_format, x[:8], fewer=f)[0] for f in (fewer, None))
+        np.testing.assert_array_equal(few, all_)
+
+
+@isas
+@formats
+@pytest.mark.parametrize("count", [1, 2])
+def test_products_of_fewer_digits_are_those_of_the_rounded_rows(
+    isa: Isa, weight_format: str, count: int
+) -> None:
+    """As exact as with three, of what the rows were rounded to; rows that cannot be are done in float32."""
+    for K, N in ((172, 49), (37, 3)):
+        run, value = case_of(isa, weight_format, K, N, digits=count)
+        exact, _ = case_of(isa, weight_format, K, N)
+        for M in (9, 33, 130):
+            x = np.random.default_rng(M).standard_normal((M, K)).astype(np.float32)
+            x[1, 2], x[M - 1, 0] = np.inf, np.nan
+            got, want = run(x), exact(x)
+            np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+            if not uses_digits(isa, count):
+                np.testing.assert_array_equal(got, want)
+                continue
+            rows = rows_of(weight_format, K, count)
+            (digits,) = digits_of(isa, weight_format, x, fewer={"digits": count})
+            q, scale, _ = read(compact(digits, rows), rows)
+            rounded = (q * np.repeat(scale.astype(np.float64), rows.input.block, axis=1))[:, :K]
+            whole = np.delete(np.arange(M), [1, M - 1])
+            error = np.linalg.norm(got[whole] - rounded[whole] @ value.astype(np.float64))
+            assert error < 5e-7 * np.linalg.norm(want[whole])
+            lost = np.linalg.norm(got[whole] - want[whole]) / np.linalg.norm(want[whole])
+            assert 1e-6 < lost < (2e-2 if count == 1 else 1e-4)
+        x = np.random.default_rng(8).standard_normal((8, K)).astype(np.float32)
+        np.testing.assert_array_equal(run(x), exact(x))
 
 
 @isas
@@ -146,13 +216,14 @@ def test_a_row_gives_the_same_bits_alone(weight_format: str) -> None:
 
 
 @formats
-def test_four_rows_stay_in_registers(weight_format: str) -> None:
+@pytest.mark.parametrize("digits", [3, 2, 1])
+def test_the_sums_of_many_rows_stay_in_registers(weight_format: str, digits: int) -> None:
     """Of AVX-512: digits are multiplied from memory, and no vector of sums is put aside for others."""
-    isa = ISAS["x86-64-v4"]
+    isa, fewer = ISAS["x86-64-v4"], {} if digits == 3 else {"digits": digits}
     if weight_format == "nvfp4":
-        spec = KernelSpec.make("matmul_nvfp4", k=512, n=64, n_block=32, m_block=128, epilogue=())
+        spec = KernelSpec.make("matmul_nvfp4", k=512, n=64, n_block=32, m_block=128, epilogue=(), **fewer)
     else:
-        spec = make_spec(weight_format, "2bit" if weight_format == "ternary" else "", 512, 64)
+        spec = make_spec(weight_format, "2bit" if weight_format == "ternary" else "", 512, 64, **fewer)
     loops = innermost_loops(compile_text({spec.symbol: build_kernel(spec, isa)}, isa))
     found = [body for body in loops if sum("vpdpbusd" in i and "1to16" in i for i in body) >= 48]
     assert found and not [i for body in found for i in body if "zmm" in i and "rsp" in i]
