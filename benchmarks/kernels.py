@@ -13,15 +13,16 @@ chain of non-square layers a copy of some columns) is in it. For up to 8 rows th
 times the last-level cache, so they come from memory; for more rows, which use a weight often, they are as
 large as the cache.
 
-Engines and limits take turns, a pass each, and pause between, so that no thread pool spins into another's
-turn. `us` is the median of all passes, `best` their best decile, `cpu` the median of the time on processors,
-all threads together, which on a shared machine is the fairest figure of one thread; `repeats` is by how much
-the medians of the repeats differ. For up to 8 rows the limit is reading memory (`GB/s` counts weights and
-scales), else the fused multiply-adds in float32, all on as many threads, measured in the same turns: `limit`
-is the share of it by medians, `best` and `cpu` behind it by those. An engine that multiplies in bfloat16 or
-int8 can exceed the second; their own limits are in the last lines of a group. What activations are rounded to
-is in column `x` (of OpenVINO what its settings say): only equals compare. `nvfp4/int8` is the scheme with
-`--compute int8`.
+Engines and limits take turns, and wait between, so that no thread pool spins into another's turn; awake, as a
+core that has slept is slow for some milliseconds. A turn is two passes (one, where that takes long), of which
+the second counts. `us` is the median of all passes, `best` their best decile, `cpu` the median of the time on
+processors, all threads together, which on a shared machine is the fairest figure of one thread; `repeats` is
+by how much the medians of the repeats differ. For up to 8 rows the limit is reading memory (`GB/s` counts
+weights and scales), else the fused multiply-adds in float32, all on as many threads, measured in the same
+turns: `limit` is the share of it by medians, `best` and `cpu` behind it by those. An engine that multiplies
+in bfloat16 or int8 can exceed the second; their own limits are in the last lines of a group. What activations
+are rounded to is in column `x` (of OpenVINO what its settings say): only equals compare. `nvfp4/int8` is the
+scheme with `--compute int8`.
 
 Peers that are not installed are named with the reason, and left out. llama.cpp takes part with the folders
 of its headers and libraries (`--ggml llama.cpp/ggml/include llama.cpp/build/bin`). `--plot` needs matplotlib.
@@ -49,6 +50,7 @@ from qgraph.schemes import COMPUTES, SCHEMES
 
 FEW = 8  # rows up to which reading the weights is the limit
 PAUSE_S = 0.03  # longer than thread pools spin after a run
+WARM_S = 0.1  # a pass that takes as long does not need one before it
 TIMES = ("median", "best", "cpu_median")  # of a cell
 LEAST = 3  # passes of a contender, however long they take
 
@@ -92,6 +94,13 @@ class Cell:
         return self.nbytes if self.rows <= FEW else self.operations
 
 
+def wait_awake(seconds: float) -> None:
+    """Returns so much later, and keeps the core busy until then."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
 def time_turns(
     runs: Sequence[Callable[[], object]], passes: int, seconds: float
 ) -> list[list[tuple[float, float]]]:
@@ -102,7 +111,9 @@ def time_turns(
         for run, own in zip(runs, times, strict=True):
             if turn >= LEAST and sum(wall for wall, _ in own) > seconds:
                 continue
-            time.sleep(PAUSE_S)
+            wait_awake(PAUSE_S)
+            if not own or own[-1][0] < WARM_S:
+                run()
             start, cpu = time.perf_counter(), time.process_time()
             run()
             own.append((time.perf_counter() - start, time.process_time() - cpu))
