@@ -41,7 +41,7 @@ from qgraph.formats import FORMATS
 _MOST = {"vnni": 1 << 30, "maddubs": 8, "widen": 0}
 _ROWS = {3: 4, 2: 6, 1: 12}  # that share unpacked weights, by digits: registers hold 12 sums and the weights
 _UNROLLED = 4  # words of a block that are unrolled
-_AHEAD = 32  # words, of 16 columns 64 bytes, that are asked for ahead
+_AHEAD = 64  # words, of 16 columns 64 bytes, that are asked for ahead (see matmul_int8.py)
 _LONG = 8  # fields of a block from which a row alone has two sums a digit, as one has to wait for itself
 
 

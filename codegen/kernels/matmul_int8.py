@@ -33,19 +33,14 @@ from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError
 from qgraph.formats import FORMATS
 
-# By lanes of the ISA, at most: rows that share unpacked weights, and vectors of columns done side by side.
-# More of the former, fewer of the latter: so many sums in all as there are rows at most, which registers hold
-# beside the sums of a block and its weights.
-_TILES = {16: (8, 4), 8: (4, 2), 4: (4, 4)}
-# Blocks so short end often, and other columns fill the time that their sums take to convert. Longer ones are
-# faster tile by tile, which is the order that weights lie in.
-_SHORT = 32
+# By lanes of the ISA: rows at most that share unpacked weights. Columns are done tile by tile, the order that
+# weights lie in: memory is read as one stream.
+_ROWS = {16: 8, 8: 4, 4: 4}
 _UNROLLED = 4  # words of a block that are unrolled
 _FIELDS = 4  # vectors of weights that all rows are multiplied by before the next are unpacked
-# Words, of 16 columns 64 bytes, that are asked for ahead. Few rows take no longer than memory does, and are
-# better off with what the hardware fetches by itself; more take so long that this does not keep up.
-_AHEAD = 32
-_AHEAD_ROWS = 4
+# Words, of 16 columns 64 bytes, that are asked for ahead: a page, beyond which the hardware does not look by
+# itself. Half as many, or twice, read 5 to 10 % less a second.
+_AHEAD = 64
 
 
 def _matmul_int8(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) -> Any:
@@ -112,7 +107,7 @@ class _Product:
 
     def chunk(self, m0: Expr, rows: Expr, panel: Expr) -> None:
         """Rows m0 .. m0 + rows - 1 of a panel."""
-        most, _ = _TILES[self._isa.lanes]
+        most = _ROWS[self._isa.lanes]
         sizes = [size for size in (1, 2, 4, 8) if size <= most]
         full = B.bind(T.truncdiv(rows + (most - most // 2 - 1), index(most)))
         with B.serial(full) as c:
@@ -125,17 +120,12 @@ class _Product:
     def _rows(self, first: Expr, rows: Expr, panel: Expr, R: int) -> None:
         """Rows first .. first + rows - 1, at most R of them; the rest repeat the last one and are dropped."""
         lanes, reader, n_block = self._isa.lanes, self._reader, self._result.n_block
-        most, vectors = _TILES[lanes]
-        vectors = min(vectors, most // R)
-        if reader.input.block > _SHORT:
-            vectors = min(vectors, LANES // lanes)
-        while n_block % (vectors * lanes):
-            vectors //= 2
+        vectors = LANES // lanes
         per_block = reader.input.block // self._per_word
         at = [B.bind(first + T.min(index(r), rows - 1)) for r in range(R)]
         every = lanes_at(index(0), lanes)
-        with B.serial(index(n_block // (vectors * lanes))) as group:
-            column = B.bind(panel * n_block + group * (vectors * lanes))
+        with B.serial(index(n_block // LANES)) as tile:
+            column = B.bind(panel * n_block + tile * LANES)
             acc = B.alloc_buffer((R, vectors, lanes), "float32", scope="local")
             for r, v in product(range(R), range(vectors)):
                 B.buffer_store(acc, f32(0, lanes), [index(r), index(v), every])
@@ -183,8 +173,7 @@ class _Product:
         for first in range(0, count, _FIELDS // each):
             fields: list[Expr] = []
             for i in range(first, min(first + _FIELDS // each, count)):
-                if len(at) >= _AHEAD_ROWS:
-                    prefetch(codes, (place.tile, row + i + _AHEAD, index(0)))
+                prefetch(codes, (place.tile, row + i + _AHEAD, index(0)))
                 fields += map(named, reader.bytes(named(codes[place.tile, row + i, place.lanes])))
             for r, m in enumerate(at):
                 start = m * stride + (row + first) * each
