@@ -15,7 +15,8 @@ large as the cache.
 
 Engines and limits take turns, and wait between, so that no thread pool spins into another's turn; awake, as a
 core that has slept is slow for some milliseconds. A turn is two passes (one, where that takes long), of which
-the second counts. `us` is the median of all passes, `best` their best decile, `cpu` the median of the time on
+the second counts; up to 8 rows as much memory again is read between them, so that no weights are left in a
+cache. `us` is the median of all passes, `best` their best decile, `cpu` the median of the time on
 processors, all threads together, which on a shared machine is the fairest figure of one thread; `repeats` is
 by how much the medians of the repeats differ. For up to 8 rows the limit is reading memory (`GB/s` counts
 weights and scales), else the fused multiply-adds in float32, all on as many threads, measured in the same
@@ -102,10 +103,10 @@ def wait_awake(seconds: float) -> None:
 
 
 def time_turns(
-    runs: Sequence[Callable[[], object]], passes: int, seconds: float
+    runs: Sequence[Callable[[], object]], passes: int, seconds: float, evict: Callable[[], object]
 ) -> list[list[tuple[float, float]]]:
     """(wall, processor) seconds of passes of each, in turns: `passes`, or as many as fit into so many seconds
-    each, at least LEAST."""
+    each, at least LEAST. `evict` comes right before each."""
     times: list[list[tuple[float, float]]] = [[] for _ in runs]
     for turn in range(max(passes, LEAST)):
         for run, own in zip(runs, times, strict=True):
@@ -114,6 +115,7 @@ def time_turns(
             wait_awake(PAUSE_S)
             if not own or own[-1][0] < WARM_S:
                 run()
+            evict()
             start, cpu = time.perf_counter(), time.process_time()
             run()
             own.append((time.perf_counter() - start, time.process_time() - cpu))
@@ -135,6 +137,7 @@ def measure_group(
     problem: Problem,
     rows: Sequence[int],
     options: argparse.Namespace,
+    evict: Callable[[], object],
 ) -> list[Cell]:
     """All numbers of rows on the same chains; a repeat goes over all of them before the next begins."""
     K, N = problem.K, problem.N
@@ -151,7 +154,7 @@ def measure_group(
             runs = [c.bind(inputs[count]) for c in contenders] + [limit.run for limit in limits]
             for run in runs:
                 run()  # touches what is mapped, and wakes threads
-            found = time_turns(runs, options.passes, options.seconds)
+            found = time_turns(runs, options.passes, options.seconds, evict)
             for cell, times in zip(cells[count], found, strict=True):
                 cell.repeats.append([wall / cell.layers for wall, _ in times])
                 cell.cpu.extend(cpu / cell.layers for _, cpu in times)
@@ -170,7 +173,8 @@ def measure_shape(
                 continue
             problem = Problem(*shape, threads, (4 if few else 1) * options.cache)
             limits = [memory_limit(threads, 4 * options.cache)] if few else compute_limits(threads)
-            cells += measure_group(list(opened(engines, problem)), limits, problem, rows, options)
+            evict = memory_limit(threads, 4 * options.cache).run if few else lambda: None
+            cells += measure_group(list(opened(engines, problem)), limits, problem, rows, options, evict)
     return cells
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from qgraph.codegen import package
 from qgraph.codegen.compile import compile_variant
-from qgraph.codegen.digits import FEW_ROWS
+from qgraph.codegen.digits import FEW_ROWS, uses_digits
 from qgraph.codegen.dims import size
-from qgraph.codegen.isa import get_target
+from qgraph.codegen.isa import Isa, get_target
 from qgraph.codegen.lowering import Lowering, lower
 from qgraph.codegen.plan import Plan, make_plan
 from qgraph.codegen.spec import KernelSpec
@@ -106,27 +106,30 @@ class Artifact:
         package.write_path(path, self.tensors, self.metadata)
 
 
-def _layers(low: Lowering) -> list[LayerKernel]:
+def _layers(low: Lowering, isas: Sequence[Isa]) -> list[LayerKernel]:
     return [
         LayerKernel(
             node.name or "",
             node.op_type,
             step.spec.op,
-            _compute(node, step.spec),
+            _compute(node, step.spec, isas),
             sum(buffer.data.nbytes for buffer in step.weights),
         )
         for node, step in low.layers
     ]
 
 
-def _compute(node: ir.Node, spec: KernelSpec) -> str:
+def _compute(node: ir.Node, spec: KernelSpec, isas: Sequence[Isa]) -> str:
     kernel = spec.op
     if kernel.startswith("attention") and ("cache", "i8") in spec.params:
         return "float32 of keys and values stored as int8"
     source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
     rounded = _COMPUTE_ROUNDED.get((kernel, source.op_type)) if source is not None else None
-    digits = dict(spec.params).get("digits")
-    more = f"; of more than {FEW_ROWS} rows activations of {8 * digits} bits" if digits else ""
+    more, digits = "", dict(spec.params).get("digits")
+    if digits:
+        others = [isa.name for isa in isas if not uses_digits(isa, digits)]
+        more = f"; of more than {FEW_ROWS} rows activations of {8 * digits} bits"
+        more += f" ({', '.join(others)}: float32)" if others else ""
     return (rounded or _COMPUTE.get(kernel, "float32")) + more
 
 
@@ -188,7 +191,7 @@ def build_artifact(
     return Artifact(
         tensors,
         full,
-        _layers(low),
+        _layers(low, isas),
         [isa.name for isa in isas],
         {isa.name: t.data.nbytes for isa, t in zip(isas, code, strict=True)},
         plan,
