@@ -15,9 +15,9 @@ each. Of runs shorter than 0.1 s a round is the second of two, as cores are slow
 medians of all rounds, behind them best deciles, and the medians of the time on processors, all threads
 together, which on a shared machine is the fairest figure of one thread; `repeats` is by how much the medians
 of the repeats differ. `load` and `first` are seconds from the call that opens the file, read before, to the
-model, and to its first result (a run of 1 x 16, a token); imports are not in them. `memory` is by how much the
-process's peak (VmHWM) grew from before the load to the end, mapped files included, and of a decoder `of file`
-that by the file and its cache.
+model, and to its first result (a run of 1 x 16, a token); imports are not in them. `memory` is by how much
+the process's peak (VmHWM) grew from before the load to the end, mapped files included, and of a decoder `of
+file` that by the file and its cache.
 
 llama.cpp is run by its llama-bench on the GGUF files given, a repeat each: between the others' turns, not
 beside them.
