@@ -50,7 +50,7 @@ from matmul_engines import PEERS, AbsentError, Contender, Engine, Problem, QGrap
 from qgraph.schemes import COMPUTES, SCHEMES
 
 FEW = 8  # rows up to which reading the weights is the limit
-PAUSE_S = 0.03  # longer than thread pools spin after a run
+PAUSE_S = 0.05  # longer than thread pools spin after a run
 WARM_S = 0.1  # a pass that takes as long does not need one before it
 TIMES = ("median", "best", "cpu_median")  # of a cell
 LEAST = 3  # passes of a contender, however long they take

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kernels import names, numbers, recipes
+from kernels import PAUSE_S, names, numbers, recipes
 from llama_shapes import SHAPES, LlamaShape, export
 from machine import Neighbours, description
 
@@ -218,6 +218,7 @@ def take_turns(
     for turn in range(rounds + 1):
         for own, worker in zip(times, workers, strict=True):
             for task, order in orders.items():
+                time.sleep(PAUSE_S)  # else threads of the one before still spin
                 answered = worker.ask(*order)
                 if turn:
                     own[task] += answered
