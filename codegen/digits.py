@@ -12,8 +12,6 @@ from qgraph.codegen.spec import KernelSpec
 DIGITS = 3  # signed bytes, the most significant first: as accurate as float32
 FEW_ROWS = 8  # that products have DIGITS of, whatever is asked for: time goes by the weights then
 COMPUTE_DIGITS = {"int16": 2, "int8": 1}  # of more rows, by `compute`; `f32` has DIGITS of all
-# How an ISA multiplies bytes -> numbers of digits fewer than DIGITS that are faster than what it does else.
-_FASTER = {"vnni": (1, 2), "maddubs": (1,), "widen": ()}
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def digit_rows(weight_format: str, packing: str, k: int, block: int = 0) -> Digi
 
 def uses_digits(isa: Isa, digits: int) -> bool:
     """Whether so many digits, fewer than DIGITS, are used for more than FEW_ROWS rows; else DIGITS are."""
-    return digits in _FASTER[isa.dot]
+    return any(COMPUTE_DIGITS[compute] == digits for compute in isa.computes)
 
 
 def many_digits(spec: KernelSpec, isa: Isa) -> int:

@@ -183,7 +183,6 @@ class CompileConfig:
         ]
 
     def _check_compute(self, schemes: list[Scheme]) -> None:
-        from qgraph.codegen.digits import COMPUTE_DIGITS, uses_digits
         from qgraph.codegen.isa import get_target
 
         if self.compute == "f32":
@@ -193,7 +192,7 @@ class CompileConfig:
                 f"compute '{self.compute}' is for float activations, and scheme '{schemes[0].name}' rounds "
                 "them itself"
             )
-        if not any(uses_digits(isa, COMPUTE_DIGITS[self.compute]) for isa in get_target(self.target)):
+        if not any(self.compute in isa.computes for isa in get_target(self.target)):
             raise UsageError(f"compute '{self.compute}': {self.target} has no kernels for it; choose f32")
 
     def _check_transforms(self, schemes: list[Scheme]) -> None:

@@ -371,6 +371,7 @@ def _build(run: _Run, lowbit: Path) -> Mapping[str, str]:
 
 def _verify(run: _Run, lowbit: Path) -> None:
     """Run artifact and low-bit file on the same inputs and compare."""
+    from qgraph.codegen.digits import FEW_ROWS
     from qgraph.codegen.isa import get_target
     from qgraph.evaluate.verify import Verification, verify
     from qgraph.runtime.build import library
@@ -399,6 +400,7 @@ def _verify(run: _Run, lowbit: Path) -> None:
                     exposed=exposed,
                     roundings=roundings,
                     compute=config.compute,
+                    exact_rows=FEW_ROWS,
                     threads=config.threads,
                     seed=config.seed,
                     on_case=run.stepped,

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qgraph.codegen.digits import FEW_ROWS
 from qgraph.errors import BudgetError, InputError
 from qgraph.evaluate.compare import Difference, compare, difference
 from qgraph.evaluate.runners import ReferenceRunner
@@ -171,13 +170,15 @@ def verify(
     seed: int = 0,
     limit: float = REL_ERROR_LIMIT,
     compute: str = "f32",
+    exact_rows: int = 0,
     on_case: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Verification:
     """Run both files on inputs of several sizes and compare all outputs.
 
-    `exposed` and `roundings` are as in `Reference`; `compute` is that of the artifact. Raises BudgetError,
-    naming output and dims, when one differs by more than `limit` (relative, Frobenius norm), or by what
-    ROUNDED_LIMITS allows to inputs of many rows, or a rounding in any bit.
+    `exposed` and `roundings` are as in `Reference`; `compute` is that of the artifact, `exact_rows` how many
+    rows it leaves alone. Raises BudgetError, naming output and dims, when one differs by more than `limit`
+    (relative, Frobenius norm), or by what ROUNDED_LIMITS allows to inputs of more rows, or a rounding in any
+    bit.
     """
     from qgraph.runtime import load
 
@@ -185,7 +186,7 @@ def verify(
     reference = Reference(
         lowbit, exposed=exposed, roundings=roundings, cache=artifact_cache(model), threads=threads
     )
-    checks = _Checks(model, reference, seed, limit, ROUNDED_LIMITS.get(compute, limit))
+    checks = _Checks(model, reference, seed, (limit, ROUNDED_LIMITS.get(compute, limit)), exact_rows)
     texts = _texts(model) if model.has_state else [[dims] for dims in _cases(model)]
     total = sum(map(len, texts))
     for text in texts:
@@ -202,10 +203,15 @@ class _Checks:
     """Runs a model beside its reference, step by step."""
 
     def __init__(
-        self, model: Model, reference: Reference, seed: int, limit: float, rounded_limit: float
+        self,
+        model: Model,
+        reference: Reference,
+        seed: int,
+        limits: tuple[float, float],  # of exact rows, and where there have been more
+        exact_rows: int,
     ) -> None:
         self._model, self._reference, self._seed = model, reference, seed
-        self._limit, self._rounded_limit, self._rounded = limit, rounded_limit, False
+        self._limits, self._exact_rows, self._rounded = limits, exact_rows, False
         self._session = model.session()
         self._inputs, self._ranges = input_specs(model), artifact_ranges(model)
         self._shortened = [d.name for d in model.dims if d.kind == "option"]
@@ -229,8 +235,8 @@ class _Checks:
         for option in self._shortened:
             errors |= self._last_alone(option, feeds, got, held)
         # A cache remembers. No product has more rows than an input has elements.
-        self._rounded |= max(array.size for array in feeds.values()) > FEW_ROWS
-        limit = self._rounded_limit if self._rounded else self._limit
+        self._rounded |= max(array.size for array in feeds.values()) > self._exact_rows
+        limit = self._limits[self._rounded]
         self.comparisons.append(Comparison(dims, errors, limit))
         for name, error in errors.items():
             if not error <= limit:
