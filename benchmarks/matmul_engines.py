@@ -19,7 +19,7 @@ from matmul_chain import X, Y, bits_chain, chain, one_layer
 
 import qgraph
 from qgraph.codegen.digits import FEW_ROWS
-from qgraph.schemes import SCHEMES
+from qgraph.schemes import COMPUTES, SCHEMES
 
 F32 = "float32"
 
@@ -67,7 +67,8 @@ class QGraph:
     """
 
     def __init__(self, recipe: str, work: Path) -> None:
-        self.scheme, _, self._compute = recipe.partition("/")
+        self.scheme, _, compute = recipe.partition("/")
+        self._compute = compute or COMPUTES[0]
         self.name, self._stem, self._work = f"qgraph {recipe}", recipe.replace("/", "-"), work
 
     def __call__(self, problem: Problem) -> Contender:
@@ -78,7 +79,7 @@ class QGraph:
             return lambda: session.run({X: x})
 
         activations = SCHEMES[self.scheme].activation_format or F32
-        if self._compute:
+        if self._compute != COMPUTES[0]:
             activations = f"{self._compute} from {FEW_ROWS + 1} rows on"
         return Contender(self.name, layers, nbytes, activations, bind)
 
@@ -90,7 +91,7 @@ class QGraph:
         stem = one.with_name(f"{one.stem}-{layers}")
         if not stem.with_suffix(".qg").is_file():
             longer = chain(one, layers, stem.with_suffix(".chain.onnx"))
-            qgraph.build(longer, output=stem, verify=False, compute=self._compute or "f32")
+            qgraph.build(longer, output=stem, verify=False, compute=self._compute)
             longer.unlink()
         return stem.with_suffix(".qg"), layers, nbytes
 
@@ -101,8 +102,8 @@ class QGraph:
         if not stem.with_suffix(".qg").is_file():
             source = one_layer(problem.K, problem.N, self._work / f"{shape}.onnx")
             solver = {"solver": "rtn"} if SCHEMES[self.scheme].solvers else {}
-            compute = {"compute": self._compute or "f32"}
-            qgraph.compile(source, scheme=self.scheme, output=stem, verify=False, **compute, **solver)
+            options = {"compute": self._compute, "verify": False, **solver}
+            qgraph.compile(source, scheme=self.scheme, output=stem, **options)
             source.unlink()
         return stem.with_suffix(".onnx")
 

@@ -77,8 +77,8 @@ class DigitProduct:
     """Emits products of rows.
 
     Attributes:
-        most: rows of a chunk that are done this way, at most; 0 where the ISA has no use for it. Of fewer
-            than three digits, any number.
+        most: rows of a chunk that are done this way with three digits, at most; 0 where the ISA has no use
+            for it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class DigitProduct:
         self._offset = FORMATS[weight_format].offset
         self._per_block = reader.input.block // (4 * reader.input.fields)  # words
         self._digits, self._chunk = rows.digits, _ROWS[rows.digits]
-        self.most = _MOST[isa.dot] if rows.digits == DIGITS else max(_MOST.values())
+        self.most = _MOST[isa.dot]
 
     def is_split(self, X: Any, row: Expr) -> Expr:
         """Whether the digits of a row, of the flat buffer X of digits, are what it is."""

@@ -39,7 +39,7 @@ _ROWS = {16: 8, 8: 4, 4: 4}
 _UNROLLED = 4  # words of a block that are unrolled
 _FIELDS = 4  # vectors of weights that all rows are multiplied by before the next are unpacked
 # Words, of 16 columns 64 bytes, that are asked for ahead: a page, beyond which the hardware does not look by
-# itself. Half as many, or twice, read 5 to 10 % less a second.
+# itself. Half as many read a tenth less a second, twice as many the same or a little less.
 _AHEAD = 64
 
 
