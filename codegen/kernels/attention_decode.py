@@ -45,7 +45,7 @@ _VECTORS = 4  # of a value, summed at a time
 _AHEAD = 4096  # bytes: what is prefetched of the keys; the hardware sees their pattern only in part
 _LINE = 64
 _MASK_DTYPE = {"bool": "uint8", "f32": "float32"}
-_STATS = 2  # of a part: its maximum score, and its sum of weights
+STATS = 2  # of a part: its maximum score, and its sum of weights
 
 
 @kernel("attention_decode")
@@ -171,7 +171,7 @@ def attention_decode(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
                 B.buffer_store(S, s, [at])
             old = named(stats[r * 3])
             new = named(T.max(reduce_lanes(T.max, named(top[whole])), old))
-            held = named(_finite(new))
+            held = named(finite(new))
             corr = named(vexp_nonpositive(old - held))
             B.buffer_store(stats, new, [r * 3])
             B.buffer_store(stats, corr, [r * 3 + 2])
@@ -269,9 +269,9 @@ def attention_decode(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
                     total = named(stats[r * 3 + 1])
                     with B.If(n["C"] == 1):
                         with B.Then():
-                            _write(p["y"], at, A, r * Dvp, vectors(Dv), named(_inverse(total)), L)
+                            _write(p["y"], at, A, r * Dvp, vectors(Dv), named(inverse(total)), L)
                         with B.Else():
-                            own = B.bind((block * G + (head(r) - i_h * G)) * (Dv + _STATS))
+                            own = B.bind((block * G + (head(r) - i_h * G)) * (Dv + STATS))
                             _write(p["part"], own, A, r * Dvp, vectors(Dv), splat(1, "float32", 1), L)
                             B.buffer_store(p["part"], stats[r * 3], [own + Dv])
                             B.buffer_store(p["part"], total, [own + (Dv + 1)])
@@ -294,15 +294,15 @@ def attention_merge(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
         with B.serial(n["begin"], n["end"]) as block:
             g, group = B.bind(T.truncmod(block, index(G))), B.bind(T.truncdiv(block, index(G)))
             i_b, i_h = B.bind(T.truncdiv(group, n["Hkv"])), B.bind(T.truncmod(group, n["Hkv"]))
-            first_part = B.bind((group * n["C"] * G + g) * (Dv + _STATS))
-            step = G * (Dv + _STATS)
+            first_part = B.bind((group * n["C"] * G + g) * (Dv + STATS))
+            step = G * (Dv + STATS)
             B.buffer_store(best, splat(-math.inf, "float32", 1), [index(0)])
             B.buffer_store(best, splat(0, "float32", 1), [index(1)])
             for start, _ in starts:
                 B.buffer_store(A, splat(0, "float32", L), [lanes_at(index(start), L)])
             with B.serial(n["C"]) as c:
                 B.buffer_store(best, T.max(part[first_part + c * step + Dv], best[index(0)]), [index(0)])
-            top = named(_finite(best[index(0)]))
+            top = named(finite(best[index(0)]))
             with B.serial(n["C"]) as c:
                 own = B.bind(first_part + c * step)
                 share = named(vexp_nonpositive(part[own + Dv] - top))
@@ -312,7 +312,7 @@ def attention_merge(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
                     to = [lanes_at(index(start), L)]
                     B.buffer_store(A, A[to] + T.broadcast(share, L) * load(part, own + start, L, left), to)
             at = B.bind(i_b * n["ys_b"] + (i_h * G + g) * n["ys_h"])
-            _write(y, at, A, index(0), starts, named(_inverse(best[index(1)])), L)
+            _write(y, at, A, index(0), starts, named(inverse(best[index(1)])), L)
     return f.result
 
 
@@ -360,12 +360,12 @@ def _write(
         store(to, value, at + offset, None if count is None else index(count))
 
 
-def _finite(m: Expr) -> Expr:
+def finite(m: Expr) -> Expr:
     """A maximum that exponents can be taken against: 0 where nothing was above -inf."""
     return T.Select(m == const_like(m, -math.inf), const_like(m, 0.0), m)
 
 
-def _inverse(total: Expr) -> Expr:
+def inverse(total: Expr) -> Expr:
     """1 / sum of weights; of no weights, 1: the outputs are zeros already."""
     one = const_like(total, 1.0)
     return one / T.Select(total == const_like(total, 0.0), one, total)

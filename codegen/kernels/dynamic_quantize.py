@@ -28,7 +28,7 @@ _EXPONENT = 0x7F800000
 _E4M3_MIN_NORMAL = 2.0**-6
 
 
-def _magnitude_bits(x: Expr) -> Expr:
+def magnitude_bits(x: Expr) -> Expr:
     """|x| as int32 bits. These order as the magnitudes do, NaN above infinity, so that an integer maximum
     keeps a NaN."""
     bits = bits_as(x, "int32")
@@ -92,9 +92,9 @@ def dynamic_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
                     named(load(x, i, lanes) if c is None else load_first(x, i, c, lanes))
                     for i, c in zip(at, left, strict=True)
                 ]
-                largest = named(_magnitude_bits(parts[0]))
+                largest = named(magnitude_bits(parts[0]))
                 for part in parts[1:]:
-                    largest = named(T.max(largest, _magnitude_bits(part)))
+                    largest = named(T.max(largest, magnitude_bits(part)))
                 amax = named(bits_as(reduce_lanes(T.max, largest), "float32"))
                 scale = named(round_e4m3(amax / top) * a)
                 s = named(T.broadcast(scale, lanes))
@@ -124,7 +124,7 @@ def dynamic_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
 
             def finish(start: Expr, count: Expr | None) -> None:
                 wide = T.broadcast(s, lanes)
-                q = _round_even(load(x, base + start, lanes, count) / wide)
+                q = round_even(load(x, base + start, lanes, count) / wide)
                 store(y, q * wide, base + start, count)
 
             each_vector(n, lanes, finish)
@@ -163,14 +163,20 @@ def store_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
 
 def int8_scale(x: Any, base: Expr, n: Expr, lanes: int) -> Expr:
     """max(max|row| / 127, 2^-126) of the row of n elements at `base`; NaN where an element is."""
+    return int8_scale_of(
+        accumulate(
+            n,
+            splat(0, "int32", lanes),
+            T.max,
+            lambda start, count: magnitude_bits(named(load(x, base + start, lanes, count))),
+        )
+    )
+
+
+def int8_scale_of(largest: Expr) -> Expr:
+    """The same of the bits of a row's largest magnitude."""
     # Named, or TVM's simplifier would multiply by 1 / 127 in place of the division.
     top = named(splat(INT8_MAX, "float32", 1))
-    largest = accumulate(
-        n,
-        splat(0, "int32", lanes),
-        T.max,
-        lambda start, count: _magnitude_bits(named(load(x, base + start, lanes, count))),
-    )
     ratio = named(named(bits_as(largest, "float32")) / top)
     # A maximum that keeps NaN: TIR's gives its second operand when unordered.
     return named(T.max(splat(SMALLEST_NORMAL, "float32", 1), ratio))
@@ -178,11 +184,11 @@ def int8_scale(x: Any, base: Expr, n: Expr, lanes: int) -> Expr:
 
 def int8_codes(x: Expr, scale: Expr) -> Expr:
     """round(x / scale), a NaN as 0: float32 in -127 .. 127, as `scale` is that of the row."""
-    q = named(_round_even(x / scale))
-    bits = named(_magnitude_bits(q))
+    q = named(round_even(x / scale))
+    bits = named(magnitude_bits(q))
     return named(T.Select(bits > const_like(bits, _EXPONENT), const_like(q, 0.0), q))
 
 
-def _round_even(x: Expr) -> Expr:
+def round_even(x: Expr) -> Expr:
     """The nearest integer, ties to even; a zero keeps its sign."""
     return named(T.nearbyint(named(x)))

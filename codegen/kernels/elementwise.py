@@ -49,7 +49,7 @@ class _Operand:
             B.buffer_store(self.buffer, value, [self.row + j * self.inner_stride])
 
 
-class _Expression:
+class Expression:
     """Emits an expression tree, each distinct node once, at `lanes` elements from element j of the current
     row.
     """
@@ -152,7 +152,7 @@ def elementwise(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
             def load(i: int) -> Value:
                 return ops.from_memory(inputs[i].dtype, inputs[i].load(j, lanes, count))
 
-            result = _Expression(load, index, [f.scalars[a] for a in args], j, lanes).value(spec["expr"])
+            result = Expression(load, index, [f.scalars[a] for a in args], j, lanes).value(spec["expr"])
             if result.dtype != out.dtype:
                 raise UnsupportedError(
                     f"elementwise kernel: the expression is {result.dtype}, the output {out.dtype}: cast it"

@@ -22,7 +22,7 @@ from qgraph.codegen.packing import GROUP, WORD
 from qgraph.codegen.spec import KernelSpec
 
 
-def _pointers(spec: KernelSpec) -> list[tuple[str, str]]:
+def gather_pointers(spec: KernelSpec) -> list[tuple[str, str]]:
     data = STORAGE[spec["dtype"]]
     return [("y", data), ("data", data), ("indices", STORAGE[spec["index"]]), ("status", "int32")]
 
@@ -68,7 +68,7 @@ def gather(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     Arguments: y [outer, m, inner], data [outer, n, inner], indices [m], status i32 [1], n, m, inner.
     Block: 1 of outer * m.
     """
-    with function(symbol, _pointers(spec), ["n", "m", "inner"]) as f:
+    with function(symbol, gather_pointers(spec), ["n", "m", "inner"]) as f:
         n, m, inner = (f.scalars[name] for name in ("n", "m", "inner"))
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
             position, in_range = position_of(f, T.truncmod(row, m), n)
@@ -85,7 +85,7 @@ def gather_nd(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     [1], m, inner, d0, .., d{k-1}. Block: 1 of batch * m.
     """
     k = spec["k"]
-    with function(symbol, _pointers(spec), ["m", "inner", *(f"d{t}" for t in range(k))]) as f:
+    with function(symbol, gather_pointers(spec), ["m", "inner", *(f"d{t}" for t in range(k))]) as f:
         m, inner = f.scalars["m"], f.scalars["inner"]
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
             source, in_range = B.bind(T.truncdiv(row, m)), None

@@ -20,12 +20,13 @@ from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import UnsupportedError
 
 
-def _first_nan(either: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
+def first_nan(either: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
+    """TIR's min or max, so that it keeps a NaN."""
     # TIR's min and max give their second operand when unordered: keep a NaN in the first.
     return lambda a, b: T.Select(is_nan(a), a, either(a, b))
 
 
-def _range(dtype: str) -> tuple[int | float, int | float]:
+def bounds_of(dtype: str) -> tuple[int | float, int | float]:
     """Smallest and largest value; of floats, the infinities."""
     if dtype == "f32":
         return -math.inf, math.inf
@@ -33,6 +34,13 @@ def _range(dtype: str) -> tuple[int | float, int | float]:
         return 0, 255
     bits = int(dtype[1:])
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def check_reduce(op: str, dtype: str) -> None:
+    """UnsupportedError for what `reduce` does not do."""
+    ok = {"f32": True, "i64": op != "l2", "i32": op != "l2"}.get(dtype, op in ("max", "min"))
+    if not ok or dtype not in STORAGE:
+        raise UnsupportedError(f"reduce kernel: no '{op}' of {dtype}")
 
 
 @kernel("reduce")
@@ -47,16 +55,14 @@ def reduce(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     is fixed by n and inner.
     """
     op, dtype = spec["op"], spec["dtype"]
-    ok = {"f32": True, "i64": op != "l2", "i32": op != "l2"}.get(dtype, op in ("max", "min"))
-    if not ok or dtype not in STORAGE:
-        raise UnsupportedError(f"reduce kernel: no '{op}' of {dtype}")
+    check_reduce(op, dtype)
     floating, element, lanes = dtype == "f32", STORAGE[dtype], isa.lanes
-    lowest, highest = _range(dtype)
+    lowest, highest = bounds_of(dtype)
     neutral = {"max": lowest, "min": highest, "prod": 1}.get(op, 0)
     init = splat(neutral, element, lanes)
     combine: Callable[[Expr, Expr], Expr] = {
-        "max": _first_nan(T.max) if floating else T.max,
-        "min": _first_nan(T.min) if floating else T.min,
+        "max": first_nan(T.max) if floating else T.max,
+        "min": first_nan(T.min) if floating else T.min,
         "prod": lambda a, b: a * b,
     }.get(op, lambda a, b: a + b)
 

@@ -1,0 +1,27 @@
+"""What is done to a finished sum of a product: bias, residual, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qgraph.codegen.cuda.kernels.frame import Frame
+from qgraph.codegen.kernels.epilogue import ACTIVATIONS
+from qgraph.codegen.kernels.vmath import Expr, named
+
+
+def epilogue_pointers(epilogue: Sequence[str]) -> list[tuple[str, str]]:
+    """The operands of an epilogue, in the order that kernels take them."""
+    return [(name, "float32") for name in ("bias", "residual") if name in epilogue]
+
+
+def finished(f: Frame, value: Expr, row: Expr, column: Expr, n: int, epilogue: Sequence[str]) -> Expr:
+    """The result at (row, column) of [M, n], of its sum."""
+    for name in epilogue:
+        value = named(value)
+        if name == "bias":
+            value = value + f.buffers["bias"][column]
+        elif name == "residual":
+            value = value + f.buffers["residual"][row * n + column]
+        else:
+            value = ACTIVATIONS[name](value)
+    return value

@@ -1,0 +1,153 @@
+// Device functions of qgraph's kernels: what TIR has no word for. Nothing is included: every compiler of CUDA C++
+// takes this text as it is. With QG_EMULATED the primitives come from whoever runs it on a CPU.
+#define int64_t long long
+#define int8_t signed char
+#define uint unsigned int
+#define uchar unsigned char
+#define ushort unsigned short
+
+#ifndef QG_EMULATED
+#define QG_DEVICE static __device__ __forceinline__
+#define QG_MEMBER static __device__ __forceinline__
+#define CUDART_INF_F __int_as_float(0x7f800000)
+#define CUDART_NAN_F __int_as_float(0x7fffffff)
+
+// {lo, hi} as bfloat16, to nearest even; lo in the low half.
+QG_DEVICE uint qg_bf16x2(float lo, float hi) {
+  uint r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+
+QG_DEVICE float qg_f16_to_float(ushort x) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
+  return r;
+}
+
+// d += a b for a 16 x 16 and b 16 x 8, bfloat16, in the fragments that mma.m16n8k16 has.
+QG_DEVICE void qg_mma_bf16(float* d, const uint* a, uint b0, uint b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+// Four elements at once; both addresses are multiples of their size together.
+QG_DEVICE void qg_copy4(uint* to, const uint* from) { *(uint4*)to = *(const uint4*)from; }
+QG_DEVICE void qg_copy4(float* to, const float* from) { *(float4*)to = *(const float4*)from; }
+QG_DEVICE void qg_copy4(ushort* to, const ushort* from) { *(uint2*)to = *(const uint2*)from; }
+QG_DEVICE void qg_copy4(uchar* to, const uchar* from) { *(uint*)to = *(const uint*)from; }
+QG_DEVICE void qg_copy4(int8_t* to, const int8_t* from) { *(uint*)to = *(const uint*)from; }
+
+template <class T>
+QG_DEVICE T qg_keep(T x) {
+  return x;
+}
+
+// The bfloat16 nearest to a number (of the very largest the next one toward zero, which is finite), and what is left
+// of the number: an infinity has no rest.
+QG_DEVICE float qg_head(float x) {
+  uint bits = *(uint*)&x;
+  if ((bits & 0x7f800000u) < 0x7f000000u) bits += 0x8000u;
+  bits &= 0xffff0000u;
+  return *(float*)&bits;
+}
+QG_DEVICE float qg_rest(float x, float head) { return x == head ? 0.0f : x - head; }
+
+// Saturating; of a NaN, 0.
+QG_DEVICE int qg_to_int32(float x) { return __float2int_rz(x); }
+QG_DEVICE int64_t qg_to_int64(float x) { return x != x ? 0 : __float2ll_rz(x); }
+
+// Code j of 32 codes of 3 bits in three words (layout n16b3).
+QG_DEVICE uint qg_three(uint w0, uint w1, uint w2, int j) {
+  if (j == 30) return (w0 >> 30 ^ w1 >> 29) & 7;
+  if (j == 31) return (w2 >> 30 ^ w1 >> 28) & 7;
+  return (j < 10 ? w0 : j < 20 ? w1 : w2) >> (3 * (j % 10)) & 7;
+}
+
+// Digit j, from the first of three bytes on, of five digits a byte (layout n16t5): -1, 0 or 1.
+QG_DEVICE float qg_trit(int b0, int b1, int b2, int j) {
+  int place = j % 5, digits = (j < 5 ? b0 : j < 10 ? b1 : b2) + 121;
+  int power = place == 0 ? 81 : place == 1 ? 27 : place == 2 ? 9 : place == 3 ? 3 : 1;
+  return float(digits / power % 3 - 1);
+}
+
+// TIR's: the second operand where they are unordered.
+template <class T>
+QG_DEVICE T qg_max(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+QG_DEVICE T qg_min(T a, T b) {
+  return a < b ? a : b;
+}
+
+// Reductions of a block's threads, in an order that is always the same. `scratch` has an element for each warp.
+struct QgSum {
+  template <class T>
+  QG_MEMBER T of(T a, T b) {
+    return a + b;
+  }
+};
+struct QgProd {
+  template <class T>
+  QG_MEMBER T of(T a, T b) {
+    return a * b;
+  }
+};
+struct QgMax {  // keeps a NaN
+  template <class T>
+  QG_MEMBER T of(T a, T b) {
+    return a != a ? a : a > b ? a : b;
+  }
+};
+struct QgMin {
+  template <class T>
+  QG_MEMBER T of(T a, T b) {
+    return a != a ? a : a < b ? a : b;
+  }
+};
+
+template <class Op, class T>
+QG_DEVICE T qg_warp_reduce(T v) {
+  for (int step = 16; step > 0; step >>= 1) v = Op::of(v, __shfl_xor_sync(0xffffffffu, v, step));
+  return v;
+}
+
+template <class Op, class T>
+QG_DEVICE T qg_block_reduce(T v, T* scratch) {
+  v = qg_warp_reduce<Op>(v);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = scratch[0];
+  for (int warp = 1; warp < int(blockDim.x / 32); ++warp) v = Op::of(v, scratch[warp]);
+  return v;
+}
+
+// The same for reductions of a part of a warp: lanes that differ in the bits of `mask` alone.
+template <class T>
+QG_DEVICE T qg_lanes_sum(T v, int mask) {
+  for (int step = 16; step > 0; step >>= 1)
+    if (mask & step) v = v + __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}
+
+template <class T>
+QG_DEVICE T qg_lanes_max(T v, int mask) {
+  for (int step = 16; step > 0; step >>= 1)
+    if (mask & step) v = QgMax::of(v, __shfl_xor_sync(0xffffffffu, v, step));
+  return v;
+}
+
+#define qg_block_sum qg_block_reduce<QgSum>
+#define qg_block_prod qg_block_reduce<QgProd>
+#define qg_block_max qg_block_reduce<QgMax>
+#define qg_block_min qg_block_reduce<QgMin>
+#define qg_warp_sum qg_warp_reduce<QgSum>
+#define qg_warp_max qg_warp_reduce<QgMax>
+#define max qg_max
+#define min qg_min
+
