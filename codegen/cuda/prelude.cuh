@@ -11,6 +11,8 @@
 #define QG_MEMBER static __device__ __forceinline__
 #define CUDART_INF_F __int_as_float(0x7f800000)
 #define CUDART_NAN_F __int_as_float(0x7fffffff)
+#define CUDART_INF __longlong_as_double(0x7ff0000000000000ll)
+#define CUDART_NAN __longlong_as_double(0x7fffffffffffffffll)
 
 // {lo, hi} as bfloat16, to nearest even; lo in the low half.
 QG_DEVICE uint qg_bf16x2(float lo, float hi) {

@@ -44,10 +44,16 @@ def _teach_tvm() -> None:
 
     for op in ("tirx.call_llvm_intrin", "tirx.call_llvm_pure_intrin"):
         tirx.register_intrin_lowering(op, target="cuda", f=lower, level=99)
-    for op, function in (("tirx.fma", "fmaf"), ("tirx.nearbyint", "rintf")):
-        tirx.register_intrin_lowering(
-            op, target="cuda", f=lambda c, name=function: tirx.call_pure_extern(c.ty.dtype, name, *c.args), level=99
-        )
+
+    def function(name: str) -> Any:
+        def lower(call: Any) -> Any:
+            suffix = {"float32": "f", "float64": ""}[str(call.ty.dtype)]
+            return tirx.call_pure_extern(call.ty.dtype, name + suffix, *call.args)
+
+        return lower
+
+    for op, name in (("tirx.fma", "fma"), ("tirx.nearbyint", "rint")):
+        tirx.register_intrin_lowering(op, target="cuda", f=function(name), level=99)
 
 
 def cuda_text(functions: dict[str, Any]) -> str:

@@ -190,10 +190,12 @@ inline uint32_t to_bf16(float value) {
 #define blockIdx emulation::block_index
 #define blockDim emulation::block_size
 #define gridDim emulation::grid_size
-#define __syncthreads emulation::sync_block
-#define __syncwarp emulation::sync_warp
+#define __syncthreads() emulation::sync_block()
+#define __syncwarp() emulation::sync_warp()
 #define CUDART_INF_F INFINITY
 #define CUDART_NAN_F NAN
+#define CUDART_INF static_cast<double>(INFINITY)
+#define CUDART_NAN static_cast<double>(NAN)
 
 using uint4 = emulation::Vector4;
 struct __attribute__((aligned(16))) float4 {

@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as B
 from tvm.tirx import EQ, NE
 
 from qgraph.codegen.cuda.kernels import CudaKernel, kernel
-from qgraph.codegen.cuda.kernels.frame import call, device_function, sync
+from qgraph.codegen.cuda.kernels.frame import call, device_function, sync, sync_warp
 from qgraph.codegen.kernels.attention_decode import finite, inverse
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vmath import Expr, convert, named, vexp_nonpositive, vtanh
@@ -159,7 +159,7 @@ def attention(spec: KernelSpec, symbol: str) -> CudaKernel:
                 B.buffer_store(Ps, weight, [mine * (keys + 1) + part + c * _SHARERS])
                 total = named(total + weight)
             B.buffer_store(stats, T.fma(stats[1], corr, total), [1])
-            B.evaluate(T.tvm_storage_sync("warp"))
+            sync_warp()
             for c in range(outs):
                 B.buffer_store(O, O[c] * corr, [c])
             # Keys that nobody may attend weigh nothing, whatever their values: these are not read.

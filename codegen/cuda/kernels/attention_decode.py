@@ -141,11 +141,12 @@ def attention_decode(spec: KernelSpec, symbol: str) -> CudaKernel:
                     with B.Else():
                         at = (f.block * G + g0 + r) * (Dv + STATS)
                         B.buffer_store(p["part"], out[0], [at + d])
-                        with B.If(d < index(STATS)), B.Then():
-                            stat = stats[T.Cast("int32", r) * STATS + T.Cast("int32", d)]
-                            B.buffer_store(p["part"], stat, [at + Dv + d])
 
             strided(f, index(R * Dv), output)
+            with B.If(T.And(n["C"] > index(1), f.thread < R * STATS)), B.Then():
+                r, which = T.truncdiv(f.thread, STATS), T.truncmod(f.thread, STATS)
+                at = (f.block * G + g0 + T.Cast("int64", r)) * (Dv + STATS) + Dv + T.Cast("int64", which)
+                B.buffer_store(p["part"], stats[f.thread], [at])
 
         for g0 in range(0, G, _HEADS):
             heads(g0, min(_HEADS, G - g0))

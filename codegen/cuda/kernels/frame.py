@@ -72,6 +72,11 @@ def sync() -> None:
     B.evaluate(T.tvm_storage_sync("shared"))
 
 
+def sync_warp() -> None:
+    """Wait for all threads of the warp. (TVM's own storage sync of a warp emits nothing for CUDA.)"""
+    do("__syncwarp")
+
+
 @contextmanager
 def device_function(
     symbol: str, pointers: Sequence[tuple[str, str]], scalars: Sequence[str], threads: int

@@ -71,7 +71,8 @@ def _element(buffer: Any, at: Expr, inside: Expr, to: Any, place: Expr) -> None:
 @kernel("matmul_dynamic")
 def matmul_dynamic(spec: KernelSpec, symbol: str) -> CudaKernel:
     """m_block and n_block are CUDA_TILE."""
-    scalars = ["M", "K", "N", "B1", "as0", "as1", "asm", "ask", "bs0", "bs1", "bsk", "bsn", "ys0", "ys1", "ysm"]
+    scalars = ["M", "K", "N", "B1", "as_0", "as_1", "as_m", "as_k"]
+    scalars += ["bs_0", "bs_1", "bs_k", "bs_n", "ys_0", "ys_1", "ys_m"]
     with device_function(symbol, [(n, "float32") for n in "yab"], scalars, _THREADS) as f:
         s, y, a, b = f.scalars, f.buffers["y"], f.buffers["a"], f.buffers["b"]
         M, K, N = s["M"], s["K"], s["N"]
@@ -82,18 +83,18 @@ def matmul_dynamic(spec: KernelSpec, symbol: str) -> CudaKernel:
         m0 = B.bind(T.truncmod(rest, down) * CUDA_TILE)
         batch = B.bind(T.truncdiv(rest, down))
         i0, i1 = B.bind(T.truncdiv(batch, s["B1"])), B.bind(T.truncmod(batch, s["B1"]))
-        a0, b0 = B.bind(i0 * s["as0"] + i1 * s["as1"]), B.bind(i0 * s["bs0"] + i1 * s["bs1"])
-        y0 = B.bind(i0 * s["ys0"] + i1 * s["ys1"])
+        a0, b0 = B.bind(i0 * s["as_0"] + i1 * s["as_1"]), B.bind(i0 * s["bs_0"] + i1 * s["bs_1"])
+        y0 = B.bind(i0 * s["ys_0"] + i1 * s["ys_1"])
 
         def put(row: Expr, column: Expr, value: Expr) -> None:
             with B.If(T.And(row < M, column < N)), B.Then():
-                B.buffer_store(y, value, [y0 + row * s["ysm"] + column])
+                B.buffer_store(y, value, [y0 + row * s["ys_m"] + column])
 
         def from_a(row: Expr, k: Expr, to: Any, place: Expr) -> None:
-            _element(a, a0 + row * s["asm"] + k * s["ask"], T.And(row < M, k < K), to, place)
+            _element(a, a0 + row * s["as_m"] + k * s["as_k"], T.And(row < M, k < K), to, place)
 
         def from_b(k: Expr, column: Expr, to: Any, place: Expr) -> None:
-            _element(b, b0 + k * s["bsk"] + column * s["bsn"], T.And(column < N, k < K), to, place)
+            _element(b, b0 + k * s["bs_k"] + column * s["bs_n"], T.And(column < N, k < K), to, place)
 
         _tile_product(f, m0, n0, K, from_a, from_b, put)
     return CudaKernel(f.result, _THREADS)
