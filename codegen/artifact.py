@@ -6,17 +6,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from qgraph.codegen import package
 from qgraph.codegen.compile import compile_variant
+from qgraph.codegen.cuda.compile import compile_cuda
 from qgraph.codegen.digits import FEW_ROWS, uses_digits
 from qgraph.codegen.dims import size
-from qgraph.codegen.isa import Isa, get_target
+from qgraph.codegen.isa import Isa
 from qgraph.codegen.lowering import Lowering, lower
 from qgraph.codegen.plan import Plan, make_plan
 from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.targets import Target, parse_target
+from qgraph.errors import QGraphError
 
 # Kernels of quantized weights -> (bits, what the weights are).
 _WEIGHTS = {
@@ -54,6 +58,8 @@ _COMPUTE_ROUNDED = {
     ("matmul_f32", "DynamicQDQInt8"): "float32 of activations rounded to int8",
 }
 
+_ON_GPU = f"; on a GPU, more than {FEW_ROWS} rows as sums of bfloat16 numbers on tensor cores"
+
 
 @dataclass(frozen=True)
 class LayerKernel:
@@ -77,7 +83,8 @@ class Artifact:
         layers: the realised kernel of every matrix product, attention, norm and lookup.
         isas: names of the code variants, best first.
         code_bytes: size of each variant's code image.
-        plan: the plan, as written.
+        skipped: code variants that the compiler at hand cannot make, for GPUs it does not know.
+        plan: the plan, as written: that of the CPU where there is one.
     """
 
     tensors: list[package.Tensor]
@@ -85,6 +92,7 @@ class Artifact:
     layers: list[LayerKernel]
     isas: list[str]
     code_bytes: dict[str, int]
+    skipped: list[str]
     plan: Plan = field(repr=False)
 
     @property
@@ -106,20 +114,20 @@ class Artifact:
         package.write_path(path, self.tensors, self.metadata)
 
 
-def _layers(low: Lowering, isas: Sequence[Isa]) -> list[LayerKernel]:
+def _layers(low: Lowering, target: Target) -> list[LayerKernel]:
     return [
         LayerKernel(
             node.name or "",
             node.op_type,
             step.spec.op,
-            _compute(node, step.spec, isas),
+            _compute(node, step.spec, target),
             sum(buffer.data.nbytes for buffer in step.weights),
         )
         for node, step in low.layers
     ]
 
 
-def _compute(node: ir.Node, spec: KernelSpec, isas: Sequence[Isa]) -> str:
+def _compute(node: ir.Node, spec: KernelSpec, target: Target) -> str:
     kernel = spec.op
     if kernel.startswith("attention") and ("cache", "i8") in spec.params:
         return "float32 of keys and values stored as int8"
@@ -127,52 +135,49 @@ def _compute(node: ir.Node, spec: KernelSpec, isas: Sequence[Isa]) -> str:
     rounded = _COMPUTE_ROUNDED.get((kernel, source.op_type)) if source is not None else None
     more, digits = "", dict(spec.params).get("digits")
     if digits:
-        others = [isa.name for isa in isas if not uses_digits(isa, digits)]
+        others = [isa.name for isa in target.isas if not uses_digits(isa, digits)]
         more = f"; of more than {FEW_ROWS} rows activations of {8 * digits} bits"
         more += f" ({', '.join(others)}: float32)" if others else ""
+    if target.cuda and kernel in _WEIGHTS:
+        more += _ON_GPU
     return (rounded or _COMPUTE.get(kernel, "float32")) + more
 
 
-def build_artifact(
-    model: ir.Model,
-    *,
-    target: str = "x86_64-linux",
-    packing: str = "fast",
-    compute: str = "f32",
-    metadata: Mapping[str, str] | None = None,
-    on_kernel: Callable[[int, int, str], None] | None = None,
-) -> Artifact:
-    """Compile a prepared graph, float or low-bit.
+@dataclass
+class _Code:
+    """The code of one device: what it brings to the container, and to the report."""
 
-    Args:
-        model: what phase `prepare` (and `quantize`) left.
-        target: a key of `qgraph.codegen.isa.TARGETS`.
-        packing: `fast` | `small`, as of `lower`; compute: `f32` | `int16` | `int8`, likewise.
-        metadata: provenance, added to the container's `__metadata__`.
-        on_kernel: called with (done, total, symbol) before each kernel is compiled.
+    plan: Plan
+    low: Lowering
+    variants: list[dict[str, Any]]
+    images: dict[str, bytes]  # by name of the variant
+    skipped: list[str] = field(default_factory=list)
 
-    Raises:
-        UnsupportedError: an operator, data type or shape that has no kernel, named with its node.
-        UsageError: an unknown target, packing or compute.
-    """
-    isas = get_target(target)
-    low = lower(model.graph, packing, compute)
-    checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]
-    plan = make_plan(low, checks)
+    def tensors(self, name: str) -> list[package.Tensor]:
+        """The plan, under that name, and the code."""
+        document = json.dumps({**self.plan.document, "variants": self.variants}, separators=(",", ":"))
+        return [
+            package.raw_tensor(name, document.encode()),
+            *(package.raw_tensor(f"qgraph.code.{isa}", code) for isa, code in self.images.items()),
+        ]
+
+
+OnKernel = Callable[[int, int, str], None]
+
+
+def _cpu_code(low: Lowering, plan: Plan, isas: Sequence[Isa], on_kernel: OnKernel | None) -> _Code:
     total = len(plan.kernels) * len(isas)
-    variants, code = [], []
+    variants, images = [], {}
     for i, isa in enumerate(isas):
         report = None
         if on_kernel is not None:
             base, call = i * len(plan.kernels), on_kernel
 
-            def report(
-                done: int, symbol: str, base: int = base, call: Callable[[int, int, str], None] = call
-            ) -> None:
+            def report(done: int, symbol: str, base: int = base, call: OnKernel = call) -> None:
                 call(base + done, total, symbol)
 
         image = compile_variant(plan.kernels, isa, report)
-        code.append(package.raw_tensor(f"qgraph.code.{isa.name}", image.code))
+        images[isa.name] = image.code
         variants.append(
             {
                 "isa": isa.name,
@@ -182,17 +187,95 @@ def build_artifact(
                 "entries": [image.entries[spec.symbol] for spec in plan.kernels],
             }
         )
-    document = json.dumps({**plan.document, "variants": variants}, separators=(",", ":")).encode()
-    weights = [package.Tensor(b.name, b.dtype, b.data) for b in plan.weights]
-    tensors = [package.raw_tensor("qgraph.plan", document), *code, *weights]
-    full = {"qgraph.target": target, "qgraph.packing": packing, "qgraph.compute": compute, **(metadata or {})}
-    if low.cache:
-        full["qgraph.cache"] = json.dumps([[pair.past.name, pair.present.name] for pair in low.cache.pairs])
+    return _Code(plan, low, variants, images)
+
+
+def _cuda_code(low: Lowering, plan: Plan, on_kernel: OnKernel | None) -> _Code:
+    report = None
+    if on_kernel is not None:
+        call = on_kernel
+
+        def report(done: int, what: str) -> None:
+            call(done, len(plan.kernels) + 1, what)
+
+    made = compile_cuda(plan.kernels, report)
+    variants = [
+        {
+            "isa": image.arch.name,
+            "arch": "cuda",
+            "features": [image.arch.feature],
+            "code": f"qgraph.code.{image.arch.name}",
+            "functions": made.functions,
+        }
+        for image in made.images
+    ]
+    return _Code(plan, low, variants, {image.arch.name: image.code for image in made.images}, made.skipped)
+
+
+def _weights(codes: Sequence[_Code]) -> list[package.Tensor]:
+    """The weights of all plans; what several have under a name is one tensor."""
+    tensors: dict[str, package.Tensor] = {}
+    for code in codes:
+        for buffer in code.plan.weights:
+            tensor = tensors.setdefault(buffer.name, package.Tensor(buffer.name, buffer.dtype, buffer.data))
+            if tensor.data is not buffer.data and bytes(tensor.raw) != bytes(
+                package.Tensor(buffer.name, buffer.dtype, buffer.data).raw
+            ):
+                raise QGraphError(f"two devices have another '{buffer.name}' each")
+    return list(tensors.values())
+
+
+def build_artifact(
+    model: ir.Model,
+    *,
+    target: str = "x86_64-linux",
+    packing: str = "fast",
+    compute: str = "f32",
+    metadata: Mapping[str, str] | None = None,
+    on_kernel: OnKernel | None = None,
+) -> Artifact:
+    """Compile a prepared graph, float or low-bit.
+
+    Args:
+        model: what phase `prepare` (and `quantize`) left.
+        target: what `qgraph.codegen.targets.parse_target` takes: a CPU, `cuda`, or both with a comma.
+        packing: `fast` | `small`, as of `lower`; compute: `f32` | `int16` | `int8`, likewise.
+        metadata: provenance, added to the container's `__metadata__`.
+        on_kernel: called with (done, total, symbol) before each kernel is compiled.
+
+    Raises:
+        UnsupportedError: an operator, data type or shape that has no kernel, named with its node; for CUDA,
+            no
+            compiler.
+        UsageError: an unknown target, packing or compute.
+    """
+    wanted = parse_target(target)
+    checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]
+    codes: dict[str, _Code] = {}
+    if wanted.isas:
+        low = lower(model.graph, packing, compute)
+        codes["qgraph.plan"] = _cpu_code(low, make_plan(low, checks), wanted.isas, on_kernel)
+    if wanted.cuda:
+        low = lower(model.graph, packing, compute, "cuda")
+        codes["qgraph.plan.cuda"] = _cuda_code(low, make_plan(low, checks), on_kernel)
+    first = next(iter(codes.values()))
+    every = list(codes.values())
+    tensors = [tensor for name, code in codes.items() for tensor in code.tensors(name)]
+    full = {
+        "qgraph.target": wanted.name,
+        "qgraph.packing": packing,
+        "qgraph.compute": compute,
+        **(metadata or {}),
+    }
+    if first.low.cache:
+        pairs = [[pair.past.name, pair.present.name] for pair in first.low.cache.pairs]
+        full["qgraph.cache"] = json.dumps(pairs)
     return Artifact(
-        tensors,
+        [*tensors, *_weights(every)],
         full,
-        _layers(low, isas),
-        [isa.name for isa in isas],
-        {isa.name: t.data.nbytes for isa, t in zip(isas, code, strict=True)},
-        plan,
+        _layers(first.low, wanted),
+        [isa for code in every for isa in code.images],
+        {isa: len(image) for code in every for isa, image in code.images.items()},
+        [name for code in every for name in code.skipped],
+        first.plan,
     )

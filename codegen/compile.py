@@ -16,7 +16,7 @@ from qgraph.codegen.spec import KernelSpec
 
 
 @cache
-def _generator_hash() -> str:
+def generator_hash() -> str:
     """Hash of everything that may turn a spec into code: our sources but the lowering, and TVM's version."""
     here = Path(__file__).parent
     digest = hashlib.sha256(version("apache-tvm").encode())
@@ -26,10 +26,15 @@ def _generator_hash() -> str:
 
 
 def _cached(symbol: str, isa: Isa, make: Callable[[], bytes]) -> bytes:
-    """The object of `symbol` for `isa`. Entries begin with a hash of key and content: one that is damaged, or
-    another's, is made again."""
-    key = hashlib.sha256(repr((symbol, astuple(isa), _generator_hash())).encode())
-    name = f"kernels/{key.hexdigest()}.o"
+    """The object of `symbol` for `isa`."""
+    return sealed(repr((symbol, astuple(isa), generator_hash())), "o", make)
+
+
+def sealed(content: str, suffix: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` makes of `content`, made once. Entries begin with a hash of key and content: one that is
+    damaged, or another's, is made again."""
+    key = hashlib.sha256(content.encode())
+    name = f"kernels/{key.hexdigest()}.{suffix}"
 
     def seal(data: bytes) -> bytes:
         return hashlib.sha256(key.digest() + data).digest()

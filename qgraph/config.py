@@ -65,7 +65,7 @@ class CompileConfig:
         onnx_style: `function` writes a quantized layer as one node with a standard body, `qdq` writes the
             body in place.
         onnx: whether the low-bit ONNX file is written.
-        target: the machine the artifact is for, a name of `qgraph.codegen.isa.TARGETS`.
+        target: the machines the artifact is for, as `qgraph.codegen.targets.parse_target` takes them.
         verify: whether the artifact is run and compared with ONNX's reference evaluator on the low-bit model.
         strict: whether a layer that was chosen but did not get a low-bit kernel is an error.
         threads: of calibration, solvers and verification, at most 1024; 0 is one a core. Results do not
@@ -115,7 +115,7 @@ class CompileConfig:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not type(default):
                 raise UsageError(f"{field.name}: expected {type(default).__name__}, got {value!r}")
-        from qgraph.codegen.isa import TARGETS
+        from qgraph.codegen.targets import parse_target
 
         scheme = get_scheme(self.scheme)
         if self.solver and not scheme.solvers:
@@ -134,7 +134,7 @@ class CompileConfig:
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("packing", self.packing, PACKINGS)
         _one_of("compute", self.compute, COMPUTES)
-        _one_of("target", self.target, TARGETS)
+        parse_target(self.target)
         self._check_compute(schemes)
         for name in ("threads", "seed", "samples", "length"):
             if getattr(self, name) < 0:
@@ -183,7 +183,7 @@ class CompileConfig:
         ]
 
     def _check_compute(self, schemes: list[Scheme]) -> None:
-        from qgraph.codegen.isa import get_target
+        from qgraph.codegen.targets import parse_target
 
         if self.compute == "f32":
             return
@@ -192,7 +192,7 @@ class CompileConfig:
                 f"compute '{self.compute}' is for float activations, and scheme '{schemes[0].name}' rounds "
                 "them itself"
             )
-        if not any(self.compute in isa.computes for isa in get_target(self.target)):
+        if self.compute not in parse_target(self.target).computes:
             raise UsageError(f"compute '{self.compute}': {self.target} has no kernels for it; choose f32")
 
     def _check_transforms(self, schemes: list[Scheme]) -> None:

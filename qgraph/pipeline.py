@@ -372,7 +372,7 @@ def _build(run: _Run, lowbit: Path) -> Mapping[str, str]:
 def _verify(run: _Run, lowbit: Path) -> None:
     """Run artifact and low-bit file on the same inputs and compare."""
     from qgraph.codegen.digits import FEW_ROWS
-    from qgraph.codegen.isa import get_target
+    from qgraph.codegen.targets import parse_target
     from qgraph.evaluate.verify import Verification, verify
     from qgraph.runtime.build import library
 
@@ -381,7 +381,7 @@ def _verify(run: _Run, lowbit: Path) -> None:
         return
     if not config.verify:
         run.report.verification = Verification("skipped", "--no-verify")
-    elif not any(isa.arch == platform.machine() for isa in get_target(config.target)):
+    elif not parse_target(config.target).runs_on(platform.machine()):
         run.report.verification = Verification("skipped", f"this machine does not run {config.target}")
     else:
         with run.phase("runtime"):

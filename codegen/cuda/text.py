@@ -1,7 +1,7 @@
 """TIR functions -> CUDA C++, through TVM's CUDA back end.
 
-Kernels are device functions from the start (they name their block and thread themselves), so nothing of TVM's host
-side is run: no packed calls, no launch code, and parameters stay in the order that they are written in.
+Kernels are device functions from the start (they name their block and thread themselves), so nothing of TVM's
+host side is run: no packed calls, no launch code, and parameters stay in the order that they are written in.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def prelude() -> str:
 
 @cache
 def _teach_tvm() -> None:
-    """Give TVM's CUDA back end what the expressions of vmath.py and ops.py are made of, which were written for
-    LLVM."""
+    """Give TVM's CUDA back end what the expressions of vmath.py and ops.py are made of, which were written
+    for LLVM."""
     tvm = load_tvm()
     from tvm import tirx
 

@@ -27,9 +27,9 @@ def gather_pointers(spec: KernelSpec) -> list[tuple[str, str]]:
     return [("y", data), ("data", data), ("indices", STORAGE[spec["index"]]), ("status", "int32")]
 
 
-def position_of(f: Function, at: Expr, size: Expr) -> tuple[Expr, Expr]:
+def position_of(indices: Any, at: Expr, size: Expr) -> tuple[Expr, Expr]:
     """(indices[at] from the start of an axis of `size`, whether it is in range)."""
-    given = B.bind(T.Cast("int64", f.buffers["indices"][at]))
+    given = B.bind(T.Cast("int64", indices[at]))
     position = named(T.Select(given < 0, given + size, given))
     return position, T.And(position >= 0, position < size)
 
@@ -71,7 +71,7 @@ def gather(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     with function(symbol, gather_pointers(spec), ["n", "m", "inner"]) as f:
         n, m, inner = (f.scalars[name] for name in ("n", "m", "inner"))
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
-            position, in_range = position_of(f, T.truncmod(row, m), n)
+            position, in_range = position_of(f.buffers["indices"], T.truncmod(row, m), n)
             _copy_row(f, isa, row, inner, T.truncdiv(row, m) * n + position, in_range)
     return f.result
 
@@ -91,7 +91,7 @@ def gather_nd(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
             source, in_range = B.bind(T.truncdiv(row, m)), None
             for t in range(k):
                 size = f.scalars[f"d{t}"]
-                position, inside = position_of(f, row * k + t, size)
+                position, inside = position_of(f.buffers["indices"], row * k + t, size)
                 source = source * size + position
                 in_range = inside if in_range is None else T.And(in_range, inside)
             _copy_row(f, isa, row, inner, source, in_range)
@@ -117,7 +117,7 @@ def gather_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
         ("status", "int32"),
     ]
     with function(symbol, pointers, ["V"]) as f, B.serial(f.scalars["begin"], f.scalars["end"]) as row:
-        position, in_range = position_of(f, row, f.scalars["V"])
+        position, in_range = position_of(f.buffers["indices"], row, f.scalars["V"])
         with B.If(in_range):
             with B.Then():
                 _decode_row(f, isa, row, position, h)

@@ -49,7 +49,7 @@ def _gather_columns(weight: str, spec: KernelSpec, isa: Isa, symbol: str) -> Any
         ]
         picked = B.alloc_buffer((reader.unit, isa.lanes), "float32", scope="local")
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
-            position, in_range = position_of(f, row, index(N))
+            position, in_range = position_of(f.buffers["indices"], row, index(N))
             with B.If(in_range):
                 with B.Then():
                     _decode_column(f, isa, reader, weights, picked, row, position, K)

@@ -18,6 +18,7 @@ from qgraph.codegen.lowering import (  # noqa: F401
     rotary,
 )
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attributes, data_inputs
+from qgraph.codegen.lowering.device import DEVICES
 from qgraph.codegen.lowering.state import find_places, find_states
 from qgraph.codegen.memory import Buffer, View
 from qgraph.errors import InputError, UnsupportedError, UsageError
@@ -88,7 +89,7 @@ def _check_lengths(low: Lowering) -> None:
                 )
 
 
-def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32") -> Lowering:
+def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: str = "cpu") -> Lowering:
     """Lower a prepared graph.
 
     Args:
@@ -96,6 +97,7 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32") -> Lower
             1.625 bits.
         compute: what products of more than FEW_ROWS rows with low-bit weights round float activations to:
             `f32` (not at all), or, by the block of a weight scale, `int16` or `int8`.
+        device: whose kernels to plan for, a key of `DEVICES`.
 
     Raises UnsupportedError naming node and operator for what has no kernel, UsageError for another packing or
     compute.
@@ -107,7 +109,7 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32") -> Lower
     graph, positions = take_last_positions(graph)
     nodes = _needed(graph)
     _reject_unknown(nodes)
-    low = Lowering(graph, packing, compute, positions=positions)
+    low = Lowering(graph, packing, compute, DEVICES[device], positions=positions)
     _check_ports(low)
     for node in nodes:
         check_attributes(node, graph.opset_imports.get("", 0))
@@ -134,7 +136,11 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32") -> Lower
         HANDLERS[node.domain, node.op_type](low, node)
     for value in low.outputs:
         low.deliver(value)
-    if low.fewer_digits and not any("digits" in dict(step.spec.params) for step in low.steps):
+    if (
+        low.device.integers
+        and low.fewer_digits
+        and not any("digits" in dict(step.spec.params) for step in low.steps)
+    ):
         raise UsageError(
             f"compute '{compute}' changes nothing here: no layer multiplies float activations by weights "
             "that have such a kernel (those of int3, and ternary ones with packing 'small', do not)"

@@ -15,7 +15,6 @@ from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import View
 from qgraph.codegen.spec import KernelSpec, attention_scratch
 
-_Q_BLOCK = 32
 _MAX_HEAD_DIM = 256
 _CHUNK = 256  # keys that one block of a decode step reads
 
@@ -87,11 +86,14 @@ class _Call:
     def emit_many(self, low: Lowering, causal: bool, past: Dim, runs: Dim) -> Step:
         """Any number of queries; nothing where `runs` is 0 and not 1."""
         batch, heads, sq, _ = self.q.shape
-        params = {**self.params, "causal": causal, "q_block": _Q_BLOCK}
+        q_block = low.device.queries(max(self.params["head_dim"], self.params["value_dim"]))
+        params = {**self.params, "causal": causal, "q_block": q_block}
         coded: list[Arg | View] = []
         if self.scales:
             params["cache"] = "i8"
-            coded = [*self.scales, ("scratch", attention_scratch(params["head_dim"], params["value_dim"]))]
+            coded = [*self.scales]
+            if low.device.scratch:
+                coded.append(("scratch", attention_scratch(params["head_dim"], params["value_dim"])))
         kept = 2 if self.scales else 3  # strides of k and v that the kernel takes
         args = [
             self.y,
@@ -108,7 +110,7 @@ class _Call:
         ]
         args += [*self.q.strides[:3], *self.k.strides[:kept], *self.v.strides[:kept], *self.scale_strides()]
         args += [stride for view in self.mask for stride in view.strides] + [*self.y.strides[:3]]
-        blocks = product((batch, heads)) * ceildiv(sq, _Q_BLOCK) * runs
+        blocks = product((batch, heads)) * ceildiv(sq, q_block) * runs
         return low.emit(self.name, KernelSpec.make("attention", **params), args, blocks)
 
     def emit_single(self, low: Lowering, runs: Dim) -> Step:

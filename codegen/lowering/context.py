@@ -14,9 +14,10 @@ import sympy
 from qgraph.codegen.digits import COMPUTE_DIGITS, DigitRows
 from qgraph.codegen.dims import CONTENT, Dim, ceildiv, equal, grain_of, is_one, product, size, static
 from qgraph.codegen.int8_input import Int8Input
+from qgraph.codegen.lowering.device import DEVICES, Device
 from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import ITEM_SIZE, Buffer, View, collapse
-from qgraph.codegen.spec import ELEMENTWISE_BLOCK, KernelSpec
+from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError, UnsupportedError
 from qgraph.passes.cache import Cache
 
@@ -152,6 +153,7 @@ class Lowering:
         layers: (node, step) of every node that became a step of its own kernel, for the report.
         packing: `fast` | `small`, where a weight can be stored in more than one way.
         compute: `f32` | `int16` | `int8`, what products of many rows round float activations to.
+        device: whose kernels the steps are of.
         positions: how many positions the logits have, where a run may ask for fewer (last_positions.py).
         cache: that of the graph, if it has one.
         states: the memory of the session that stands for an input of the graph, and the output it becomes.
@@ -161,6 +163,7 @@ class Lowering:
     graph: ir.Graph
     packing: str = "fast"
     compute: str = "f32"
+    device: Device = DEVICES["cpu"]
     steps: list[Step] = field(default_factory=list)
     values: dict[ir.Value, Lazy] = field(default_factory=dict)
     uses: Counter[ir.Value] = field(default_factory=Counter)
@@ -252,6 +255,12 @@ class Lowering:
         if value not in self._dense:
             view = self.view(value)
             self._dense[value] = view if view.is_dense() else self.copy(view, f"{value.name}/copy")
+        return self._dense[value]
+
+    def operand(self, value: ir.Value) -> View:
+        """`value` as the left operand of a product: dense, and where kernels can read it."""
+        view = self.dense(value)
+        self._dense[value] = self.device.readable(self, view, f"{value.name}/copy")
         return self._dense[value]
 
     def block_sums(self, value: ir.Value, k: int, block: int) -> View:
@@ -362,26 +371,15 @@ class Lowering:
     def emit_linear(self, linear: Linear, out: View) -> View:
         """Emit the matrix product with its epilogue into `out` (dense)."""
         rows = product(linear.shape[:-1])
-        # In integers as many columns are done side by side, where there are enough for all threads.
-        n_block, m_block = 64 if len(linear.x) > 1 and linear.n >= 1024 else 32, 128
-        spec = KernelSpec.make(
-            linear.op,
-            k=linear.k,
-            n=linear.n,
-            n_block=n_block,
-            m_block=m_block,
-            epilogue=linear.epilogue,
-            **dict(linear.params),
-        )
+        params = {"k": linear.k, "n": linear.n, "epilogue": linear.epilogue, **dict(linear.params)}
         # The kernel takes the bias before the residual, in whatever order they are applied.
         operands = dict(
             zip([e for e in linear.epilogue if e in ("bias", "residual")], linear.operands, strict=True)
         )
         extra = [operands[e] for e in ("bias", "residual") if e in operands]
         read = [*(View.of(w) for w in linear.weights), *([linear.sums] if linear.sums else []), *extra]
-        blocks = ceildiv(rows, m_block) * ceildiv(linear.n, n_block)
         name = linear.node.name or "MatMul"
-        step = self.emit(name, spec, [out, *linear.x, *read, rows], blocks, weights=linear.weights)
+        step = self.device.emit_linear(self, linear, name, [out, *linear.x, *read, rows], rows, params)
         self.layers.append((linear.node, step))
         return out
 
@@ -429,10 +427,7 @@ class Lowering:
             expr=_renumber(pw.expr, renumber),
         )
         sizes = [d for d, _ in dims]
-        if len(sizes) == 1:
-            blocks, grain = ceildiv(sizes[0], ELEMENTWISE_BLOCK), 1
-        else:
-            blocks, grain = product(sizes[:-1]), grain_of(sizes[-1])
+        blocks, grain = self.device.elementwise_blocks(sizes)
         self.emit(pw.name, spec, [*operands, *sizes, *numbers, *pw.args], blocks, grain)
         return out
 

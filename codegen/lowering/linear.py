@@ -20,9 +20,6 @@ from qgraph.errors import InputError
 from qgraph.formats import BlockFormat
 from qgraph.formats.nvfp4 import NVFP4
 
-_M_BLOCK, _N_BLOCK = 64, 32  # of the product of two activations
-
-
 Packer = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -78,8 +75,8 @@ def left_operand(
     says of these: where x is rounded to int8, codes for a product in integers; else x, and its digits if the
     kernel takes those."""
     digits = digit_rows(weight.name, packing, k)
-    if digits is None:
-        return weight.kernel, (low.dense(x),), {}
+    if digits is None or not low.device.integers:
+        return weight.kernel, (low.operand(x),), {}
     codes = low.int8(x, k, digits.input)
     if codes is not None:
         return f"{weight.kernel}_a8", codes, {}
@@ -104,7 +101,9 @@ def matmul(low: Lowering, node: ir.Node) -> None:
     if w is not None and w.ndim == 2 and w.size and len(low.shape(a)) >= 2 and low.dtype(a) == "f32":
         k, n = w.shape
         weights = (f32_weight(low, b, w),)
-        low.bind(node, Linear(node, "matmul_f32", (low.dense(a),), k, n, weights, low.shape(node.outputs[0])))
+        low.bind(
+            node, Linear(node, "matmul_f32", (low.operand(a),), k, n, weights, low.shape(node.outputs[0]))
+        )
         return
     if low.dtype(a) != "f32":
         raise unsupported(node, f"operands of type {low.dtype(a)}; supported is f32")
@@ -136,9 +135,10 @@ def _general(low: Lowering, node: ir.Node, a: View, b: View) -> None:
     (b0, b1) = (*(one,) * pad, *(d for d, _ in dims))
     zero = sympy.Integer(0)
     sa, sb, sy = ((*(zero,) * pad, *s) for s in strides)
-    spec = KernelSpec.make("matmul_dynamic", m_block=_M_BLOCK, n_block=_N_BLOCK)
+    m_block, n_block = low.device.tile
+    spec = KernelSpec.make("matmul_dynamic", m_block=m_block, n_block=n_block)
     args = [y, a, b, m, k, n, b1, *sa, *a.strides[-2:], *sb, *b.strides[-2:], *sy, y.strides[-2]]
-    blocks = product((b0, b1)) * ceildiv(m, _M_BLOCK) * ceildiv(n, _N_BLOCK)
+    blocks = product((b0, b1)) * ceildiv(m, m_block) * ceildiv(n, n_block)
     step = low.emit(node.name or "MatMul", spec, args, blocks)
     low.layers.append((node, step))
     low.bind(node, out)

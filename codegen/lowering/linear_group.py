@@ -33,7 +33,7 @@ def qlinear_group(low: Lowering, node: ir.Node) -> None:
     sums = None
     if op != spec.kernel:
         params = {"block": spec.block}
-    elif spec.offset == "mean" and len(operand) == 1:  # else the digits come with sums
+    elif low.device.integers and spec.offset == "mean" and len(operand) == 1:  # digits come with sums
         sums = low.block_sums(x, k, spec.block)
     shape, rest = low.shape(node.outputs[0]), tuple((params | wanted).items())
     low.bind(node, Linear(node, op, operand, k, n, weights, shape, params=rest, sums=sums))

@@ -12,7 +12,7 @@ import click
 from qgraph.cli.console import print_json, table
 from qgraph.cli.options import json_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
-from qgraph.errors import BudgetError, UnsupportedError, UsageError
+from qgraph.errors import BudgetError, UsageError
 from qgraph.evaluate.verify import REL_ERROR_LIMIT, ROUNDED_LIMITS
 
 if TYPE_CHECKING:
@@ -121,20 +121,15 @@ def _against_lowbit(
 ) -> tuple[dict[str, Difference], int]:
     """The artifact's outputs beside those of ONNX's reference evaluator, and how many roundings of
     activations there are: see evaluate/verify.py for what these change."""
-    from qgraph.codegen.isa import TARGETS
     from qgraph.evaluate.verify import Reference
     from qgraph.pipeline import build_exposed
     from qgraph.report.artifact import read_artifact
 
     info = read_artifact(artifact)
-    isas = tuple(info.code_bytes)
-    target = next((name for name, known in TARGETS.items() if known == isas), "")
-    if not target:
-        raise UnsupportedError(f"{artifact}: was built for {', '.join(isas)}, which is no target here")
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
         exposed, roundings = build_exposed(
             lowbit,
-            target,
+            info.metadata.get("qgraph.target", "x86_64-linux"),
             Path(folder),
             info.metadata.get("qgraph.packing", "fast"),
             info.metadata.get("qgraph.compute", "f32"),

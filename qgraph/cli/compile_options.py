@@ -113,7 +113,11 @@ _QUANTIZE = (
 )
 _THREADS = (click.option("--threads", type=int, metavar="N", help="Threads; 0 is one a core.  [default: 0]"),)
 _BUILD = (
-    click.option("--target", help="The machine that the artifact is for.  [default: x86_64-linux]"),
+    click.option(
+        "--target",
+        help="The machines that the artifact is for: x86_64-linux, aarch64-linux, cuda, or one of "
+        "the former and cuda with a comma between.  [default: x86_64-linux]",
+    ),
     click.option(
         "--verify/--no-verify",
         default=None,

@@ -1,7 +1,7 @@
 """CUDA kernels run on the CPU: their CUDA C++ compiled by g++ with emulation.h.
 
-    kernels = emulate([spec, ..])
-    kernels[spec.symbol](y, x, 17, blocks=6)
+kernels = emulate([spec, ..])
+kernels[spec.symbol](y, x, 17, blocks=6)
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ class Kernel:
         assert len(args) == self._params, f"{len(args)} arguments for {self._params} parameters"
         for i, a in enumerate(args):
             assert not isinstance(a, np.ndarray) or a.flags.c_contiguous, f"argument {i} is not contiguous"
-        values = [
-            ctypes.c_int64(a.ctypes.data if isinstance(a, np.ndarray) else int(a)) for a in args
-        ]
+        values = [ctypes.c_int64(a.ctypes.data if isinstance(a, np.ndarray) else int(a)) for a in args]
         params = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         self._launch(params, ctypes.c_uint32(blocks), ctypes.c_uint32(self.built.threads), ctypes.c_uint32(0))
 
@@ -58,7 +56,9 @@ class Kernel:
 def emulate(specs: Sequence[KernelSpec]) -> dict[str, Kernel]:
     """The kernels of `specs` by symbol, compiled in one go."""
     built = {spec.symbol: build_kernel(spec) for spec in specs}
-    module = emulated_module(cuda_text({symbol: kernel.function for symbol, kernel in built.items()}), list(built))
+    module = emulated_module(
+        cuda_text({symbol: kernel.function for symbol, kernel in built.items()}), list(built)
+    )
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(module)
         file.flush()

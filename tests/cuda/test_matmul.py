@@ -150,5 +150,3 @@ def test_few_rows_do_not_depend_on_their_number() -> None:
     for i in range(8):
         one = _run(_spec("nvfp4", "", 300, 130, "one"), kernels, x[i : i + 1].copy(), operands)
         np.testing.assert_array_equal(one[0], few[i])
-
-

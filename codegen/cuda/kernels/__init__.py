@@ -1,9 +1,9 @@
 """The kernel library for CUDA: KernelSpec -> TIR device function.
 
-The operations, their specs and arguments are those of `qgraph.codegen.kernels`, whose docstrings say what they
-compute; a docstring here says what one block of threads does, where that is not the block of the CPU's kernel. A
-kernel takes no range of blocks: it is launched once, with a block of threads for each of the step's `blocks`.
-"""
+The operations, their specs and arguments are those of `qgraph.codegen.kernels`, whose docstrings say what
+they compute; a docstring here says what one block of threads does, where that is not the block of the CPU's
+kernel. A kernel takes no range of blocks: it is launched once, with a block of threads for each of the step's
+`blocks`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """softmax(q k^T * scale + mask) v without the score matrix, for many queries: `attention`.
 
-The sums of codegen/kernels/attention.py, the online softmax over tiles of keys. A block of threads does `q_block`
-queries of a head, four threads a query: they share its scores in a tile and its outputs.
-"""
+The sums of codegen/kernels/attention.py, the online softmax over tiles of keys. A block of threads does
+`q_block` queries of a head, four threads a query: they share its scores in a tile and its outputs."""
 
 from __future__ import annotations
 

@@ -67,6 +67,8 @@ def elementwise(spec: KernelSpec, symbol: str) -> CudaKernel:
                 expression = Expression(load, position, [f.scalars[a] for a in args], position[-1], 1)
                 result = expression.value(spec["expr"])
                 if result.dtype != spec["out"]:
-                    raise QGraphError(f"elementwise kernel: the expression is {result.dtype}, not {spec['out']}")
+                    raise QGraphError(
+                        f"elementwise kernel: the expression is {result.dtype}, not {spec['out']}"
+                    )
                 B.buffer_store(f.buffers["out"], result.expr, [offset(0, position)])
     return CudaKernel(f.result, _THREADS)

@@ -39,7 +39,8 @@ class Frame:
     _scratch: dict[str, Any] = field(default_factory=dict)
 
     def reduce(self, op: str, value: Expr) -> Expr:
-        """`value` of all threads of the block in one: op is sum, prod, max or min. All threads must come here."""
+        """`value` of all threads of the block in one: op is sum, prod, max or min. All threads must come
+        here."""
         element = element_of(value)
         if element not in self._scratch:
             self._scratch[element] = B.alloc_buffer((_WARPS,), element, scope="shared")
@@ -62,8 +63,8 @@ def address(buffer: Any, at: Expr | int) -> Expr:
 
 
 def copy4(to: Any, to_at: Expr | int, source: Any, at: Expr) -> None:
-    """Four elements of a flat buffer at once; both places are aligned to them. (TVM makes one load of a vector only
-    where it can prove that it is aligned.)"""
+    """Four elements of a flat buffer at once; both places are aligned to them. (TVM makes one load of a
+    vector only where it can prove that it is aligned.)"""
     do("qg_copy4", address(to, to_at), address(source, at))
 
 

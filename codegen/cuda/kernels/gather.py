@@ -43,7 +43,7 @@ def _rows(f: Frame, inner: Expr, in_range: Expr, value: Any) -> None:
 def gather(spec: KernelSpec, symbol: str) -> CudaKernel:
     with device_function(symbol, gather_pointers(spec), ["n", "m", "inner"], _THREADS) as f:
         n, m, inner = (f.scalars[name] for name in ("n", "m", "inner"))
-        position, in_range = position_of(f, T.truncmod(f.block, m), n)
+        position, in_range = position_of(f.buffers["indices"], T.truncmod(f.block, m), n)
         source = B.bind(T.truncdiv(f.block, m) * n + position)
         _rows(f, inner, in_range, lambda i: f.buffers["data"][source * inner + i])
     return CudaKernel(f.result, _THREADS)
@@ -59,7 +59,7 @@ def gather_nd(spec: KernelSpec, symbol: str) -> CudaKernel:
         source, in_range = B.bind(T.truncdiv(f.block, m)), None
         for t in range(k):
             size = f.scalars[f"d{t}"]
-            position, inside = position_of(f, f.block * k + t, size)
+            position, inside = position_of(f.buffers["indices"], f.block * k + t, size)
             source = source * size + position
             in_range = inside if in_range is None else T.And(in_range, inside)
         at = B.bind(source)
@@ -80,7 +80,7 @@ def gather_nvfp4(spec: KernelSpec, symbol: str) -> CudaKernel:
     ]
     blocks = -(-h // GROUP)
     with device_function(symbol, pointers, ["V"], _THREADS) as f:
-        position, in_range = position_of(f, f.block, f.scalars["V"])
+        position, in_range = position_of(f.buffers["indices"], f.block, f.scalars["V"])
 
         def value(i: Expr) -> Expr:
             word = f.buffers["codes"][position * (blocks * GROUP // WORD) + T.truncdiv(i, index(WORD))]
@@ -106,7 +106,7 @@ def _gather_columns(weight_format: str, spec: KernelSpec, symbol: str) -> CudaKe
     ]
     with device_function(symbol, pointers, [], _THREADS) as f:
         w = [f.buffers[name] for name in names]
-        position, in_range = position_of(f, f.block, index(N))
+        position, in_range = position_of(f.buffers["indices"], f.block, index(N))
         tile, lane = B.bind(T.truncdiv(position, index(LANES))), B.bind(T.truncmod(position, index(LANES)))
         with B.If(in_range):
             with B.Then():

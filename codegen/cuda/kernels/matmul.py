@@ -1,9 +1,8 @@
-"""x @ W for a constant weight W. The spec's `rows` says for how many rows a kernel is; a step of each is in the
-plan, and all but one of them have no blocks in a run.
+"""x @ W for a constant weight W. The spec's `rows` says for how many rows a kernel is; a step of each is in
+the plan, and all but one of them have no blocks in a run.
 
-`one` and `few` (up to FEW_ROWS) read every weight once and are bound by that (matmul_few.py); `many` multiplies
-decoded tiles on tensor cores (matmul_many.py), or float weights without (matmul_dynamic.py).
-"""
+`one` and `few` (up to FEW_ROWS) read every weight once and are bound by that (matmul_few.py); `many`
+multiplies decoded tiles on tensor cores (matmul_many.py), or float weights without (matmul_dynamic.py)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Products in float32 without tensor cores: of two activations, and of many rows by a float weight.
 
-A block of threads does a tile of 64 x 64 results, a thread 4 x 4 of them, over slices of 16 inputs in shared memory.
-"""
+A block of threads does a tile of 64 x 64 results, a thread 4 x 4 of them, over slices of 16 inputs in shared
+memory."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _tile_product(
     b: Callable[[Expr, Expr, Any, Any], None],
     put: Callable[[Expr, Expr, Expr], None],
 ) -> None:
-    """put(row, column, sum) for the results of a tile; a(row, k, to, at) writes an element to shared memory, zero
-    outside of the matrix, as does b(k, column, to, at)."""
+    """put(row, column, sum) for the results of a tile; a(row, k, to, at) writes an element to shared memory,
+    zero outside of the matrix, as does b(k, column, to, at)."""
     A = B.alloc_buffer((_DEPTH * CUDA_TILE,), "float32", scope="shared")  # [k, row]
     W = B.alloc_buffer((_DEPTH * CUDA_TILE,), "float32", scope="shared")  # [k, column]
     acc = B.alloc_buffer((_OWN * _OWN,), "float32", scope="local")
@@ -101,7 +101,8 @@ def matmul_dynamic(spec: KernelSpec, symbol: str) -> CudaKernel:
 
 
 def many_float_rows(spec: KernelSpec, symbol: str) -> CudaKernel:
-    """x @ W, W float32 in layout `f32_n16`. Blocks: ceil(M/CUDA_TILE) * ceil(n/CUDA_TILE), the last fastest."""
+    """x @ W, W float32 in layout `f32_n16`. Blocks: ceil(M/CUDA_TILE) * ceil(n/CUDA_TILE), the last
+    fastest."""
     K, N, epilogue = spec["k"], spec["n"], spec["epilogue"]
     pointers = [(name, "float32") for name in ("y", "x", "weight0")]
     with device_function(symbol, [*pointers, *epilogue_pointers(epilogue)], ["M"], _THREADS) as f:

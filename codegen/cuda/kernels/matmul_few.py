@@ -1,10 +1,9 @@
 """A few rows by a packed weight: bound by the memory that the weight lies in.
 
-A block of threads does one n16 tile of outputs. A thread has four outputs of every 64th octet of inputs: 16 bytes of
-4-bit codes a load, 512 bytes a warp side by side. So all warps of the block share K, and their sums are added in
-shared memory, in a fixed order. Weights are decoded in registers, sums are float32, and a row's result does not
-depend on how many rows there are.
-"""
+A block of threads does one n16 tile of outputs. A thread has four outputs of every 64th octet of inputs: 16
+bytes of 4-bit codes a load, 512 bytes a warp side by side. So all warps of the block share K, and their sums
+are added in shared memory, in a fixed order. Weights are decoded in registers, sums are float32, and a row's
+result does not depend on how many rows there are."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
 """Many rows by a packed weight, on tensor cores: mma.m16n8k16 of bfloat16, sums in float32.
 
-A block of threads does CUDA_MANY_ROWS rows by 128 outputs, a warp all of the rows by one n16 tile, so that a weight is
-decoded once in a block. In a step of 32 inputs lane (g, t) = (lane / 4, lane % 4) decodes octet t of outputs g and
-g + 8: which inputs of a product share an instruction is open, as long as both operands agree on it, and so an octet
-is what one lane has of two instructions. Then x is read from shared memory 16 bytes at a time, and weights go
-from their words to fragments without shared memory.
+A block of threads does CUDA_MANY_ROWS rows by 128 outputs, a warp all of the rows by one n16 tile, so that a
+weight is decoded once in a block. In a step of 32 inputs lane (g, t) = (lane / 4, lane % 4) decodes octet t
+of outputs g and g + 8: which inputs of a product share an instruction is open, as long as both operands agree
+on it, and so an octet is what one lane has of two instructions. Then x is read from shared memory 16 bytes at
+a time, and weights go from their words to fragments without shared memory.
 
-Weights are exact in bfloat16: E2M1 x E4M3 has 6 significant bits, levels of the group formats up to 8; the scale
-of a block of these goes to the sum over the block. An activation is the sum of `parts` bfloat16 numbers: with two of
-them it is rounded to 2^-17 of its magnitude, with one to 2^-9.
-"""
+Weights are exact in bfloat16: E2M1 x E4M3 has 6 significant bits, levels of the group formats up to 8; the
+scale of a block of these goes to the sum over the block. An activation is the sum of `parts` bfloat16
+numbers: with two of them it is rounded to 2^-17 of its magnitude, with one to 2^-9."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ _HALVES = 2  # n8 halves of an n16 tile
 
 
 def many_rows(weight: str, spec: KernelSpec, symbol: str) -> CudaKernel:
-    """Blocks: ceil(M/CUDA_MANY_ROWS) * ceil(n/CUDA_MANY_COLUMNS), rows fastest: blocks that run side by side read
-    the same weights."""
+    """Blocks: ceil(M/CUDA_MANY_ROWS) * ceil(n/CUDA_MANY_COLUMNS), rows fastest: blocks that run side by side
+    read the same weights."""
     K, N, epilogue, parts = spec["k"], spec["n"], spec["epilogue"], spec["parts"]
     packed = open_weight(weight, spec)
     names = [f"weight{i}" for i in range(len(packed.operands))]
@@ -54,9 +53,7 @@ def many_rows(weight: str, spec: KernelSpec, symbol: str) -> CudaKernel:
         own_tile = B.bind(T.truncdiv(f.block, down) * (CUDA_MANY_COLUMNS // LANES) + warp)
         tile = B.bind(T.min(own_tile, index(tiles - 1)))  # beyond the last, the last: its results are dropped
         g, t = B.bind(T.truncmod(f.thread, 32) // 4), B.bind(T.truncmod(f.thread, 4))
-        staged = [
-            B.alloc_buffer((CUDA_MANY_ROWS * _WORDS,), "uint32", scope="shared") for _ in range(parts)
-        ]
+        staged = [B.alloc_buffer((CUDA_MANY_ROWS * _WORDS,), "uint32", scope="shared") for _ in range(parts)]
         totals = B.alloc_buffer((CUDA_MANY_ROWS,), "float32", scope="shared") if packed.has_offset else None
 
         count = ms * _HALVES * 4

@@ -77,6 +77,8 @@ def softmax(spec: KernelSpec, symbol: str) -> CudaKernel:
 
         total = _total(f, "sum", n, 0.0, exponential)
         last = named(vlog(total) if spec["log"] else const_like(total, 1.0) / total)
-        scaled = (lambda i: named(x[base + i] - top) - last) if spec["log"] else (lambda i: y[base + i] * last)
+        scaled = (
+            (lambda i: named(x[base + i] - top) - last) if spec["log"] else (lambda i: y[base + i] * last)
+        )
         strided(f, n, lambda i: B.buffer_store(y, scaled(i), [base + i]))
     return CudaKernel(f.result, _THREADS)

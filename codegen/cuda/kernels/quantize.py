@@ -1,5 +1,5 @@
-"""Activations rounded to low precision, bit for bit as on the CPU (codegen/kernels/dynamic_quantize.py). A block of
-threads does one row."""
+"""Activations rounded to low precision, bit for bit as on the CPU (codegen/kernels/dynamic_quantize.py). A
+block of threads does one row."""
 
 from __future__ import annotations
 
@@ -91,6 +91,8 @@ def store_int8(spec: KernelSpec, symbol: str) -> CudaKernel:
         with B.If(EQ(f.thread, 0)), B.Then():
             B.buffer_store(f.buffers["scale"], s, [i_b * v["ss_b"] + i_h * v["ss_h"] + i_s])
         strided(
-            f, n, lambda i: B.buffer_store(codes, convert(int8_codes(named(x[base + i]), s), "int8"), [to + i])
+            f,
+            n,
+            lambda i: B.buffer_store(codes, convert(int8_codes(named(x[base + i]), s), "int8"), [to + i]),
         )
     return CudaKernel(f.result, _THREADS)

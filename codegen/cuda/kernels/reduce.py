@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 from tvm.tirx import EQ

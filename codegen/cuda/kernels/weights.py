@@ -1,9 +1,8 @@
 """Reading packed weights on a GPU: eight inputs of an output at a time, to float32 levels in registers.
 
-The layouts are those of the CPU (runtime/FORMAT.md, "Weight layouts"), so an artifact for both holds its weights
-once. They serve a GPU as well: the words of neighbouring outputs lie side by side, so four lanes read 64 bytes of
-one row of words, and a warp 512 bytes of eight.
-"""
+The layouts are those of the CPU (runtime/FORMAT.md, "Weight layouts"), so an artifact for both holds its
+weights once. They serve a GPU as well: the words of neighbouring outputs lie side by side, so four lanes read
+64 bytes of one row of words, and a warp 512 bytes of eight."""
 
 from __future__ import annotations
 
@@ -72,8 +71,8 @@ class Weight:
     has_offset = False
 
     def octet(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[list[Expr]]:
-        """Levels of inputs 8 o .. 8 o + 7, for outputs `lane` .. of an n16 tile: [outputs][8] float32. `lane` is
-        a multiple of `outputs`, 1 or 4. Beyond K they are something finite."""
+        """Levels of inputs 8 o .. 8 o + 7, for outputs `lane` .. of an n16 tile: [outputs][8] float32. `lane`
+        is a multiple of `outputs`, 1 or 4. Beyond K they are something finite."""
         raise NotImplementedError
 
     def scales(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[Expr]:
@@ -237,8 +236,8 @@ def _integer(field: Expr, less: int) -> Expr:
 
 
 def open_weight(weight: str, spec: KernelSpec) -> Weight:
-    """The weight [k, n] of a kernel: `f32`, or a format that linear layers have; the spec as of `open_reader` of
-    the CPU's kernels."""
+    """The weight [k, n] of a kernel: `f32`, or a format that linear layers have; the spec as of `open_reader`
+    of the CPU's kernels."""
     if weight == "f32":
         return _F32(spec["k"])
     if weight == NVFP4.name:

@@ -1,0 +1,60 @@
+"""What `--target` names: the machines that one artifact holds code for."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+from qgraph.codegen.isa import TARGETS, Isa, get_target
+from qgraph.errors import UsageError
+
+CUDA = "cuda"
+CPU = "cpu"  # that of the machine which compiles
+# The names that `--target` takes, alone or with commas between them.
+NAMES = (*TARGETS, CPU, CUDA)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parsed target.
+
+    Attributes:
+        name: its parts in a fixed order, as stored in an artifact.
+        isas: the CPU levels to compile for, best first; none for an artifact that runs on GPUs alone.
+        cuda: whether there is code for NVIDIA GPUs.
+    """
+
+    name: str
+    isas: tuple[Isa, ...]
+    cuda: bool
+
+    def runs_on(self, machine: str) -> bool:
+        """Whether the CPU code runs on a machine (as `platform.machine` says it)."""
+        return any(isa.arch == machine for isa in self.isas)
+
+    @property
+    def computes(self) -> set[str]:
+        """What can round the activations of many rows here, of `qgraph.schemes.COMPUTES`."""
+        return {compute for isa in self.isas for compute in isa.computes}
+
+
+def parse_target(name: str) -> Target:
+    """`x86_64-linux`, `cuda`, `cuda,x86_64-linux` and so on. Raises UsageError for another name."""
+    parts = list(dict.fromkeys(part.strip() for part in name.split(",")))
+    for part in parts:
+        if part not in NAMES:
+            raise UsageError(f"unknown target '{part}': choose from {', '.join(NAMES)}")
+    if CPU in parts:
+        own = f"{platform.machine()}-linux"
+        if own not in TARGETS:
+            raise UsageError(
+                f"target '{CPU}': there is no code for {platform.machine()}; name another target"
+            )
+        parts = list(dict.fromkeys(own if part == CPU else part for part in parts))
+    cpus = [part for part in parts if part != CUDA]
+    if len(cpus) > 1:
+        raise UsageError(
+            f"target '{name}': an artifact has code for one kind of CPU, not for {', '.join(cpus)}"
+        )
+    isas = get_target(cpus[0]) if cpus else ()
+    return Target(",".join([*cpus, *([CUDA] if CUDA in parts else [])]), isas, CUDA in parts)
