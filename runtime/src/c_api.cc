@@ -170,7 +170,7 @@ const char* qg_model_variant_name(const qg_model* model, size_t index) {
 
 int qg_model_variant_supported(const qg_model* model, size_t index) {
   const qg::Variant* variant = variant_of(model, index);
-  return variant && qg::supported(*variant) ? 1 : 0;
+  return variant && model->impl->supported(*variant) ? 1 : 0;
 }
 
 size_t qg_model_tensor_count(const qg_model* model, int32_t side) {

@@ -266,7 +266,7 @@ class PlanParser {
       arg.kind = Arg::Kind::kScratch;
       arg.scratch = *scratch;
       int64_t bytes = json.element(1).integer(0, kMaxScratch);
-      if (!checked_round_up_64(bytes, &bytes) || (*scratch += bytes) > kMaxScratch) {
+      if (!checked_round_up(bytes, 64, &bytes) || (*scratch += bytes) > kMaxScratch) {
         json.invalid(cat("brings the step's scratch memory above ", kMaxScratch, " bytes"));
       }
     } else if (kind.string() == "status") {
