@@ -49,10 +49,12 @@ class CpuExecutor final : public Executor {
   int64_t alignment() const override { return 64; }
   std::unique_ptr<Buffer> buffer() const override { return std::make_unique<AlignedBuffer>(); }
 
-  void copy(uint8_t* to, int64_t to_pitch, const uint8_t* from, int64_t from_pitch, int64_t width,
-            int64_t rows) override {
-    for (int64_t i = 0; i < rows; ++i) {
-      std::memcpy(to + i * to_pitch, from + i * from_pitch, static_cast<size_t>(width));
+  void copy(const std::vector<RowCopy>& copies) override {
+    for (const RowCopy& rows : copies) {
+      for (int64_t i = 0; i < rows.count; ++i) {
+        std::memcpy(rows.to + i * rows.to_pitch, rows.from + i * rows.from_pitch,
+                    static_cast<size_t>(rows.width));
+      }
     }
   }
 
@@ -62,7 +64,12 @@ class CpuExecutor final : public Executor {
   void reserve() override { scratch_.reserve(static_cast<size_t>(needed())); }
 
   int64_t status(size_t) override { return reinterpret_cast<int64_t>(&status_); }
-  void run(const StepTable& table, std::vector<int64_t>* times) override;
+
+  Reach reach(const char*, const Port&, const Binding&) override { return Reach::kDirect; }
+  void run(const StepTable& table, const std::vector<Transfer>& inputs, const std::vector<Transfer>& outputs,
+           std::vector<int64_t>* times) override;
+  void* stream() const override { return nullptr; }
+  void wait(void*) override { fail(QG_INVALID_ARGUMENT, "a session on the CPU has no stream"); }
 
  private:
   struct StepCall {
@@ -89,7 +96,8 @@ std::unique_ptr<Executor> CpuProgram::executor(int threads) const {
   return std::make_unique<CpuExecutor>(*this, threads);
 }
 
-void CpuExecutor::run(const StepTable& table, std::vector<int64_t>* times) {
+void CpuExecutor::run(const StepTable& table, const std::vector<Transfer>&, const std::vector<Transfer>&,
+                      std::vector<int64_t>* times) {
   DefaultFloatEnvironment environment;
   __atomic_store_n(&status_, 0, __ATOMIC_RELAXED);
   for (size_t i = 0; i < table.blocks.size(); ++i) {
@@ -134,7 +142,10 @@ void CpuExecutor::run_step(const StepTable& table, size_t index) {
 class CpuDevice final : public Device {
  public:
   const std::string& name() const override { return name_; }
-  std::string text() const override { return std::string(machine_arch()); }
+  const std::string& description() const override { return description_; }
+  Platform platform() const override { return Platform::kCpu; }
+  std::string short_text() const override { return "this machine"; }
+  std::string text() const override { return cat("this machine (", machine_arch(), ")"); }
   std::string_view arch() const override { return machine_arch(); }
   bool has(std::string_view feature) const override { return cpu_has(feature); }
   std::unique_ptr<Program> program(const Plan& plan, const Variant& variant) const override {
@@ -142,7 +153,7 @@ class CpuDevice final : public Device {
   }
 
  private:
-  std::string name_ = "cpu";
+  std::string name_ = "cpu", description_ = cat(machine_arch(), ", ", cpu_features());
 };
 
 }  // namespace
@@ -150,12 +161,6 @@ class CpuDevice final : public Device {
 const Device& cpu_device() {
   static const CpuDevice& device = *new CpuDevice;  // never destroyed: models may outlive main()
   return device;
-}
-
-void check_status(const Step& step, int32_t status) {
-  constexpr int32_t kIndexOutOfRange = 1;
-  if (status == kIndexOutOfRange) fail(QG_BAD_DATA, "step '", step.name, "': an index is out of range");
-  if (status != 0) fail(QG_BAD_DATA, "step '", step.name, "': the kernel reports status ", status);
 }
 
 }  // namespace qg

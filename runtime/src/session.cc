@@ -16,6 +16,7 @@ namespace qg {
 namespace {
 
 constexpr int32_t kMaxThreads = 4096;
+constexpr size_t kNoSlot = SIZE_MAX;
 
 int checked_threads(int32_t threads) {
   if (threads < 0 || threads > kMaxThreads) {
@@ -58,12 +59,16 @@ Session::Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t m
   other_dims_.resize(plan.dims.size());
   dim_source_.resize(plan.dims.size());
   extents_.resize(plan.values.size());
-  slot_offsets_.resize(plan.slots);
-  slot_bytes_.resize(plan.slots);
+  uploads_.reserve(inputs_.size());
+  downloads_.reserve(outputs_.size());
+  slot_of_.assign(plan.values.size(), kNoSlot);
+  slot_offsets_.resize(plan.slots + inputs_.size() + outputs_.size());
+  slot_bytes_.resize(slot_offsets_.size());
   table_.blocks.resize(plan.steps.size());
   step_times_.assign(plan.steps.size(), -1);
   table_.bases.resize(plan.values.size() + 1);
   for (size_t i = 0; i < plan.values.size(); ++i) {
+    if (plan.values[i].kind == Value::Kind::kTemp) slot_of_[i] = plan.values[i].slot;
     if (plan.values[i].kind == Value::Kind::kWeight) table_.bases[i] = model_->program().weight(i);
   }
   for (const Step& step : plan.steps) {
@@ -83,14 +88,14 @@ void Session::bind_input(size_t index, const qg_tensor& tensor) {
     fail(QG_INVALID_ARGUMENT, "input ", index, " does not exist: the model has ", inputs_.size());
   }
   const Port& port = plan.inputs[index];
-  Binding binding = bind("input", port, plan.values[port.value], tensor);
+  Binding binding = checked_binding("input", port, plan.values[port.value], tensor);
   check_input_dims(plan, port, binding);
-  Binding& old = inputs_[index];
+  binding.reach = executor_->reach("input", port, binding);
+  const Binding& old = inputs_[index];
   if (!old.bound || !std::equal(binding.shape, binding.shape + binding.rank, old.shape)) {
     shapes_resolved_ = false;
   }
-  old = binding;
-  table_.bases[port.value] = reinterpret_cast<int64_t>(binding.data);
+  bind(plan.slots + index, port, &inputs_[index], binding);
 }
 
 void Session::bind_output(size_t index, const qg_tensor& tensor) {
@@ -100,8 +105,22 @@ void Session::bind_output(size_t index, const qg_tensor& tensor) {
     fail(QG_INVALID_ARGUMENT, "output ", index, " does not exist: the model has ", outputs_.size());
   }
   const Port& port = plan.outputs[index];
-  outputs_[index] = bind("output", port, plan.values[port.value], tensor);
-  table_.bases[port.value] = reinterpret_cast<int64_t>(outputs_[index].data);
+  Binding binding = checked_binding("output", port, plan.values[port.value], tensor);
+  binding.reach = executor_->reach("output", port, binding);
+  bind(plan.slots + inputs_.size() + index, port, &outputs_[index], binding);
+}
+
+// Where steps find the tensor: in memory of the caller, or in a slot of the arena, which may yet have to be
+// made.
+void Session::bind(size_t slot, const Port& port, Binding* old, const Binding& binding) {
+  *old = binding;
+  if (binding.reach == Reach::kDirect) {
+    slot_of_[port.value] = kNoSlot;
+    table_.bases[port.value] = reinterpret_cast<int64_t>(binding.data);
+  } else if (slot_of_[port.value] == kNoSlot) {
+    slot_of_[port.value] = slot;
+    layout_stale_ = true;
+  }
 }
 
 void Session::output_shape(size_t index, int32_t* ndim, int64_t* shape) {
@@ -356,7 +375,7 @@ void Session::resolve_extents(DimSet changed) {
       extents_[i].bytes = value.weight_bytes;
     } else if (changed == kAllDims || (value.dims & changed) != 0) {
       extents_[i] = extent(i, dims_);
-      layout_stale_ |= value.kind == Value::Kind::kTemp && extents_[i].bytes > slot_bytes_[value.slot];
+      layout_stale_ |= slot_of_[i] != kNoSlot && extents_[i].bytes > slot_bytes_[slot_of_[i]];
     }
   }
 }
@@ -391,14 +410,14 @@ void Session::resolve_memory() {
     }
     arena_->reserve(static_cast<size_t>(*arena));
     executor_->reserve();
-  } catch (const std::bad_alloc&) {
+  } catch (const std::bad_alloc& e) {
     std::string held =
         state_ ? cat(", ", *state, " for a state with room for ", state_->capacity(), " tokens") : "";
-    fail(QG_OUT_OF_MEMORY, "out of memory: ", *arena, " bytes for temporaries", held, dims_text());
+    fail(QG_OUT_OF_MEMORY, out_of_memory_text(e), ": ", *arena, " bytes for temporaries", held, dims_text());
   }
   for (size_t i = 0; i < plan.values.size(); ++i) {
-    if (plan.values[i].kind != Value::Kind::kTemp) continue;
-    table_.bases[i] = reinterpret_cast<int64_t>(arena_->data()) + slot_offsets_[plan.values[i].slot];
+    if (slot_of_[i] == kNoSlot) continue;
+    table_.bases[i] = reinterpret_cast<int64_t>(arena_->data()) + slot_offsets_[slot_of_[i]];
   }
 }
 
@@ -415,13 +434,13 @@ std::optional<int64_t> Session::size_slots() {
   std::fill(slot_bytes_.begin(), slot_bytes_.end(), 0);
   for (size_t i = 0; i < plan.values.size(); ++i) {
     const Value& value = plan.values[i];
-    if (value.kind != Value::Kind::kTemp) continue;
-    int64_t& bytes = slot_bytes_[value.slot];
+    if (slot_of_[i] == kNoSlot) continue;
+    int64_t& bytes = slot_bytes_[slot_of_[i]];
     bytes = std::max(bytes, extents_[i].bytes);
     if ((value.dims & grows) != 0) bytes = std::max(bytes, extent(i, other_dims_).bytes);
   }
   int64_t arena = 0;
-  for (size_t slot = 0; slot < plan.slots; ++slot) {
+  for (size_t slot = 0; slot < slot_offsets_.size(); ++slot) {
     slot_offsets_[slot] = arena;
     if (!checked_round_up(slot_bytes_[slot], executor_->alignment(), &slot_bytes_[slot]) ||
         !checked_add(arena, slot_bytes_[slot], &arena)) {
@@ -522,12 +541,29 @@ void Session::check_overlaps() const {
   }
 }
 
+// What has to be copied before and behind the steps.
+void Session::list_transfers() {
+  const Plan& plan = model_->plan();
+  auto list = [this](const std::vector<Port>& ports, const std::vector<Binding>& bindings,
+                     std::vector<Transfer>* transfers) {
+    transfers->clear();
+    for (size_t i = 0; i < ports.size(); ++i) {
+      const Binding& binding = bindings[i];
+      if (binding.reach == Reach::kDirect) continue;
+      transfers->push_back({binding.data, table_.bases[ports[i].value], binding.bytes, binding.reach});
+    }
+  };
+  list(plan.inputs, inputs_, &uploads_);
+  list(plan.outputs, outputs_, &downloads_);
+}
+
 void Session::run() {
   Exclusive exclusive(this);
   resolve_steps();
   check_outputs();
   check_overlaps();
-  executor_->run(table_, profile_ ? &step_times_ : nullptr);
+  list_transfers();
+  executor_->run(table_, uploads_, downloads_, profile_ ? &step_times_ : nullptr);
   if (state_) {
     state_->set_length(dims_[model_->plan().state->total]);
     shapes_resolved_ = false;
@@ -538,6 +574,11 @@ void Session::profile(bool enabled) {
   Exclusive exclusive(this);
   profile_ = enabled;
   std::fill(step_times_.begin(), step_times_.end(), -1);
+}
+
+void Session::wait(void* stream) {
+  Exclusive exclusive(this);
+  executor_->wait(stream);
 }
 
 }  // namespace qg

@@ -36,6 +36,8 @@ class Session {
   int64_t length() const { return state_ ? state_->length() : 0; }
 
   void profile(bool enabled);
+  void* stream() const { return executor_->stream(); }
+  void wait(void* stream);
   int64_t step_time(size_t step) const { return step < step_times_.size() ? step_times_[step] : -1; }
   int threads() const { return executor_->threads(); }
   uint64_t memory() const {
@@ -77,6 +79,8 @@ class Session {
   std::string dims_text() const { return dims_text(dims_); }
   State& require_state();
 
+  void bind(size_t slot, const Port& port, Binding* old, const Binding& binding);
+  void list_transfers();
   void check_outputs() const;
   void check_overlaps() const;
 
@@ -96,9 +100,12 @@ class Session {
   std::vector<int64_t> other_dims_;      // to compare or compute with
   std::vector<const Port*> dim_source_;  // the input that bound each dim
   std::vector<Extent> extents_;          // by value
-  std::vector<int64_t> slot_offsets_;    // by slot, into the arena
-  std::vector<int64_t> slot_bytes_;      // by slot
+  // Slots of the arena: the plan's, then one for each input and each output, empty where it is not copied.
+  std::vector<size_t> slot_of_;        // by value, or kNoSlot
+  std::vector<int64_t> slot_offsets_;  // by slot, into the arena
+  std::vector<int64_t> slot_bytes_;    // by slot
   StepTable table_;
+  std::vector<Transfer> uploads_, downloads_;
   std::unique_ptr<Buffer> arena_;
   bool profile_ = false;
   std::vector<int64_t> step_times_;

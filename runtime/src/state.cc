@@ -66,18 +66,20 @@ void State::copy(const State& from, const int64_t* rows, int64_t count) {
   if (!in_place) fresh->reserve(size);
   std::vector<Part> parts = parts_;
   lay_out(count, &parts);
+  std::vector<RowCopy> copies;  // a head is a row
   for (size_t p = 0; p < parts.size(); ++p) {
     const Part& to = parts[p];
     const Part& source = from.parts_[p];
     int64_t held = from.length_ * to.token_bytes;
-    if (held == 0) continue;
+    if (held == 0 || to.heads == 0) continue;
     for (int64_t i = 0; i < count; ++i) {
       uint8_t* target = (in_place ? buffer_ : fresh)->data() + to.offset + i * to.row_bytes;
       const uint8_t* row = from.buffer_->data() + source.offset + (rows ? rows[i] : i) * source.row_bytes;
-      executor_.copy(target, capacity_ * to.token_bytes, row, from.capacity_ * to.token_bytes, held,
-                     to.heads);
+      copies.push_back(
+          {target, capacity_ * to.token_bytes, row, from.capacity_ * to.token_bytes, held, to.heads});
     }
   }
+  executor_.copy(copies);
   if (!in_place) std::swap(buffer_, fresh);
   parts_ = std::move(parts);
   length_ = from.length_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for artifact_builder, under py
 import artifact_builder
 from artifact_builder import Parts
 from cmake_build import RUNTIME, cmake_build, sanitizers
+
+# What the toys are for: "cpu", or "cuda", where tests/cuda has the fake driver.
+CUDA = os.environ.get("QGRAPH_TEST_DEVICE", "cpu") == "cuda"
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def toy_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     if artifact_builder.MISSING:
         pytest.skip(f"needs {', '.join(artifact_builder.MISSING)} to make test kernels")
-    return artifact_builder.toy(tmp_path_factory.mktemp("kernels"))
+    return artifact_builder.toy(tmp_path_factory.mktemp("kernels"), CUDA)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +47,7 @@ def toy_path(tmp_path_factory: pytest.TempPathFactory, toy_parts: Parts) -> Path
 def decoder_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     if artifact_builder.MISSING:
         pytest.skip(f"needs {', '.join(artifact_builder.MISSING)} to make test kernels")
-    return artifact_builder.toy_decoder(tmp_path_factory.mktemp("decoder-kernels"))
+    return artifact_builder.toy_decoder(tmp_path_factory.mktemp("decoder-kernels"), CUDA)
 
 
 @pytest.fixture(scope="session")
