@@ -102,6 +102,7 @@ struct Block {
 
 struct Module {
   void* library;
+  int file;  // open as long as the library is: by its path, two libraries are one to dlopen()
 };
 
 struct Function {
@@ -464,9 +465,9 @@ Result cuModuleLoadDataEx(Module** module, const void* image, unsigned count, in
   std::string path = "/proc/self/fd/" + std::to_string(file);
   void* library =
       write(file, image, elf_size(image)) == size ? dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL) : nullptr;
-  close(file);
+  if (!library) close(file);
   if (!library) return static_cast<const Elf64_Ehdr*>(image)->e_machine == 190 ? kNoBinary : kInvalidImage;
-  *module = *f.modules.insert(new Module{library}).first;
+  *module = *f.modules.insert(new Module{library, file}).first;
   return kSuccess;
 }
 
@@ -477,6 +478,7 @@ Result cuModuleUnload(Module* module) {
   for (const auto& [name, function] : f.functions[module]) delete function;
   f.functions.erase(module);
   dlclose(module->library);
+  close(module->file);
   delete module;
   return kSuccess;
 }

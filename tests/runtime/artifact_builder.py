@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import struct
@@ -25,6 +26,8 @@ EMULATED = Path(__file__).parent / "emulated_kernels.cc"
 ARCH = platform.machine()
 VOCABULARY, WIDTH = 10, 8
 SCRATCH = WIDTH * 4
+# What the fixtures' artifacts are for: the CPU, or the fake CUDA driver of tests/cuda, which says so.
+CUDA = os.environ.get("QGRAPH_TEST_DEVICE", "cpu") == "cuda"
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for artifact_builder, under pytest's importlib mode
 
 import artifact_builder
-from artifact_builder import Parts
+from artifact_builder import CUDA, Parts
 from cmake_build import RUNTIME, cmake_build, sanitizers
-
-# What the toys are for: "cpu", or "cuda", where tests/cuda has the fake driver.
-CUDA = os.environ.get("QGRAPH_TEST_DEVICE", "cpu") == "cuda"
 
 
 @pytest.fixture(scope="session")
