@@ -29,11 +29,12 @@ _ERRORS: dict[int, type[QGraphError]] = {
     5: ResourceError,  # I/O error
     6: ResourceError,  # out of memory
     7: InputError,  # bad data
+    9: ResourceError,  # device error
 }
 
 
 class LoadOptions(ctypes.Structure):
-    _fields_ = (("struct_size", c_size_t), ("isa", c_char_p))
+    _fields_ = (("struct_size", c_size_t), ("isa", c_char_p), ("device", c_char_p))
 
 
 class SessionOptions(ctypes.Structure):
@@ -60,6 +61,11 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "qg_version": (c_char_p, ()),
     "qg_last_error": (c_char_p, ()),
     "qg_load": (None, (c_char_p, POINTER(LoadOptions), POINTER(c_void_p))),
+    "qg_device_count": (c_size_t, ()),
+    "qg_device_name": (c_char_p, (c_size_t,)),
+    "qg_device_description": (c_char_p, (c_size_t,)),
+    "qg_device_problem": (c_char_p, ()),
+    "qg_model_device": (c_char_p, (c_void_p,)),
     "qg_model_isa": (c_char_p, (c_void_p,)),
     "qg_model_variant_count": (c_size_t, (c_void_p,)),
     "qg_model_variant_name": (c_char_p, (c_void_p, c_size_t)),
@@ -89,6 +95,8 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "qg_state_length": (c_int64, (c_void_p,)),
     "qg_state_truncate": (None, (c_void_p, c_int64)),
     "qg_state_copy": (None, (c_void_p, c_void_p, POINTER(c_int64), c_size_t)),
+    "qg_session_stream": (c_void_p, (c_void_p,)),
+    "qg_session_wait": (None, (c_void_p, c_void_p)),
     "qg_session_profile": (None, (c_void_p, c_int)),
     "qg_session_step_time": (c_int64, (c_void_p, c_size_t)),
 }
@@ -131,13 +139,30 @@ def text(value: bytes | None) -> str:
     return value.decode()
 
 
-def load(path: str, isa: str | None) -> c_void_p:
+def load(path: str, isa: str | None, device: str | None) -> c_void_p:
     if "\0" in path:
         raise InputError(f"no such file: {path!r}")
+    if device is not None and not isinstance(device, str):
+        raise InputError(f"device is {device!r}: give its name, such as 'cuda'")
     handle = c_void_p()
-    options = LoadOptions(ctypes.sizeof(LoadOptions), isa.encode() if isa is not None else None)
+    names = (None if name is None else name.encode() for name in (isa, device))
+    options = LoadOptions(ctypes.sizeof(LoadOptions), *names)
     check(library().qg_load(os.fsencode(path), byref(options), byref(handle)))
     return handle
+
+
+def devices() -> list[tuple[str, str]]:
+    """Name and description of each device."""
+    lib = library()
+    return [
+        (text(lib.qg_device_name(i)), text(lib.qg_device_description(i)))
+        for i in range(lib.qg_device_count())
+    ]
+
+
+def device_problem() -> str:
+    """Why there is no GPU among them; empty if there is one."""
+    return (library().qg_device_problem() or b"").decode("utf-8", "replace")
 
 
 def create_session(model: c_void_p, threads: int, memory_limit: int, capacity: int) -> c_void_p:

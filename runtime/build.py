@@ -30,6 +30,7 @@ COMPILE_FLAGS = (
     "-DNDEBUG",
 )
 LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,defs", "-Wl,-z,relro", "-Wl,-z,now", "-s")
+LIBRARIES = ("-ldl",)  # of the C library, apart before glibc 2.34
 HINT = "install g++ or clang, or set QGRAPH_RUNTIME_LIBRARY to a prebuilt libqgraph.so"
 
 
@@ -110,7 +111,15 @@ def _key(compiler: list[str]) -> str:
     state = hashlib.sha256()
     binary = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     stat = binary.stat()
-    for part in (*compiler, str(binary), stat.st_size, stat.st_mtime_ns, *COMPILE_FLAGS, *LINK_FLAGS):
+    for part in (
+        *compiler,
+        str(binary),
+        stat.st_size,
+        stat.st_mtime_ns,
+        *COMPILE_FLAGS,
+        *LINK_FLAGS,
+        *LIBRARIES,
+    ):
         state.update(f"{part}\0".encode())
     for path in _sources():
         data = path.read_bytes()
@@ -131,7 +140,7 @@ def _compile(compiler: list[str], scratch: Path) -> Path:
         list(pool.map(compile_unit, units, objects))
     library = scratch / "libqgraph.so"
     exports = f"-Wl,--version-script={ROOT / 'src' / 'exports.map'}"
-    _run([*compiler, *LINK_FLAGS, exports, *map(str, objects)], library)
+    _run([*compiler, *LINK_FLAGS, exports, *map(str, objects), *LIBRARIES], library)
     return library
 
 

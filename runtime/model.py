@@ -17,6 +17,7 @@ import numpy as np
 
 from qgraph.errors import InputError, QGraphError, UsageError
 from qgraph.runtime import _native
+from qgraph.runtime.gpu_arrays import GpuArray, gpu_array, on_gpu
 
 _NUMPY = {
     "f32": np.dtype(np.float32),
@@ -76,10 +77,18 @@ class Profile:
 
 @dataclass(frozen=True)
 class Variant:
-    """The code for one instruction set, and whether this CPU runs it."""
+    """The code for one instruction set of the model's device, and whether that runs it."""
 
     isa: str
     supported: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a model can be loaded on: its name for `load`, and what it is."""
+
+    name: str
+    description: str
 
 
 class Model:
@@ -91,6 +100,7 @@ class Model:
         *,
         threads: int = 0,
         isa: str | None = None,
+        device: str | None = None,
         memory_limit: int = 0,
     ) -> None:
         self._handle: c_void_p | None = None
@@ -99,7 +109,8 @@ class Model:
         self._threads, self._memory_limit = threads, memory_limit
         lib = _native.library()
         self.path = os.fsdecode(path)
-        handle = self._handle = _native.load(self.path, isa)
+        handle = self._handle = _native.load(self.path, isa, device)
+        self.device = _native.text(lib.qg_model_device(handle))
         self.isa = _native.text(lib.qg_model_isa(handle))
         self.metadata = _native.metadata(handle)
         self.inputs = _tensors(handle, _native.INPUT)
@@ -189,7 +200,7 @@ class Model:
 
     def __repr__(self) -> str:
         sides = (", ".join(map(str, side)) for side in (self.inputs, self.outputs))
-        return f"<qgraph model {self.path} ({self.isa}): {' -> '.join(sides)}>"
+        return f"<qgraph model {self.path} ({self.isa} on {self.device}): {' -> '.join(sides)}>"
 
 
 class Session:
@@ -214,6 +225,7 @@ class Session:
         self._input_views = [_native.View(_dtype_name(info.dtype)) for info in model.inputs]
         self._output_views = [_native.View(_dtype_name(info.dtype)) for info in model.outputs]
         self._handle = _native.create_session(model._open_handle(), threads, memory_limit, capacity)
+        self._stream: int | None = _native.library().qg_session_stream(self._handle)
 
     @property
     def threads(self) -> int:
@@ -286,17 +298,25 @@ class Session:
             indices = None if rows is None else [_int64("row", row) for row in rows]
             _native.copy_state(self._open_handle(), source._open_handle(), indices)
 
-    def run(self, inputs: Mapping[str, Any], dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        dims: Mapping[str, int] | None = None,
+        outputs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Run the model.
 
         Args:
-            inputs: for every input name an array: numpy, or anything with DLPack on the CPU. Dtypes must
-                match, no value is cast. Arrays that are not contiguous are copied.
+            inputs: for every input name an array: numpy, or anything with DLPack on the CPU; for a model on
+                a GPU also anything with DLPack or the CUDA array interface there, which is read where it is.
+                Dtypes must match, no value is cast. Arrays in host memory that are not contiguous are copied.
             dims: sizes of dimensions of kind "option" in this run; the others have their defaults.
                 `{"logits": 1}` asks a decoder for the last position only.
+            outputs: for some output names the array to write: numpy, or on the GPU as for inputs. Contiguous,
+                of the right dtype and shape.
 
         Returns:
-            For every output name a new array.
+            For every output name the array of `outputs`, else a new numpy array. All of them are complete.
 
         Raises:
             InputError: missing or unknown names, wrong dtypes or shapes, data that the model refuses, such
@@ -306,10 +326,11 @@ class Session:
         """
         if dims is not None and not (isinstance(dims, Mapping) and all(isinstance(n, str) for n in dims)):
             raise InputError(f"dims is {dims!r}: give a dict of names to sizes")
-        arrays = _arrays(self._model.inputs, inputs)
         with self._lock:
+            arrays = _arrays(self._model.inputs, inputs, self._stream)
+            targets = _targets(self._model.outputs, outputs or {}, self._stream)
             self._choose(dims or {})
-            return self._run(arrays)
+            return self._run(arrays, targets, outputs or {})
 
     def _choose(self, dims: Mapping[str, int]) -> None:
         """Set the option dims to these sizes, and to their defaults what an earlier run set."""
@@ -325,18 +346,32 @@ class Session:
             _native.check(lib.qg_set_dim(handle, name.encode(), int(size)))
             self._choices[name] = int(size)
 
-    def _run(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+    def _run(
+        self, arrays: list[_Array], targets: dict[str, _Array], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
         lib, handle = _native.library(), self._open_handle()
         for i, (view, array) in enumerate(zip(self._input_views, arrays, strict=True)):
-            view.set(_address(array), array.shape)
+            view.set(self._address(array), array.shape)
             _native.check(lib.qg_bind_input(handle, i, view.reference))
         outputs = {}
         for i, (view, info) in enumerate(zip(self._output_views, self._model.outputs, strict=True)):
-            array = outputs[info.name] = np.empty(_native.output_shape(handle, i, view), info.dtype)
-            view.set(_address(array), array.shape)
+            target = targets.get(info.name)
+            if target is None:
+                target = outputs[info.name] = np.empty(_native.output_shape(handle, i, view), info.dtype)
+            else:
+                outputs[info.name] = given[info.name]
+            view.set(self._address(target), target.shape)
             _native.check(lib.qg_bind_output(handle, i, view.reference))
         _native.check(lib.qg_run(handle))
         return outputs
+
+    def _address(self, array: _Array) -> int:
+        """Where it lies; runs from now on wait until it is ready."""
+        if isinstance(array, np.ndarray):
+            return int(array.__array_interface__["data"][0])  # faster than array.ctypes.data
+        if array.stream is not None:
+            _native.check(_native.library().qg_session_wait(self._open_handle(), array.stream))
+        return array.address
 
     def profile(self, inputs: Mapping[str, Any], dims: Mapping[str, int] | None = None) -> Profile:
         """Run once with every step timed. Arguments and errors as `run`."""
@@ -409,8 +444,11 @@ def _dtype_name(dtype: np.dtype) -> str:
     return next(name for name, known in _NUMPY.items() if known == dtype)
 
 
-def _arrays(infos: tuple[TensorInfo, ...], inputs: Mapping[str, Any]) -> list[np.ndarray]:
-    """The inputs in the model's order, as contiguous arrays of the model's dtypes."""
+_Array = np.ndarray | GpuArray
+
+
+def _arrays(infos: tuple[TensorInfo, ...], inputs: Mapping[str, Any], stream: int | None) -> list[_Array]:
+    """The inputs in the model's order, as contiguous arrays of the model's dtypes, for work on `stream`."""
     names = [info.name for info in infos]
     if not isinstance(inputs, Mapping):
         kind = type(inputs).__name__
@@ -419,19 +457,49 @@ def _arrays(infos: tuple[TensorInfo, ...], inputs: Mapping[str, Any]) -> list[np
         raise InputError(f"unknown input {unknown[0]!r}: the model has {', '.join(names) or 'none'}")
     if missing := [name for name in names if name not in inputs]:
         raise InputError(f"input {missing[0]!r} is missing: the model needs {', '.join(names)}")
-    return [_array(info, inputs[info.name]) for info in infos]
+    return [_array(info, inputs[info.name], stream) for info in infos]
 
 
-def _address(array: np.ndarray) -> int:
-    return int(array.__array_interface__["data"][0])  # faster than array.ctypes.data
+def _targets(
+    infos: tuple[TensorInfo, ...], outputs: Mapping[str, Any], stream: int | None
+) -> dict[str, _Array]:
+    """The arrays that outputs are written to, by name."""
+    if not isinstance(outputs, Mapping):
+        raise InputError(f"outputs is a {type(outputs).__name__}: give a dict of names to arrays")
+    known = {info.name: info for info in infos}
+    if unknown := [name for name in outputs if name not in known]:
+        raise InputError(f"unknown output {unknown[0]!r}: the model has {', '.join(known) or 'none'}")
+    return {name: _target(known[name], value, stream) for name, value in outputs.items()}
 
 
-def _array(info: TensorInfo, value: Any) -> np.ndarray:
+def _target(info: TensorInfo, value: Any, stream: int | None) -> _Array:
+    label = f"output {info.name!r}"
+    if not isinstance(value, np.ndarray):
+        if not on_gpu(value):
+            raise InputError(f"{label} is a {type(value).__name__}: give a numpy array, or one on the GPU")
+        return _gpu_array(label, info, value, stream, writable=True)
+    if value.dtype != info.dtype or not value.flags.carray:
+        raise InputError(f"{label}: give a contiguous writable array of {info.dtype}")
+    return value
+
+
+def _gpu_array(label: str, info: TensorInfo, value: Any, stream: int | None, writable: bool) -> GpuArray:
+    if stream is None:
+        raise InputError(f"{label} is in a GPU's memory, but the model is on the CPU: load it on 'cuda'")
+    array = gpu_array(label, value, stream, writable)
+    if array.dtype != info.dtype:
+        raise InputError(f"{label}: expected {info.dtype}, got {array.dtype}: cast it first")
+    return array
+
+
+def _array(info: TensorInfo, value: Any, stream: int | None) -> _Array:
     if type(value) is np.ndarray and value.dtype == info.dtype and value.flags.carray:
         return value
     if isinstance(value, np.generic):
         value = np.asarray(value)
     if not isinstance(value, np.ndarray):
+        if on_gpu(value):
+            return _gpu_array(f"input {info.name!r}", info, value, stream, writable=False)
         if not hasattr(value, "__dlpack__"):
             kind = type(value).__name__
             raise InputError(f"input {info.name!r} is a {kind}: give a numpy array or an object with DLPack")

@@ -31,7 +31,7 @@ std::optional<int64_t> dense_bytes(const int64_t* shape, size_t rank, qg_dtype d
   return bytes;
 }
 
-Binding bind(const char* kind, const Port& port, const Value& value, const qg_tensor& tensor) {
+Binding checked_binding(const char* kind, const Port& port, const Value& value, const qg_tensor& tensor) {
   auto refuse = [&](const auto&... problem) {
     fail(QG_INVALID_ARGUMENT, kind, " '", port.name, "': ", problem...);
   };

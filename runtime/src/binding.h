@@ -14,9 +14,14 @@
 
 namespace qg {
 
+// How kernels get at memory of the caller: directly, or by a copy, for which the GPU can read or write it by
+// itself (pinned), or not (pageable); or which is on the GPU, but not aligned as kernels want it.
+enum class Reach { kDirect, kPageable, kPinned, kUnaligned };
+
 // A checked copy of a qg_tensor.
 struct Binding {
   bool bound = false;
+  Reach reach = Reach::kDirect;
   void* data = nullptr;
   int32_t rank = 0;
   int64_t shape[QG_MAX_RANK] = {};
@@ -36,7 +41,7 @@ std::optional<int64_t> dense_bytes(const int64_t* shape, size_t rank, qg_dtype d
 
 // Checks dtype, rank, strides and data of a tensor for an input or output; `kind` is "input" or "output".
 // Throws Error(QG_INVALID_ARGUMENT).
-Binding bind(const char* kind, const Port& port, const Value& value, const qg_tensor& tensor);
+Binding checked_binding(const char* kind, const Port& port, const Value& value, const qg_tensor& tensor);
 
 // Checks the sizes that an input must have whatever the other inputs are: fixed ones, and bounds of named
 // dims.

@@ -39,8 +39,8 @@ qg_status guarded(Body body) noexcept {
     return QG_OK;
   } catch (const qg::Error& e) {
     return report(e.status(), e.what());
-  } catch (const std::bad_alloc&) {
-    return report(QG_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::bad_alloc& e) {
+    return report(QG_OUT_OF_MEMORY, qg::out_of_memory_text(e));
   } catch (const std::system_error& e) {  // of std::thread
     return report(QG_OUT_OF_MEMORY, e.what());
   } catch (const std::exception& e) {
@@ -70,8 +70,20 @@ qg_status load(const qg_load_options* options, qg_model** model, Load load_model
     require(model, "model");
     *model = nullptr;
     qg_load_options merged_options = merged(options, qg_load_options QG_LOAD_OPTIONS_INIT);
-    *model = new qg_model{load_model(merged_options.isa)};
+    *model = new qg_model{load_model(qg::Model::Choice{merged_options.isa, merged_options.device})};
   });
+}
+
+// NULL only if memory ran out.
+const qg::Devices* devices_or_null() noexcept {
+  const qg::Devices* found = nullptr;
+  guarded([&] { found = &qg::devices(); });
+  return found;
+}
+
+const qg::Device* device_of(size_t index) noexcept {
+  const qg::Devices* devices = devices_or_null();
+  return devices && index < devices->list.size() ? devices->list[index] : nullptr;
 }
 
 const qg::Plan* plan_of(const qg_model* model) { return model ? &model->impl->plan() : nullptr; }
@@ -133,6 +145,8 @@ const char* qg_status_name(int32_t status) {
       return "bad data";
     case QG_INTERNAL:
       return "internal error";
+    case QG_DEVICE_ERROR:
+      return "device error";
   }
   return "unknown status";
 }
@@ -142,16 +156,16 @@ const char* qg_dtype_name(int32_t dtype) { return qg::is_dtype(dtype) ? qg::kDTy
 size_t qg_dtype_size(int32_t dtype) { return qg::is_dtype(dtype) ? qg::kDTypes[dtype].size : 0; }
 
 qg_status qg_load(const char* path, const qg_load_options* options, qg_model** model) {
-  return load(options, model, [&](const char* isa) {
+  return load(options, model, [&](const qg::Model::Choice& choice) {
     require(path, "path");
-    return qg::Model::from_file(path, isa);
+    return qg::Model::from_file(path, choice);
   });
 }
 
 qg_status qg_load_memory(const void* data, size_t size, const qg_load_options* options, qg_model** model) {
-  return load(options, model, [&](const char* isa) {
+  return load(options, model, [&](const qg::Model::Choice& choice) {
     require(data, "data");
-    return qg::Model::from_memory(static_cast<const uint8_t*>(data), size, isa);
+    return qg::Model::from_memory(static_cast<const uint8_t*>(data), size, choice);
   });
 }
 
@@ -170,7 +184,7 @@ const char* qg_model_variant_name(const qg_model* model, size_t index) {
 
 int qg_model_variant_supported(const qg_model* model, size_t index) {
   const qg::Variant* variant = variant_of(model, index);
-  return variant && qg::supported(*variant) ? 1 : 0;
+  return variant && model->impl->supported(*variant) ? 1 : 0;
 }
 
 size_t qg_model_tensor_count(const qg_model* model, int32_t side) {
@@ -325,6 +339,39 @@ qg_status qg_session_profile(qg_session* session, int enabled) {
 
 int64_t qg_session_step_time(const qg_session* session, size_t step) {
   return session ? session->impl.step_time(step) : -1;
+}
+
+size_t qg_device_count(void) {
+  const qg::Devices* devices = devices_or_null();
+  return devices ? devices->list.size() : 0;
+}
+
+const char* qg_device_name(size_t index) {
+  const qg::Device* device = device_of(index);
+  return device ? device->name().c_str() : nullptr;
+}
+
+const char* qg_device_description(size_t index) {
+  const qg::Device* device = device_of(index);
+  return device ? device->description().c_str() : nullptr;
+}
+
+const char* qg_device_problem(void) {
+  const qg::Devices* devices = devices_or_null();
+  return devices && !devices->problem.empty() ? devices->problem.c_str() : nullptr;
+}
+
+const char* qg_model_device(const qg_model* model) {
+  return model ? model->impl->device().name().c_str() : nullptr;
+}
+
+void* qg_session_stream(const qg_session* session) { return session ? session->impl.stream() : nullptr; }
+
+qg_status qg_session_wait(qg_session* session, void* stream) {
+  return guarded([&] {
+    require(session, "session");
+    session->impl.wait(stream);
+  });
 }
 
 }  // extern "C"

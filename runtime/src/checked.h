@@ -36,10 +36,10 @@ namespace qg {
   return true;
 }
 
-// Smallest multiple of 64 that is >= a, for a >= 0.
-[[nodiscard]] inline bool checked_round_up_64(int64_t a, int64_t* result) {
-  if (!checked_add(a, 63, result)) return false;
-  *result &= ~int64_t{63};
+// Smallest multiple of `step`, a power of two, that is >= a, for a >= 0.
+[[nodiscard]] inline bool checked_round_up(int64_t a, int64_t step, int64_t* result) {
+  if (!checked_add(a, step - 1, result)) return false;
+  *result &= -step;
   return true;
 }
 

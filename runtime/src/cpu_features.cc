@@ -1,5 +1,6 @@
 #include "cpu_features.h"
 
+#include <array>
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -63,26 +64,44 @@ const Features& features() {
 
 std::string_view machine_arch() { return "x86_64"; }
 
-bool cpu_has(std::string_view name) {
+namespace {
+
+struct Named {
+  std::string_view name;
+  bool has;
+};
+
+const std::array<Named, 11>& table() {
   const Features& f = features();
-  const struct {
-    std::string_view name;
-    bool has;
-  } table[] = {{"avx2", f.avx2},
-               {"fma", f.fma},
-               {"f16c", f.f16c},
-               {"bmi2", f.bmi2},
-               {"avx512f", f.avx512f},
-               {"avx512bw", f.avx512bw},
-               {"avx512vl", f.avx512vl},
-               {"avx512dq", f.avx512dq},
-               {"avx512cd", f.avx512cd},
-               {"avx512vbmi", f.avx512vbmi},
-               {"avx512vnni", f.avx512vnni}};
-  for (const auto& entry : table) {
-    if (entry.name == name) return entry.has;
+  static const std::array<Named, 11> names{{{"avx2", f.avx2},
+                                            {"fma", f.fma},
+                                            {"f16c", f.f16c},
+                                            {"bmi2", f.bmi2},
+                                            {"avx512f", f.avx512f},
+                                            {"avx512bw", f.avx512bw},
+                                            {"avx512vl", f.avx512vl},
+                                            {"avx512dq", f.avx512dq},
+                                            {"avx512cd", f.avx512cd},
+                                            {"avx512vbmi", f.avx512vbmi},
+                                            {"avx512vnni", f.avx512vnni}}};
+  return names;
+}
+
+}  // namespace
+
+bool cpu_has(std::string_view name) {
+  for (const Named& feature : table()) {
+    if (feature.name == name) return feature.has;
   }
   return false;
+}
+
+std::string cpu_features() {
+  std::string names;
+  for (const Named& feature : table()) {
+    if (feature.has) names += (names.empty() ? "" : " ") + std::string(feature.name);
+  }
+  return names.empty() ? "baseline" : names;
 }
 
 bool cpu_has_sha_ni() { return features().sha_ni; }
@@ -91,6 +110,7 @@ bool cpu_has_sha_ni() { return features().sha_ni; }
 
 std::string_view machine_arch() { return "aarch64"; }
 bool cpu_has(std::string_view name) { return name == "neon"; }  // part of the base architecture
+std::string cpu_features() { return "neon"; }
 bool cpu_has_sha_ni() { return false; }
 
 #else

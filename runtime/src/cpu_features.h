@@ -2,6 +2,7 @@
 #ifndef QGRAPH_SRC_CPU_FEATURES_H_
 #define QGRAPH_SRC_CPU_FEATURES_H_
 
+#include <string>
 #include <string_view>
 
 namespace qg {
@@ -12,6 +13,8 @@ std::string_view machine_arch();
 // system saves the registers. A name that this version does not know is a feature that the machine does not
 // have.
 bool cpu_has(std::string_view feature);
+// All that it has, with blanks between them.
+std::string cpu_features();
 bool cpu_has_sha_ni();
 
 }  // namespace qg

@@ -1,70 +1,81 @@
 #include "model.h"
 
-#include <algorithm>
 #include <string_view>
 #include <utility>
 
-#include "cpu_features.h"
 #include "error.h"
 
 namespace qg {
 namespace {
 
+const Device& choose_device(const Artifact& artifact, const char* name) {
+  bool cpu = has_plan(artifact, Platform::kCpu), cuda = has_plan(artifact, Platform::kCuda);
+  if (!name) return cpu || !cuda ? cpu_device() : find_device("cuda");
+  std::string_view wanted(name);
+  if (wanted == "cpu" && !cpu && cuda) {
+    fail(QG_UNSUPPORTED, "the file has no code for the CPU, only for CUDA: load it on 'cuda'");
+  }
+  if (wanted != "cpu" && wanted.substr(0, 4) == "cuda" && cpu && !cuda) {
+    fail(QG_UNSUPPORTED,
+         "the file has no code for CUDA, only for the CPU: compile the model for the target cuda");
+  }
+  return find_device(wanted);
+}
+
 // "needs avx512f, avx512bw" or "is for aarch64".
-std::string obstacle(const Variant& variant) {
-  if (variant.arch != machine_arch()) return cat("is for ", variant.arch);
+std::string obstacle(const Device& device, const Variant& variant) {
+  if (variant.arch != device.arch()) return cat("is for ", variant.arch);
   std::string missing;
   for (const std::string& feature : variant.features) {
-    if (!cpu_has(feature)) missing += cat(missing.empty() ? "needs " : ", ", feature);
+    if (!device.has(feature)) missing += cat(missing.empty() ? "needs " : ", ", feature);
   }
   return missing;
 }
 
-const Variant& choose(const std::vector<Variant>& variants, const char* isa) {
+const Variant& choose_variant(const Device& device, const std::vector<Variant>& variants, const char* isa) {
   std::string seen;
   for (const Variant& variant : variants) {
     if (isa && variant.isa != isa) {
       seen += cat(seen.empty() ? "" : ", ", variant.isa);
       continue;
     }
-    if (supported(variant)) return variant;
-    if (isa) fail(QG_UNSUPPORTED, "this machine cannot run variant '", isa, "': it ", obstacle(variant));
-    seen += cat(seen.empty() ? "" : "; ", variant.isa, " ", obstacle(variant));
+    std::string problem = obstacle(device, variant);
+    if (problem.empty()) return variant;
+    if (isa) fail(QG_UNSUPPORTED, device.short_text(), " cannot run variant '", isa, "': it ", problem);
+    seen += cat(seen.empty() ? "" : "; ", variant.isa, " ", problem);
   }
   if (isa) fail(QG_UNSUPPORTED, "the file has no variant '", isa, "', only ", seen);
-  fail(QG_UNSUPPORTED, "no code in the file fits this machine (", machine_arch(), "): ", seen);
+  fail(QG_UNSUPPORTED, "no code in the file fits ", device.text(), ": ", seen);
 }
 
 }  // namespace
 
-bool supported(const Variant& variant) {
-  return variant.arch == machine_arch() && std::all_of(variant.features.begin(), variant.features.end(),
-                                                       [](const std::string& f) { return cpu_has(f); });
-}
-
-Model::Model(MappedFile file, const uint8_t* data, size_t size, const char* isa)
+Model::Model(MappedFile file, const uint8_t* data, size_t size, const Choice& choice)
     : file_(std::move(file)),
       artifact_(data, size),
-      plan_(parse_plan(artifact_)),
-      variant_(&choose(plan_.variants, isa)),
-      code_(variant_->code, variant_->code_size) {}
+      device_(choose_device(artifact_, choice.device)),
+      plan_(parse_plan(artifact_, device_.platform())),
+      variant_(&choose_variant(device_, plan_.variants, choice.isa)),
+      program_(device_.program(plan_, *variant_)) {}
 
-std::shared_ptr<const Model> Model::from_file(const char* path, const char* isa) {
+bool Model::supported(const Variant& variant) const { return obstacle(device_, variant).empty(); }
+
+std::shared_ptr<const Model> Model::from_file(const char* path, const Choice& choice) {
   try {
     MappedFile file(path);
     const uint8_t* data = file.data();
     size_t size = file.size();
-    return std::make_shared<const Model>(std::move(file), data, size, isa);
+    return std::make_shared<const Model>(std::move(file), data, size, choice);
   } catch (const Error& e) {
     throw Error(e.status(), cat(path, ": ", e.what()));
   }
 }
 
-std::shared_ptr<const Model> Model::from_memory(const uint8_t* data, size_t size, const char* isa) {
+std::shared_ptr<const Model> Model::from_memory(const uint8_t* data, size_t size, const Choice& choice) {
   if (reinterpret_cast<uintptr_t>(data) % 64 != 0) {
     fail(QG_INVALID_ARGUMENT, "an artifact in memory must be aligned to 64 bytes");
   }
-  return std::make_shared<const Model>(MappedFile(), data, size, isa);
+  return std::make_shared<const Model>(MappedFile(), data, size, choice);
 }
 
 }  // namespace qg

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "artifact.h"
-#include "code_image.h"
+#include "device.h"
 #include "mapped_file.h"
 #include "plan.h"
 
@@ -15,28 +15,34 @@ namespace qg {
 
 class Model {
  public:
-  // `isa` is the variant to use, nullptr for the first that the CPU supports.
-  static std::shared_ptr<const Model> from_file(const char* path, const char* isa);
+  // What to load of an artifact, each nullptr for its default.
+  struct Choice {
+    const char* isa;     // the variant; the first that the device supports
+    const char* device;  // the CPU if there is code for it, else the first GPU
+  };
+
+  static std::shared_ptr<const Model> from_file(const char* path, const Choice& choice);
   // Keeps pointing into data[0, size).
-  static std::shared_ptr<const Model> from_memory(const uint8_t* data, size_t size, const char* isa);
+  static std::shared_ptr<const Model> from_memory(const uint8_t* data, size_t size, const Choice& choice);
 
   const Artifact& artifact() const { return artifact_; }
   const Plan& plan() const { return plan_; }
   const Variant& variant() const { return *variant_; }
-  const void* kernel(size_t index) const { return code_.at(variant_->entries[index]); }
+  const Device& device() const { return device_; }
+  const Program& program() const { return *program_; }
+  // Whether the device can run a variant.
+  bool supported(const Variant& variant) const;
 
-  Model(MappedFile file, const uint8_t* data, size_t size, const char* isa);
+  Model(MappedFile file, const uint8_t* data, size_t size, const Choice& choice);
 
  private:
   MappedFile file_;  // empty for a model from memory
   Artifact artifact_;
+  const Device& device_;
   Plan plan_;
   const Variant* variant_;  // into plan_
-  CodeImage code_;
+  std::unique_ptr<const Program> program_;
 };
-
-// Whether this machine can run the variant.
-bool supported(const Variant& variant);
 
 }  // namespace qg
 

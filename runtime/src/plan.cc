@@ -13,8 +13,11 @@ namespace qg {
 namespace {
 
 constexpr int64_t kPlanVersion = 1;
-constexpr std::string_view kPlanName = "qgraph.plan";
 constexpr std::string_view kReserved = "qgraph.";
+
+std::string_view plan_name(Platform platform) {
+  return platform == Platform::kCpu ? "qgraph.plan" : "qgraph.plan.cuda";
+}
 
 // Calls read(element) for each element of an array.
 template <typename F>
@@ -32,7 +35,8 @@ void require_new(const JsonCursor& name, const Container& others, Name name_of) 
 
 class PlanParser {
  public:
-  PlanParser(const Artifact& artifact, const JsonCursor& root) : artifact_(artifact), root_(root) {}
+  PlanParser(const Artifact& artifact, Platform platform, const JsonCursor& root)
+      : artifact_(artifact), platform_(platform), root_(root) {}
 
   Plan parse() {
     // In the order of reference: each list only refers to the ones before it.
@@ -263,10 +267,11 @@ class PlanParser {
       arg.dims = arg.expr.dims();
     } else if (kind.string() == "scratch") {
       require_size(2, 2);
+      if (platform_ != Platform::kCpu) kind.invalid("is for the CPU alone");
       arg.kind = Arg::Kind::kScratch;
       arg.scratch = *scratch;
       int64_t bytes = json.element(1).integer(0, kMaxScratch);
-      if (!checked_round_up_64(bytes, &bytes) || (*scratch += bytes) > kMaxScratch) {
+      if (!checked_round_up(bytes, 64, &bytes) || (*scratch += bytes) > kMaxScratch) {
         json.invalid(cat("brings the step's scratch memory above ", kMaxScratch, " bytes"));
       }
     } else if (kind.string() == "status") {
@@ -283,7 +288,7 @@ class PlanParser {
     step.name = json.member("name").string();
     step.kernel = json.member("kernel").index(plan_.kernels.size(), "kernels");
     step.blocks = expr(json.member("blocks"));
-    step.grain = json.member("grain").integer(1, INT64_MAX);
+    if (platform_ == Platform::kCpu) step.grain = json.member("grain").integer(1, INT64_MAX);
     const JsonCursor args = json.member("args");
     if (args.size() > kMaxPlanArgs) args.invalid(cat("has more than ", kMaxPlanArgs, " elements"));
     step.dims = step.blocks.dims();
@@ -296,7 +301,7 @@ class PlanParser {
 
   Variant variant(const JsonCursor& json) const {
     Variant variant;
-    const JsonCursor isa = json.member("isa"), entries = json.member("entries");
+    const JsonCursor isa = json.member("isa");
     require_new(isa, plan_.variants, [](const Variant& other) { return other.isa; });
     variant.isa = isa.string();
     variant.arch = json.member("arch").string();
@@ -304,13 +309,22 @@ class PlanParser {
     const Segment& code = segment(json.member("code"));
     variant.code = code.data;
     variant.code_size = code.size;
-    if (entries.size() != plan_.kernels.size()) entries.invalid("does not have one entry for each kernel");
-    for_each(entries,
-             [&](const JsonCursor& c) { variant.entries.push_back(c.index(code.size, "bytes of code")); });
+    // In the order of `kernels`: where each begins, or how it is launched.
+    const JsonCursor kernels = json.member(platform_ == Platform::kCpu ? "entries" : "functions");
+    if (kernels.size() != plan_.kernels.size()) kernels.invalid("does not have one entry for each kernel");
+    for_each(kernels, [&](const JsonCursor& c) {
+      if (platform_ == Platform::kCpu) {
+        variant.entries.push_back(c.index(code.size, "bytes of code"));
+      } else {
+        variant.functions.push_back({static_cast<int>(c.member("threads").integer(1, kMaxBlockThreads)),
+                                     static_cast<int>(c.member("shared").integer(0, kMaxBlockShared))});
+      }
+    });
     return variant;
   }
 
   const Artifact& artifact_;
+  const Platform platform_;
   const JsonCursor& root_;
   Plan plan_;
   bool has_rows_ = false;
@@ -318,9 +332,13 @@ class PlanParser {
 
 }  // namespace
 
-Plan parse_plan(const Artifact& artifact) {
-  const Segment* segment = artifact.find(kPlanName);
-  if (!segment) fail(QG_INVALID_FILE, "there is no tensor '", kPlanName, "'");
+bool has_plan(const Artifact& artifact, Platform platform) {
+  return artifact.find(plan_name(platform)) != nullptr;
+}
+
+Plan parse_plan(const Artifact& artifact, Platform platform) {
+  const Segment* segment = artifact.find(plan_name(platform));
+  if (!segment) fail(QG_INVALID_FILE, "there is no tensor '", plan_name(platform), "'");
   const Json json = parse_json({reinterpret_cast<const char*>(segment->data), segment->size}, "plan");
   const JsonCursor root(json, "plan");
   int64_t version = root.member("version").integer();
@@ -328,7 +346,7 @@ Plan parse_plan(const Artifact& artifact) {
     fail(QG_UNSUPPORTED, "plan of version ", version, ", this runtime (", QG_VERSION, ") reads ",
          kPlanVersion);
   }
-  return PlanParser(artifact, root).parse();
+  return PlanParser(artifact, platform, root).parse();
 }
 
 }  // namespace qg

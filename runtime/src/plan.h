@@ -16,6 +16,11 @@ namespace qg {
 constexpr size_t kMaxPlanArgs = 30;  // `begin` and `end` make 32
 constexpr size_t kMaxNamed = 4096;   // dims, inputs, outputs, variants
 constexpr int64_t kMaxScratch = int64_t{64} << 20;
+constexpr int kMaxBlockThreads = 1024;
+constexpr int kMaxBlockShared = 232448;  // that a block can have on any GPU so far
+
+// What a plan is for.
+enum class Platform { kCpu, kCuda };
 
 struct Dim {
   // What gives it its size: inputs, the state's length, the session's capacity, or the caller's choice.
@@ -81,7 +86,12 @@ struct Variant {
   std::vector<std::string> features;
   const uint8_t* code = nullptr;
   size_t code_size = 0;
-  std::vector<size_t> entries;  // of each kernel, offsets into the code
+  std::vector<size_t> entries;  // of each kernel, offsets into the code; for the CPU
+
+  struct Function {
+    int threads, shared;  // of a block: threads, bytes of dynamic shared memory
+  };
+  std::vector<Function> functions;  // of each kernel; for CUDA
 };
 
 struct Plan {
@@ -97,8 +107,11 @@ struct Plan {
   std::vector<Variant> variants;
 };
 
+// Whether the artifact has a plan for the platform.
+bool has_plan(const Artifact& artifact, Platform platform);
+
 // Throws Error: QG_INVALID_FILE naming the place, or QG_UNSUPPORTED for another version of the plan.
-Plan parse_plan(const Artifact& artifact);
+Plan parse_plan(const Artifact& artifact, Platform platform);
 
 }  // namespace qg
 

@@ -1,9 +1,6 @@
 #include "session.h"
 
 #include <algorithm>
-#include <chrono>
-#include <cstring>
-#include <functional>
 #include <new>
 #include <optional>
 #include <string>
@@ -13,16 +10,13 @@
 #include "checked.h"
 #include "dtype.h"
 #include "error.h"
-#include "float_environment.h"
-#include "kernel_call.h"
+#include "thread_pool.h"
 
 namespace qg {
 namespace {
 
-static_assert(kMaxPlanArgs + 2 == kMaxKernelArgs, "the plan's arguments, begin and end");
-
-constexpr int32_t kStatusIndexOutOfRange = 1;
 constexpr int32_t kMaxThreads = 4096;
+constexpr size_t kNoSlot = SIZE_MAX;
 
 int checked_threads(int32_t threads) {
   if (threads < 0 || threads > kMaxThreads) {
@@ -30,14 +24,6 @@ int checked_threads(int32_t threads) {
   }
   return threads == 0 ? available_cores() : threads;
 }
-
-struct StepCall {
-  const Step* step;
-  const void* kernel;
-  uint8_t* scratch;
-  int64_t scratch_stride;
-  int64_t args[kMaxKernelArgs];
-};
 
 }  // namespace
 
@@ -56,10 +42,13 @@ class Session::Exclusive {
 };
 
 Session::Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit, int64_t capacity)
-    : model_(std::move(model)), memory_limit_(memory_limit), pool_(new ThreadPool(checked_threads(threads))) {
+    : model_(std::move(model)),
+      memory_limit_(memory_limit),
+      executor_(model_->program().executor(checked_threads(threads))),
+      arena_(executor_->buffer()) {
   const Plan& plan = model_->plan();
   if (plan.state) {
-    state_.emplace(plan, capacity);
+    state_.emplace(plan, capacity, *executor_);
   } else if (capacity != 0) {
     fail(QG_INVALID_ARGUMENT, "capacity is ", capacity, ", but the model has no state");
   }
@@ -70,20 +59,23 @@ Session::Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t m
   other_dims_.resize(plan.dims.size());
   dim_source_.resize(plan.dims.size());
   extents_.resize(plan.values.size());
-  slot_offsets_.resize(plan.slots);
-  slot_bytes_.resize(plan.slots);
-  blocks_.resize(plan.steps.size());
+  uploads_.reserve(inputs_.size());
+  downloads_.reserve(outputs_.size());
+  slot_of_.assign(plan.values.size(), kNoSlot);
+  slot_offsets_.resize(plan.slots + inputs_.size() + outputs_.size());
+  slot_bytes_.resize(slot_offsets_.size());
+  table_.blocks.resize(plan.steps.size());
   step_times_.assign(plan.steps.size(), -1);
-  bases_.resize(plan.values.size() + 1);
+  table_.bases.resize(plan.values.size() + 1);
   for (size_t i = 0; i < plan.values.size(); ++i) {
-    bases_[i] = reinterpret_cast<int64_t>(plan.values[i].weight);
+    if (plan.values[i].kind == Value::Kind::kTemp) slot_of_[i] = plan.values[i].slot;
+    if (plan.values[i].kind == Value::Kind::kWeight) table_.bases[i] = model_->program().weight(i);
   }
   for (const Step& step : plan.steps) {
-    first_arg_.push_back(args_.size());
+    table_.first_arg.push_back(table_.args.size());
     for (const Arg& arg : step.args) {
-      args_.push_back({0, arg.kind == Arg::Kind::kPointer ? arg.value : plan.values.size()});
+      table_.args.push_back({0, arg.kind == Arg::Kind::kPointer ? arg.value : plan.values.size()});
     }
-    scratch_stride_ = std::max(scratch_stride_, step.scratch_bytes);
   }
 }
 
@@ -96,14 +88,14 @@ void Session::bind_input(size_t index, const qg_tensor& tensor) {
     fail(QG_INVALID_ARGUMENT, "input ", index, " does not exist: the model has ", inputs_.size());
   }
   const Port& port = plan.inputs[index];
-  Binding binding = bind("input", port, plan.values[port.value], tensor);
+  Binding binding = checked_binding("input", port, plan.values[port.value], tensor);
   check_input_dims(plan, port, binding);
-  Binding& old = inputs_[index];
+  binding.reach = executor_->reach("input", port, binding);
+  const Binding& old = inputs_[index];
   if (!old.bound || !std::equal(binding.shape, binding.shape + binding.rank, old.shape)) {
     shapes_resolved_ = false;
   }
-  old = binding;
-  bases_[port.value] = reinterpret_cast<int64_t>(binding.data);
+  bind(plan.slots + index, port, &inputs_[index], binding);
 }
 
 void Session::bind_output(size_t index, const qg_tensor& tensor) {
@@ -113,8 +105,22 @@ void Session::bind_output(size_t index, const qg_tensor& tensor) {
     fail(QG_INVALID_ARGUMENT, "output ", index, " does not exist: the model has ", outputs_.size());
   }
   const Port& port = plan.outputs[index];
-  outputs_[index] = bind("output", port, plan.values[port.value], tensor);
-  bases_[port.value] = reinterpret_cast<int64_t>(outputs_[index].data);
+  Binding binding = checked_binding("output", port, plan.values[port.value], tensor);
+  binding.reach = executor_->reach("output", port, binding);
+  bind(plan.slots + inputs_.size() + index, port, &outputs_[index], binding);
+}
+
+// Where steps find the tensor: in memory of the caller, or in a slot of the arena, which may yet have to be
+// made.
+void Session::bind(size_t slot, const Port& port, Binding* old, const Binding& binding) {
+  *old = binding;
+  if (binding.reach == Reach::kDirect) {
+    slot_of_[port.value] = kNoSlot;
+    table_.bases[port.value] = reinterpret_cast<int64_t>(binding.data);
+  } else if (slot_of_[port.value] == kNoSlot) {
+    slot_of_[port.value] = slot;
+    layout_stale_ = true;
+  }
 }
 
 void Session::output_shape(size_t index, int32_t* ndim, int64_t* shape) {
@@ -203,7 +209,8 @@ void Session::copy_state(const Session& from, const int64_t* rows, size_t count)
 }
 
 void Session::point_to_state() {
-  state_->places([this](uint32_t value, uint8_t* data) { bases_[value] = reinterpret_cast<int64_t>(data); });
+  state_->places(
+      [this](uint32_t value, uint8_t* data) { table_.bases[value] = reinterpret_cast<int64_t>(data); });
 }
 
 // ---- shapes
@@ -368,7 +375,7 @@ void Session::resolve_extents(DimSet changed) {
       extents_[i].bytes = value.weight_bytes;
     } else if (changed == kAllDims || (value.dims & changed) != 0) {
       extents_[i] = extent(i, dims_);
-      layout_stale_ |= value.kind == Value::Kind::kTemp && extents_[i].bytes > slot_bytes_[value.slot];
+      layout_stale_ |= slot_of_[i] != kNoSlot && extents_[i].bytes > slot_bytes_[slot_of_[i]];
     }
   }
 }
@@ -383,7 +390,7 @@ void Session::resolve_steps() {
   }
   // A failure half-way leaves everything to be computed.
   DimSet changed = std::exchange(stale_, kAllDims);
-  for (size_t i = 0; i < blocks_.size(); ++i) resolve_step(i, changed);
+  for (size_t i = 0; i < table_.blocks.size(); ++i) resolve_step(i, changed);
   stale_ = 0;
 }
 
@@ -401,16 +408,16 @@ void Session::resolve_memory() {
       state_->reserve(rows);
       point_to_state();
     }
-    arena_.reserve(static_cast<size_t>(*arena));
-    scratch_.reserve(static_cast<size_t>(scratch_stride_ * pool_->threads()));
-  } catch (const std::bad_alloc&) {
+    arena_->reserve(static_cast<size_t>(*arena));
+    executor_->reserve();
+  } catch (const std::bad_alloc& e) {
     std::string held =
         state_ ? cat(", ", *state, " for a state with room for ", state_->capacity(), " tokens") : "";
-    fail(QG_OUT_OF_MEMORY, "out of memory: ", *arena, " bytes for temporaries", held, dims_text());
+    fail(QG_OUT_OF_MEMORY, out_of_memory_text(e), ": ", *arena, " bytes for temporaries", held, dims_text());
   }
   for (size_t i = 0; i < plan.values.size(); ++i) {
-    if (plan.values[i].kind != Value::Kind::kTemp) continue;
-    bases_[i] = reinterpret_cast<int64_t>(arena_.data()) + slot_offsets_[plan.values[i].slot];
+    if (slot_of_[i] == kNoSlot) continue;
+    table_.bases[i] = reinterpret_cast<int64_t>(arena_->data()) + slot_offsets_[slot_of_[i]];
   }
 }
 
@@ -427,15 +434,15 @@ std::optional<int64_t> Session::size_slots() {
   std::fill(slot_bytes_.begin(), slot_bytes_.end(), 0);
   for (size_t i = 0; i < plan.values.size(); ++i) {
     const Value& value = plan.values[i];
-    if (value.kind != Value::Kind::kTemp) continue;
-    int64_t& bytes = slot_bytes_[value.slot];
+    if (slot_of_[i] == kNoSlot) continue;
+    int64_t& bytes = slot_bytes_[slot_of_[i]];
     bytes = std::max(bytes, extents_[i].bytes);
     if ((value.dims & grows) != 0) bytes = std::max(bytes, extent(i, other_dims_).bytes);
   }
   int64_t arena = 0;
-  for (size_t slot = 0; slot < plan.slots; ++slot) {
+  for (size_t slot = 0; slot < slot_offsets_.size(); ++slot) {
     slot_offsets_[slot] = arena;
-    if (!checked_round_up_64(slot_bytes_[slot], &slot_bytes_[slot]) ||
+    if (!checked_round_up(slot_bytes_[slot], executor_->alignment(), &slot_bytes_[slot]) ||
         !checked_add(arena, slot_bytes_[slot], &arena)) {
       return std::nullopt;
     }
@@ -446,9 +453,8 @@ std::optional<int64_t> Session::size_slots() {
 // Refuses an arena and a state of these bytes if they are too large, and gives back memory of earlier shapes
 // that would bring all above the limit.
 void Session::make_room(std::optional<int64_t> arena, std::optional<int64_t> state) {
-  int64_t scratch = 0, total = 0;
-  if (!arena || !state || !checked_mul(scratch_stride_, pool_->threads(), &scratch) ||
-      !checked_add(*arena, *state, &total) || !checked_add(total, scratch, &total)) {
+  int64_t scratch = executor_->needed(), total = 0;
+  if (!arena || !state || !checked_add(*arena, *state, &total) || !checked_add(total, scratch, &total)) {
     fail(QG_OUT_OF_MEMORY, "temporaries and state of more than 2^63 bytes", dims_text());
   }
   if (memory_limit_ == 0) return;
@@ -457,10 +463,10 @@ void Session::make_room(std::optional<int64_t> arena, std::optional<int64_t> sta
     fail(QG_OUT_OF_MEMORY, "needs ", total,
          " bytes for temporaries, scratch memory and state, above the limit of ", memory_limit_, dims_text());
   }
-  uint64_t held = static_cast<uint64_t>(scratch) + std::max(arena_.size(), static_cast<size_t>(*arena)) +
+  uint64_t held = static_cast<uint64_t>(scratch) + std::max(arena_->size(), static_cast<size_t>(*arena)) +
                   std::max(state_ ? state_->memory() : 0, static_cast<size_t>(*state));
   if (held > memory_limit_) {
-    arena_ = AlignedBuffer();
+    arena_->release();
     layout_stale_ = true;
     if (state_ && state_->length() == 0) state_->release();
   }
@@ -471,23 +477,24 @@ void Session::resolve_step(size_t index, DimSet changed) {
   bool all = changed == kAllDims;
   if (!all && (step.dims & changed) == 0) return;
   auto label = [&] { return cat("step '", step.name, "'"); };
-  all |= blocks_[index] == 0;  // its arguments were not computed
-  blocks_[index] = eval(step.blocks, label);
-  if (blocks_[index] < 0) fail(QG_INVALID_ARGUMENT, label(), ": ", blocks_[index], " blocks", dims_text());
-  if (blocks_[index] == 0) return;  // not run: the corner of an empty tensor may lie beyond its buffer
+  all |= table_.blocks[index] == 0;  // its arguments were not computed
+  table_.blocks[index] = eval(step.blocks, label);
+  if (table_.blocks[index] < 0)
+    fail(QG_INVALID_ARGUMENT, label(), ": ", table_.blocks[index], " blocks", dims_text());
+  if (table_.blocks[index] == 0) return;  // not run: the corner of an empty tensor may lie beyond its buffer
   for (size_t a = 0; a < step.args.size(); ++a) {
     const Arg& arg = step.args[a];
     if (!all && (arg.dims & changed) == 0) continue;
-    int64_t& number = args_[first_arg_[index] + a].number;
+    int64_t& number = table_.args[table_.first_arg[index] + a].number;
     switch (arg.kind) {
       case Arg::Kind::kInteger:
         number = eval(arg.expr, label);
         break;
       case Arg::Kind::kStatus:
-        number = reinterpret_cast<int64_t>(&status_);
+        number = executor_->status(index);
         break;
       case Arg::Kind::kScratch:
-        break;  // run_blocks() fills in the thread's own
+        break;  // the executor fills in the thread's own
       case Arg::Kind::kPointer:
         number = eval(arg.expr, label);
         if (number < 0 || number > extents_[arg.value].bytes) {
@@ -534,65 +541,44 @@ void Session::check_overlaps() const {
   }
 }
 
+// What has to be copied before and behind the steps.
+void Session::list_transfers() {
+  const Plan& plan = model_->plan();
+  auto list = [this](const std::vector<Port>& ports, const std::vector<Binding>& bindings,
+                     std::vector<Transfer>* transfers) {
+    transfers->clear();
+    for (size_t i = 0; i < ports.size(); ++i) {
+      const Binding& binding = bindings[i];
+      if (binding.reach == Reach::kDirect) continue;
+      transfers->push_back({binding.data, table_.bases[ports[i].value], binding.bytes, binding.reach});
+    }
+  };
+  list(plan.inputs, inputs_, &uploads_);
+  list(plan.outputs, outputs_, &downloads_);
+}
+
 void Session::run() {
   Exclusive exclusive(this);
   resolve_steps();
   check_outputs();
   check_overlaps();
-  DefaultFloatEnvironment environment;
-  __atomic_store_n(&status_, 0, __ATOMIC_RELAXED);
-  for (size_t i = 0; i < blocks_.size(); ++i) {
-    if (!profile_) {
-      run_step(i);
-      continue;
-    }
-    auto begin = std::chrono::steady_clock::now();
-    run_step(i);
-    step_times_[i] =
-        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin)
-            .count();
-  }
+  list_transfers();
+  executor_->run(table_, uploads_, downloads_, profile_ ? &step_times_ : nullptr);
   if (state_) {
     state_->set_length(dims_[model_->plan().state->total]);
     shapes_resolved_ = false;
   }
 }
 
-void Session::run_blocks(const void* context, int worker, int64_t begin, int64_t end) {
-  const StepCall& call = *static_cast<const StepCall*>(context);
-  const std::vector<Arg>& plan_args = call.step->args;
-  int64_t args[kMaxKernelArgs];
-  std::copy_n(call.args, plan_args.size(), args);
-  if (call.step->scratch_bytes > 0) {
-    int64_t own = reinterpret_cast<int64_t>(call.scratch) + worker * call.scratch_stride;
-    for (size_t i = 0; i < plan_args.size(); ++i) {
-      if (plan_args[i].kind == Arg::Kind::kScratch) args[i] = own + plan_args[i].scratch;
-    }
-  }
-  args[plan_args.size()] = begin;
-  args[plan_args.size() + 1] = end;
-  call_kernel(call.kernel, args, plan_args.size() + 2);
-}
-
-void Session::run_step(size_t index) {
-  const Step& step = model_->plan().steps[index];
-  if (blocks_[index] == 0) return;
-  StepCall call{&step, model_->kernel(step.kernel), scratch_.data(), scratch_stride_, {}};
-  for (size_t i = 0; i < step.args.size(); ++i) {
-    const Argument& arg = args_[first_arg_[index] + i];
-    call.args[i] = arg.number + bases_[arg.base];
-  }
-  pool_->run(blocks_[index], step.grain, run_blocks, &call);
-  // Several threads may have written it; the end of run() orders their writes before this.
-  int32_t status = __atomic_load_n(&status_, __ATOMIC_RELAXED);
-  if (status == kStatusIndexOutOfRange) fail(QG_BAD_DATA, "step '", step.name, "': an index is out of range");
-  if (status != 0) fail(QG_BAD_DATA, "step '", step.name, "': the kernel reports status ", status);
-}
-
 void Session::profile(bool enabled) {
   Exclusive exclusive(this);
   profile_ = enabled;
   std::fill(step_times_.begin(), step_times_.end(), -1);
+}
+
+void Session::wait(void* stream) {
+  Exclusive exclusive(this);
+  executor_->wait(stream);
 }
 
 }  // namespace qg

@@ -10,12 +10,11 @@
 #include <string_view>
 #include <vector>
 
-#include "aligned_buffer.h"
 #include "binding.h"
+#include "device.h"
 #include "model.h"
 #include "qgraph/qgraph.h"
 #include "state.h"
-#include "thread_pool.h"
 
 namespace qg {
 
@@ -37,9 +36,13 @@ class Session {
   int64_t length() const { return state_ ? state_->length() : 0; }
 
   void profile(bool enabled);
+  void* stream() const { return executor_->stream(); }
+  void wait(void* stream);
   int64_t step_time(size_t step) const { return step < step_times_.size() ? step_times_[step] : -1; }
-  int threads() const { return pool_->threads(); }
-  uint64_t memory() const { return arena_.size() + scratch_.size() + (state_ ? state_->memory() : 0); }
+  int threads() const { return executor_->threads(); }
+  uint64_t memory() const {
+    return arena_->size() + static_cast<uint64_t>(executor_->held()) + (state_ ? state_->memory() : 0);
+  }
 
  private:
   struct Extent {  // a value's shape and size for the current dims
@@ -76,13 +79,14 @@ class Session {
   std::string dims_text() const { return dims_text(dims_); }
   State& require_state();
 
+  void bind(size_t slot, const Port& port, Binding* old, const Binding& binding);
+  void list_transfers();
   void check_outputs() const;
   void check_overlaps() const;
-  void run_step(size_t index);
-  static void run_blocks(const void* call, int worker, int64_t begin, int64_t end);
 
   std::shared_ptr<const Model> model_;
   uint64_t memory_limit_;
+  std::unique_ptr<Executor> executor_;
   mutable std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
   std::vector<Binding> inputs_, outputs_;
   std::optional<State> state_;
@@ -96,27 +100,15 @@ class Session {
   std::vector<int64_t> other_dims_;      // to compare or compute with
   std::vector<const Port*> dim_source_;  // the input that bound each dim
   std::vector<Extent> extents_;          // by value
-  std::vector<int64_t> slot_offsets_;    // by slot, into the arena
-  std::vector<int64_t> slot_bytes_;      // by slot
-  std::vector<int64_t> blocks_;          // by step
-  // Arguments of all steps, one after another: a number, plus bases_[base]. So memory may move between runs.
-  struct Argument {
-    int64_t number = 0;
-    size_t base = 0;
-  };
-  std::vector<Argument> args_;
-  std::vector<size_t> first_arg_;  // by step, into args_
-  std::vector<int64_t> bases_;     // address by value; then a 0, for arguments that point nowhere
-
-  AlignedBuffer arena_;
-  AlignedBuffer scratch_;  // scratch_stride_ bytes for each thread
-  int64_t scratch_stride_ = 0;
-  int32_t status_ = 0;  // kernels write to it
+  // Slots of the arena: the plan's, then one for each input and each output, empty where it is not copied.
+  std::vector<size_t> slot_of_;        // by value, or kNoSlot
+  std::vector<int64_t> slot_offsets_;  // by slot, into the arena
+  std::vector<int64_t> slot_bytes_;    // by slot
+  StepTable table_;
+  std::vector<Transfer> uploads_, downloads_;
+  std::unique_ptr<Buffer> arena_;
   bool profile_ = false;
   std::vector<int64_t> step_times_;
-
-  // Last: its threads end before what they use goes away.
-  std::unique_ptr<ThreadPool, ThreadPoolDeleter> pool_;
 };
 
 }  // namespace qg

@@ -4,10 +4,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
-#include "aligned_buffer.h"
+#include "device.h"
 #include "plan.h"
 
 namespace qg {
@@ -16,13 +17,14 @@ namespace qg {
 // tokens along its axis 2; what lies beyond them is undefined.
 class State {
  public:
-  // For a plan with a state. `capacity` 0 is the plan's default. Throws Error(QG_INVALID_ARGUMENT).
-  State(const Plan& plan, int64_t capacity);
+  // For a plan with a state, in memory of `executor`, which outlives it. `capacity` 0 is the plan's default.
+  // Throws Error(QG_INVALID_ARGUMENT).
+  State(const Plan& plan, int64_t capacity, Executor& executor);
 
   int64_t capacity() const { return capacity_; }
   int64_t length() const { return length_; }
   int64_t rows() const { return rows_; }
-  size_t memory() const { return buffer_.size(); }
+  size_t memory() const { return buffer_->size(); }
 
   // Bytes for this many rows; nothing on overflow.
   std::optional<int64_t> bytes(int64_t rows) const;
@@ -31,7 +33,7 @@ class State {
   void reserve(int64_t rows);
 
   // Gives all memory back. Only of an empty state.
-  void release() { buffer_ = AlignedBuffer(); }
+  void release() { buffer_->release(); }
 
   // 0 <= length <= capacity().
   void set_length(int64_t length) { length_ = length; }
@@ -44,7 +46,7 @@ class State {
   // Where a value of kind state, by its index in the plan, begins.
   template <typename Place>
   void places(Place place) const {
-    for (const Part& part : parts_) place(part.value, buffer_.data() + part.offset);
+    for (const Part& part : parts_) place(part.value, buffer_->data() + part.offset);
   }
 
  private:
@@ -55,11 +57,12 @@ class State {
     int64_t offset;  // into the buffer, for rows_
   };
 
-  static void lay_out(int64_t rows, std::vector<Part>* parts);
+  void lay_out(int64_t rows, std::vector<Part>* parts) const;
 
   int64_t capacity_, length_ = 0, rows_ = 0;
   std::vector<Part> parts_;
-  AlignedBuffer buffer_;
+  Executor& executor_;
+  std::unique_ptr<Buffer> buffer_;
 };
 
 }  // namespace qg

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "float_environment.h"
+#include "fork.h"
 
 namespace qg {
 namespace {
@@ -33,16 +34,6 @@ class SignalsBlocked {
  private:
   sigset_t before_;
 };
-
-// Number of fork()s between the first process with a pool and this one.
-std::atomic<int> fork_generation{0};
-
-int count_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++fork_generation; });
-  (void)registered;  // fails only for want of memory, and then only a child that goes on using a session
-                     // suffers
-  return fork_generation;
-}
 
 }  // namespace
 

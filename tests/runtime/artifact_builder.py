@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import struct
@@ -21,9 +22,12 @@ import numpy as np
 TOOLS = ("gcc", "objcopy", "nm", "objdump")
 MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 KERNELS = Path(__file__).parent / "kernels.c"
+EMULATED = Path(__file__).parent / "emulated_kernels.cc"
 ARCH = platform.machine()
 VOCABULARY, WIDTH = 10, 8
 SCRATCH = WIDTH * 4
+# What the fixtures' artifacts are for: the CPU, or the fake CUDA driver of tests/cuda, which says so.
+CUDA = os.environ.get("QGRAPH_TEST_DEVICE", "cpu") == "cuda"
 
 
 @dataclass
@@ -38,15 +42,19 @@ class Tensor:
 
 @dataclass
 class Parts:
-    """An artifact before it is signed, for tests to change: plan, code images by ISA, weights, metadata."""
+    """An artifact before it is signed, for tests to change: plan, code images by ISA, weights, metadata.
+
+    `cuda`: the plan is one for CUDA, its images are what the fake driver of tests/cuda runs.
+    """
 
     plan: dict[str, Any]
     code: dict[str, bytes]
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    cuda: bool = False
 
     def tensors(self) -> list[Tensor]:
-        u8 = [("qgraph.plan", json.dumps(self.plan).encode())]
+        u8 = [("qgraph.plan.cuda" if self.cuda else "qgraph.plan", json.dumps(self.plan).encode())]
         u8 += [(f"qgraph.code.{isa}", image) for isa, image in self.code.items()]
         result = [Tensor(name, "U8", [len(data)], data) for name, data in u8]
         names = {"float32": "F32", "int64": "I64", "uint8": "U8"}
@@ -112,6 +120,28 @@ def compile_kernels(folder: Path, isa_id: int) -> tuple[bytes, dict[str, int]]:
     return image.read_bytes(), {name: int(offset, 16) for offset, kind, name in symbols if kind == "T"}
 
 
+def emulated_module(folder: Path, isa_id: int) -> bytes:
+    """kernels.c as a module of the fake CUDA driver: a shared object of the host."""
+    target = folder / f"kernels{isa_id}.so"
+    flags = f"-std=c++17 -O1 -shared -fPIC -DISA_ID={isa_id}".split()
+    subprocess.run(["g++", *flags, str(EMULATED), "-o", str(target)], check=True)
+    return target.read_bytes()
+
+
+def add_variant(parts: Parts, folder: Path, isa: str, isa_id: int, features: list[str]) -> None:
+    """Compile the kernels of `parts`' plan for one more variant."""
+    code = f"qgraph.code.{isa}"
+    if parts.cuda:
+        parts.code[isa] = emulated_module(folder, isa_id)
+        kernels = {"functions": [{"threads": 32, "shared": 0} for _ in parts.plan["kernels"]]}
+    else:
+        parts.code[isa], entries = compile_kernels(folder, isa_id)
+        kernels = {"entries": [entries[name] for name in parts.plan["kernels"]]}
+    arch = "cuda" if parts.cuda else ARCH
+    variant = {"isa": isa, "arch": arch, "features": features, "code": code, **kernels}
+    parts.plan["variants"].append(variant)
+
+
 def add_step(plan: dict[str, Any], name: str, kernel: str, blocks: Any, *args: Any, grain: int = 1) -> None:
     index = plan["kernels"].index(kernel)
     entry = {"name": name, "kernel": index, "args": list(args), "blocks": blocks, "grain": grain}
@@ -126,8 +156,10 @@ def i(expr: Any) -> list[Any]:
     return ["i", expr]
 
 
-def toy(folder: Path) -> Parts:
+def toy(folder: Path, cuda: bool = False) -> Parts:
     """An artifact with symbolic dims, shared slots, scratch, status, pointer offsets and three variants.
+
+    With `cuda` it has no scratch memory, which a GPU has not, but temporaries in its place.
 
     Inputs ids i64 [batch, sequence] and mask f32 [batch, sequence]. The first variant needs a feature that
     no machine has, the next ("wide") what most have, the last ("base") nothing.
@@ -169,8 +201,11 @@ def toy(folder: Path) -> Parts:
     step("embed", "gather", size, v(0), v(2), v(4), i(VOCABULARY), i(WIDTH), ["status"], grain=2)
     step("bias", "add_bias", ["ceildiv", elements, 16], v(4), v(3), v(5), i(elements), i(WIDTH))
     step("mask", "scale_rows", size, v(5), v(1), v(6), i(WIDTH), grain=4)
-    scratch = ["scratch", SCRATCH]
-    step("pool", "pool_rows", "batch", v(6), v(7), i("sequence"), i(WIDTH), scratch, scratch)
+    scratch = [["scratch", SCRATCH]] * 2
+    if cuda:
+        plan["values"] += [{"kind": "temp", "dtype": "f32", "shape": [WIDTH], "slot": s} for s in (2, 3)]
+        plan["slots"], scratch = 4, [v(11), v(12)]
+    step("pool", "pool_rows", "batch", v(6), v(7), i("sequence"), i(WIDTH), *scratch)
     step("first", "copy", ["ceildiv", size, 16], v(1), v(8), i(size))
     step("second", "copy", ["ceildiv", size, 16], v(1), v(8, ["mul", size, 4]), i(size))
     step("isa", "isa_id", 1, v(9))
@@ -180,24 +215,18 @@ def toy(folder: Path) -> Parts:
     generator = np.random.default_rng(0)
     table = generator.standard_normal((VOCABULARY, WIDTH), np.float32)
     bias = generator.standard_normal(WIDTH, np.float32)
-    parts = Parts(
-        plan, {}, {"w/table": table, "w/bias": bias}, {"qgraph.version": "0.1.0", "qgraph.scheme": "none"}
-    )
-    wide = ["avx2", "fma"] if ARCH == "x86_64" else ["neon"]
+    weights = {"w/table": table, "w/bias": bias}
+    parts = Parts(plan, {}, weights, {"qgraph.version": "0.1.0", "qgraph.scheme": "none"}, cuda)
+    wide = ["sm_10"] if cuda else ["avx2", "fma"] if ARCH == "x86_64" else ["neon"]
     for isa_id, (isa, features) in enumerate([("future", ["warp_drive"]), ("wide", wide), ("base", [])]):
-        image, entries = compile_kernels(folder, isa_id)
-        code = f"qgraph.code.{isa}"
-        offsets = [entries[name] for name in plan["kernels"]]
-        variant = {"isa": isa, "arch": ARCH, "features": features, "code": code, "entries": offsets}
-        plan["variants"].append(variant)
-        parts.code[isa] = image
+        add_variant(parts, folder, isa, isa_id, features)
     return parts
 
 
 TOKENS, HEADS, HEAD_WIDTH, CAPACITY, REFUSED = 16, 2, 8, 16, 15
 
 
-def toy_decoder(folder: Path) -> Parts:
+def toy_decoder(folder: Path, cuda: bool = False) -> Parts:
     """An artifact with state, an option dim, and temporaries and outputs that grow with the state.
 
     Inputs input_ids [batch, sequence] and attention_mask [batch, total_sequence], both i64. A token with id
@@ -235,6 +264,7 @@ def toy_decoder(folder: Path) -> Parts:
         "slots": 2,
         "kernels": ["gather", "append", "append_ids", "weigh", "attend", "recall", "refuse"],
         "steps": [],
+        "variants": [],
     }
     step = partial(add_step, plan)
     total, capacity, heads, width = i("total_sequence"), i("cache_capacity"), i(HEADS), i(HEAD_WIDTH)
@@ -247,12 +277,10 @@ def toy_decoder(folder: Path) -> Parts:
     step("attend", "attend", positions, v(5), v(4), v(7), total, i("logits"), heads, capacity, width)
     step("recall", "recall", "batch", v(6), v(8), total, capacity)
     step("refuse", "refuse", size, v(0), i(REFUSED), ["status"])
-    image, entries = compile_kernels(folder, 0)
-    offsets = [entries[name] for name in plan["kernels"]]
-    variant = {"isa": "base", "arch": ARCH, "features": [], "code": "qgraph.code.base", "entries": offsets}
-    plan["variants"] = [variant]
     table = np.random.default_rng(0).integers(-4, 5, (TOKENS, HEADS * HEAD_WIDTH)).astype(np.float32)
-    return Parts(plan, {"base": image}, {"w/table": table})
+    parts = Parts(plan, {}, {"w/table": table}, cuda=cuda)
+    add_variant(parts, folder, "base", 0, [])
+    return parts
 
 
 def toy_decoder_reference(

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for artifact_builder, under pytest's importlib mode
 
 import artifact_builder
-from artifact_builder import Parts
+from artifact_builder import CUDA, Parts
 from cmake_build import RUNTIME, cmake_build, sanitizers
 
 
@@ -29,7 +29,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def toy_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     if artifact_builder.MISSING:
         pytest.skip(f"needs {', '.join(artifact_builder.MISSING)} to make test kernels")
-    return artifact_builder.toy(tmp_path_factory.mktemp("kernels"))
+    return artifact_builder.toy(tmp_path_factory.mktemp("kernels"), CUDA)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def toy_path(tmp_path_factory: pytest.TempPathFactory, toy_parts: Parts) -> Path
 def decoder_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     if artifact_builder.MISSING:
         pytest.skip(f"needs {', '.join(artifact_builder.MISSING)} to make test kernels")
-    return artifact_builder.toy_decoder(tmp_path_factory.mktemp("decoder-kernels"))
+    return artifact_builder.toy_decoder(tmp_path_factory.mktemp("decoder-kernels"), CUDA)
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifact_builder import ARCH, WIDTH, Parts, toy_inputs, toy_reference
+from artifact_builder import ARCH, CUDA, WIDTH, Parts, toy_inputs, toy_reference
 
 from qgraph import runtime
 from qgraph.errors import InputError, QGraphError, ResourceError, UnsupportedError, UsageError
 from qgraph.runtime.model import Model
 
+on_the_cpu = pytest.mark.skipif(CUDA, reason="tests/cuda has what a GPU does instead")
 SHAPES = [(1, 1), (1, 7), (3, 16), (8, 64), (2, 5)]
 
 
@@ -76,6 +77,7 @@ def test_isa_is_the_first_supported_or_the_forced(cache: Path, toy_path: Path, m
         runtime.load(toy_path, isa="x")
 
 
+@on_the_cpu
 def test_threads_give_equal_bits(cache: Path, toy_path: Path) -> None:
     inputs = toy_inputs(97, 61)
     results = []
@@ -128,6 +130,7 @@ def test_session_outlives_its_model(cache: Path, toy_path: Path) -> None:
         model.run(toy_inputs(2, 2))
 
 
+@on_the_cpu
 def test_fork_after_run(cache: Path, toy_path: Path) -> None:
     """A child of fork() has none of the pool's threads: it still computes, and does not wait for them."""
     script = f"""
@@ -160,6 +163,8 @@ def test_profile(model: Model) -> None:
 def test_memory_limit(cache: Path, toy_path: Path, model: Model) -> None:
     inputs = toy_inputs(4, 16)
     needed = 2 * 4 * 16 * WIDTH * 4 + 2 * 64  # two slots, two scratch buffers of one thread
+    if CUDA:  # two larger and two small slots, inputs, outputs (each a multiple of 256), statuses
+        needed = 2 * 4 * 16 * WIDTH * 4 + 2 * 256 + (512 + 256) + (256 + 512 + 256 + 256) + 64
     with model.session(threads=1, memory_limit=needed) as session:
         session.run(inputs)
         assert session.memory == needed

@@ -61,7 +61,8 @@ typedef enum qg_status {
   QG_IO_ERROR = 5,         /* the operating system refused to open, read, map, or make code executable */
   QG_OUT_OF_MEMORY = 6,    /* no memory or threads left, or above the session's memory limit */
   QG_BAD_DATA = 7,         /* a kernel met input data it refuses, such as an index out of range */
-  QG_INTERNAL = 8          /* a defect of the runtime */
+  QG_INTERNAL = 8,         /* a defect of the runtime */
+  QG_DEVICE_ERROR = 9      /* the GPU or its driver failed */
 } qg_status;
 
 typedef enum qg_dtype {
@@ -121,10 +122,12 @@ QG_API size_t qg_dtype_size(int32_t dtype);
 /* `struct_size` is sizeof the struct the caller was compiled with; members beyond it take their defaults. */
 typedef struct qg_load_options {
   size_t struct_size;
-  const char* isa; /* NULL: the first variant that this CPU supports; else this one, or QG_UNSUPPORTED */
+  const char* isa;    /* NULL: the first variant that the device supports; else this one, or QG_UNSUPPORTED */
+  const char* device; /* "cpu", "cuda" (the first GPU), "cuda:1"; NULL: the CPU if the file has code for it,
+                         else the first GPU */
 } qg_load_options;
 
-#define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL}
+#define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL, NULL}
 
 /* Maps the file, verifies every byte of it, then parses the plan and maps the code. `options` may be NULL.
  * On failure *model is NULL. */
@@ -140,7 +143,7 @@ QG_API void qg_model_free(qg_model* model);
 
 /* Name of the code variant in use, such as "x86-64-v3". */
 QG_API const char* qg_model_isa(const qg_model* model);
-/* All code variants in the file, in order of preference, and whether this CPU can run them. */
+/* All code variants for the model's device, in order of preference, and whether it can run them. */
 QG_API size_t qg_model_variant_count(const qg_model* model);
 QG_API const char* qg_model_variant_name(const qg_model* model, size_t index);
 QG_API int qg_model_variant_supported(const qg_model* model, size_t index);
@@ -238,6 +241,35 @@ QG_API qg_status qg_state_copy(qg_session* to, const qg_session* from, const int
 QG_API qg_status qg_session_profile(qg_session* session, int enabled);
 /* Nanoseconds that a step took in the last run with timing on, or -1. */
 QG_API int64_t qg_session_step_time(const qg_session* session, size_t step);
+
+/* ---- devices ---- */
+
+/* What models can be loaded on: the CPU, which is the first, and the GPUs that the NVIDIA driver shows. The
+ * driver (libcuda.so.1, of CUDA 11.4 or later) is looked for when a model or one of these functions first
+ * asks for it, never before, and need not be there. Once it has been found, a fork()ed child cannot use GPUs.
+ */
+QG_API size_t qg_device_count(void);
+/* "cpu", "cuda:0": what qg_load_options.device takes. */
+QG_API const char* qg_device_name(size_t index);
+/* "NVIDIA H200, compute capability 9.0, 140 GiB", or the CPU's features. */
+QG_API const char* qg_device_description(size_t index);
+/* Why there is no GPU among them, in one line; NULL if there is one. */
+QG_API const char* qg_device_problem(void);
+
+/* Name of the device that the model was loaded on. */
+QG_API const char* qg_model_device(const qg_model* model);
+
+/* On a GPU, a model's weights, temporaries and state are in its memory, and so is what its sessions' limits
+ * and sizes of memory count; inputs and outputs in memory of the host are copied by qg_run. A tensor that is
+ * bound may itself be memory of that GPU: then kernels read or write it where it is. It must be ready when
+ * qg_run is called, or the session must wait for the stream that makes it so. When qg_run returns, all is
+ * done. */
+
+/* The session's CUstream; NULL on the CPU. */
+QG_API void* qg_session_stream(const qg_session* session);
+/* Lets the session's work from now on wait for what `stream`, a CUstream of any kind, has been given so far.
+ */
+QG_API qg_status qg_session_wait(qg_session* session, void* stream);
 
 #ifdef __cplusplus
 }
