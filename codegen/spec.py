@@ -10,6 +10,7 @@ from typing import Any
 ELEMENTWISE_BLOCK = 4096  # elements of one block of an elementwise kernel over a single dim
 CUDA_ELEMENTWISE_BLOCK = 1024  # the same of a CUDA kernel, whatever the dims
 CUDA_TILE = 64  # rows, and columns, that a CUDA kernel does of a product in float32
+CUDA_FEW_COLUMNS = 32  # outputs that a CUDA kernel does of a product of few rows by packed weights
 CUDA_MANY_ROWS, CUDA_MANY_COLUMNS = 128, 128  # the same of one on tensor cores
 ATTENTION_TILE = 64  # keys that `attention` decodes to its scratch at a time, at most
 

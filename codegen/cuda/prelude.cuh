@@ -21,6 +21,23 @@ QG_DEVICE uint qg_bf16x2(float lo, float hi) {
   return r;
 }
 
+// The same as float16; and two float16 by two, and less two.
+QG_DEVICE uint qg_f16x2(float lo, float hi) {
+  uint r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+QG_DEVICE uint qg_f16x2_mul(uint a, uint b) {
+  uint r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+QG_DEVICE uint qg_f16x2_sub(uint a, uint b) {
+  uint r;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
 QG_DEVICE float qg_f16_to_float(ushort x) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
@@ -31,6 +48,14 @@ QG_DEVICE float qg_f16_to_float(ushort x) {
 QG_DEVICE void qg_mma_bf16(float* d, const uint* a, uint b0, uint b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of float16.
+QG_DEVICE void qg_mma_f16(float* d, const uint* a, uint b0, uint b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -62,6 +87,53 @@ QG_DEVICE float qg_rest(float x, float head) { return x == head ? 0.0f : x - hea
 QG_DEVICE int qg_to_int32(float x) { return __float2int_rz(x); }
 QG_DEVICE int64_t qg_to_int64(float x) { return x != x ? 0 : __float2ll_rz(x); }
 
+// Two E2M1 codes whose sign bits are 15 and 31 and whose other bits follow them, times a pair of scales, 2^14 times
+// what they should be: exact in float16 for scales of E4M3 over 2^8.
+QG_DEVICE uint qg_e2m1_pair(uint codes, uint scales) {
+  return qg_f16x2_mul((codes & 0x80008000u) | (codes >> 3 & 0x0e000e00u), scales);
+}
+
+// A pair of the scale of E4M3 bits, times 2^6.
+QG_DEVICE uint qg_e4m3_pair(uchar bits) {
+  uint half = (bits & 0x80u) << 8 | (bits & 0x7fu) << 7;  // times 2^-8
+  return qg_f16x2_mul(half << 16 | half, 0x74007400u);    // 2^14
+}
+
+// Two fields of up to 10 bits, where `mask` has them, less what `less` has above 1024: exact in float16.
+QG_DEVICE uint qg_field_pair(uint fields, uint mask, uint flip, uint less) {
+  return qg_f16x2_sub(((fields & mask) ^ flip) | 0x64006400u, less);
+}
+
+// A float16 integer below 1024, as the pair that qg_field_pair takes off.
+QG_DEVICE uint qg_less(uint value) { return (value | value << 16) + 0x64006400u; }
+
+// The power of two that takes a magnitude, the largest of a row as bits, to 2^14 .. 2^15; and its inverse.
+QG_DEVICE float qg_to_unit(int largest) {
+  int exponent = largest >> 23;
+  exponent = exponent < 15 ? 15 : exponent;
+  int bits = (127 + 14 + 127 - exponent) << 23;
+  return *(float*)&bits;
+}
+QG_DEVICE float qg_from_unit(int largest) {
+  int exponent = largest >> 23;
+  exponent = exponent < 15 ? 15 : exponent;
+  int bits = (exponent - 14) << 23;
+  return *(float*)&bits;
+}
+
+// A number's bits without its sign; of an infinity or NaN, 0.
+QG_DEVICE int qg_finite_bits(float x) {
+  int bits = *(int*)&x & 0x7fffffff;
+  return bits < 0x7f800000 ? bits : 0;
+}
+
+// Two numbers as the sum of two pairs of float16, which hold them to 2^-23: an infinity has no rest.
+QG_DEVICE void qg_split_f16(float lo, float hi, uint* head, uint* rest) {
+  *head = qg_f16x2(lo, hi);
+  float first = qg_f16_to_float((ushort)(*head)), second = qg_f16_to_float((ushort)(*head >> 16));
+  *rest = qg_f16x2(lo == first ? 0.0f : lo - first, hi == second ? 0.0f : hi - second);
+}
+
 // Code j of 32 codes of 3 bits in three words (layout n16b3).
 QG_DEVICE uint qg_three(uint w0, uint w1, uint w2, int j) {
   if (j == 30) return (w0 >> 30 ^ w1 >> 29) & 7;
@@ -85,6 +157,13 @@ template <class T>
 QG_DEVICE T qg_min(T a, T b) {
   return a < b ? a : b;
 }
+
+// Dynamic shared memory.
+#ifndef QG_EMULATED
+extern __shared__ uint4 qg_dynamic[];
+#endif
+QG_DEVICE void qg_dynamic_put(int at, uint word) { ((uint*)qg_dynamic)[at] = word; }
+QG_DEVICE void qg_dynamic_get4(uint* to, int at) { *(uint4*)to = *(const uint4*)((const uint*)qg_dynamic + at); }
 
 // Reductions of a block's threads, in an order that is always the same. `scratch` has an element for each warp.
 struct QgSum {

@@ -16,6 +16,7 @@ from qgraph.codegen.dims import Dim, ceildiv, grain_of, product
 from qgraph.codegen.memory import ITEM_SIZE, View
 from qgraph.codegen.spec import (
     CUDA_ELEMENTWISE_BLOCK,
+    CUDA_FEW_COLUMNS,
     CUDA_MANY_COLUMNS,
     CUDA_MANY_ROWS,
     CUDA_TILE,
@@ -111,7 +112,7 @@ class Cuda(Device):
         packed = linear.op != "matmul_f32"
         height, width = (CUDA_MANY_ROWS, CUDA_MANY_COLUMNS) if packed else self.tile
         tiles = ceildiv(rows, height) * ceildiv(linear.n, width)
-        columns = ceildiv(linear.n, 16)
+        columns = ceildiv(linear.n, CUDA_FEW_COLUMNS if packed else 16)
         parts = {"parts": 1 if low.compute == "bf16" else 2} if packed else {}
         kinds: tuple[tuple[str, Dim, Dim | int, dict[str, int]], ...] = (
             ("many", many, tiles, parts),

@@ -50,6 +50,7 @@ inline thread_local std::vector<Fiber> fibers;
 inline thread_local int current, alive, waiting, phase;
 inline thread_local int lane_waiting[32], lane_phase[32];
 inline thread_local uint64_t exchanged[32][32][8];
+inline thread_local std::vector<Vector4> dynamic;
 inline thread_local void* scheduler_sp;
 inline thread_local const std::function<void()>* body;
 inline thread_local int64_t idle;  // switches since anybody got on
@@ -121,7 +122,8 @@ T from_lane(T value, int source) {
   return value;
 }
 
-inline void run(uint32_t grid, uint32_t threads, const std::function<void()>& function) {
+inline void run(uint32_t grid, uint32_t threads, uint32_t shared, const std::function<void()>& function) {
+  dynamic.resize(shared / sizeof(Vector4) + 1);
   if (threads % 32 != 0 || threads == 0 || threads > 1024) std::abort();
   body = &function;
   block_size = {static_cast<int>(threads), 1, 1};
@@ -156,14 +158,15 @@ inline void run(uint32_t grid, uint32_t threads, const std::function<void()>& fu
 }
 
 template <class... Args, size_t... I>
-void call(void (*kernel)(Args...), void** params, uint32_t grid, uint32_t threads, std::index_sequence<I...>) {
+void call(void (*kernel)(Args...), void** params, uint32_t grid, uint32_t threads, uint32_t shared,
+          std::index_sequence<I...>) {
   std::function<void()> function = [&] { kernel(*static_cast<Args*>(params[I])...); };
-  run(grid, threads, function);
+  run(grid, threads, shared, function);
 }
 
 template <class... Args>
-void launch(void (*kernel)(Args...), void** params, uint32_t grid, uint32_t threads) {
-  call(kernel, params, grid, threads, std::index_sequence_for<Args...>());
+void launch(void (*kernel)(Args...), void** params, uint32_t grid, uint32_t threads, uint32_t shared) {
+  call(kernel, params, grid, threads, shared, std::index_sequence_for<Args...>());
 }
 
 template <class... Args>
@@ -186,6 +189,7 @@ inline uint32_t to_bf16(float value) {
 
 }  // namespace emulation
 
+#define qg_dynamic emulation::dynamic.data()
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
 #define blockDim emulation::block_size
@@ -232,8 +236,23 @@ inline float qg_f16_to_float(uint16_t bits) {
   return static_cast<float>(value);
 }
 
+inline uint32_t to_f16(float value) {
+  _Float16 half = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+inline uint32_t qg_f16x2(float lo, float hi) { return to_f16(lo) | to_f16(hi) << 16; }
+inline uint32_t qg_f16x2_mul(uint32_t a, uint32_t b) {
+  return qg_f16x2(qg_f16_to_float(a) * qg_f16_to_float(b), qg_f16_to_float(a >> 16) * qg_f16_to_float(b >> 16));
+}
+inline uint32_t qg_f16x2_sub(uint32_t a, uint32_t b) {
+  return qg_f16x2(qg_f16_to_float(a) - qg_f16_to_float(b), qg_f16_to_float(a >> 16) - qg_f16_to_float(b >> 16));
+}
+
 // Products exact, sums in float32; the hardware's order of these is its own.
-inline void qg_mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+template <class Half>
+void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Half half_of) {
   using namespace emulation;
   int warp = thread_index.x / 32, lane = thread_index.x % 32;
   auto& regs = reinterpret_cast<uint32_t(&)[32][16]>(exchanged[warp]);
@@ -246,17 +265,22 @@ inline void qg_mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
     float sum = d[r];
     for (int k = 0; k < 16; ++k) {
       int from_a = row % 8 * 4 + k % 8 / 2, from_b = column * 4 + k % 8 / 2, half = 16 * (k % 2);
-      float x = bits_to_float(regs[from_a][row / 8 + k / 8 * 2] >> half << 16);
-      float w = bits_to_float(regs[from_b][4 + k / 8] >> half << 16);
-      sum += x * w;
+      sum += half_of(regs[from_a][row / 8 + k / 8 * 2] >> half) * half_of(regs[from_b][4 + k / 8] >> half);
     }
     d[r] = sum;
   }
   sync_warp();
 }
 
+inline void qg_mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  mma(d, a, b0, b1, [](uint32_t bits) { return emulation::bits_to_float(bits << 16); });
+}
+inline void qg_mma_f16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  mma(d, a, b0, b1, [](uint32_t bits) { return qg_f16_to_float(static_cast<uint16_t>(bits)); });
+}
+
 #define QG_EMULATE(kernel)                                                                                  \
-  extern "C" void kernel##__launch(void** params, uint32_t grid, uint32_t threads, uint32_t) {              \
-    emulation::launch(kernel, params, grid, threads);                                                       \
+  extern "C" void kernel##__launch(void** params, uint32_t grid, uint32_t threads, uint32_t shared) {       \
+    emulation::launch(kernel, params, grid, threads, shared);                                               \
   }                                                                                                         \
   extern "C" const int32_t kernel##__params = emulation::count(kernel);

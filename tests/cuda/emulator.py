@@ -50,7 +50,12 @@ class Kernel:
             assert not isinstance(a, np.ndarray) or a.flags.c_contiguous, f"argument {i} is not contiguous"
         values = [ctypes.c_int64(a.ctypes.data if isinstance(a, np.ndarray) else int(a)) for a in args]
         params = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        self._launch(params, ctypes.c_uint32(blocks), ctypes.c_uint32(self.built.threads), ctypes.c_uint32(0))
+        self._launch(
+            params,
+            ctypes.c_uint32(blocks),
+            ctypes.c_uint32(self.built.threads),
+            ctypes.c_uint32(self.built.shared),
+        )
 
 
 def emulate(specs: Sequence[KernelSpec]) -> dict[str, Kernel]:

@@ -1,8 +1,9 @@
 """x @ W for a constant weight W. The spec's `rows` says for how many rows a kernel is; a step of each is in
 the plan, and all but one of them have no blocks in a run.
 
-`one` and `few` (up to FEW_ROWS) read every weight once and are bound by that (matmul_few.py); `many`
-multiplies decoded tiles on tensor cores (matmul_many.py), or float weights without (matmul_dynamic.py)."""
+`one` and `few` (up to FEW_ROWS) read every weight once and are bound by that (matmul_few.py, of float weights
+matmul_few_float.py); `many` multiplies decoded tiles on tensor cores (matmul_many.py), or float weights
+without (matmul_dynamic.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from functools import partial
 from qgraph.codegen.cuda.kernels import CudaKernel, kernel
 from qgraph.codegen.cuda.kernels.matmul_dynamic import many_float_rows
 from qgraph.codegen.cuda.kernels.matmul_few import few_rows
+from qgraph.codegen.cuda.kernels.matmul_few_float import few_float_rows
 from qgraph.codegen.cuda.kernels.matmul_many import many_rows
 from qgraph.codegen.digits import FEW_ROWS
 from qgraph.codegen.spec import KernelSpec
@@ -26,13 +28,11 @@ def _matmul(weight: str, spec: KernelSpec, symbol: str) -> CudaKernel:
     ternary packing; of `many` parts: how many bfloat16 numbers an activation is the sum of, 1 or 2.
     Arguments: y f32 [M, n], x f32 [M, k], the weight's, [bias f32 [n]], [residual f32 [M, n]], M.
     """
-    match spec["rows"]:
-        case "one":
-            return few_rows(weight, spec, symbol, 1)
-        case "few":
-            return few_rows(weight, spec, symbol, FEW_ROWS)
-        case "many":
-            return many_float_rows(spec, symbol) if weight == "f32" else many_rows(weight, spec, symbol)
+    if spec["rows"] == "many":
+        return many_float_rows(spec, symbol) if weight == "f32" else many_rows(weight, spec, symbol)
+    rows = {"one": 1, "few": FEW_ROWS}.get(spec["rows"])
+    if rows is not None:
+        return few_float_rows(spec, symbol, rows) if weight == "f32" else few_rows(weight, spec, symbol, rows)
     raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
-from qgraph.codegen.cuda.kernels.frame import copy4
+from qgraph.codegen.cuda.kernels.frame import call, copy4
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vmath import Expr, named
 from qgraph.codegen.packing import GROUP, LANES
@@ -61,12 +61,19 @@ class Weight:
     Attributes:
         operands: element types of the kernel's arguments that hold it.
         block: inputs that share a scale, a multiple of 8; K where there is none.
-        exact: whether a level times its scale is exact in bfloat16.
+        exact: whether a level times its scale is exact in bfloat16, and what `pairs` gives has the scale.
+        unit: inputs that a lane multiplies at a time on tensor cores (`pairs`).
+        apart: how far apart the two inputs of a pair are: pair i of a unit has input
+            i // apart * 2 * apart + i % apart, and the one `apart` behind it.
+        factor: what products of `pairs` are multiplied by.
     """
 
     operands: tuple[str, ...]
     block: int
     exact = False
+    unit = OCTET
+    apart = 1
+    factor = 1.0
     has_scale = True
     has_offset = False
 
@@ -74,6 +81,13 @@ class Weight:
         """Levels of inputs 8 o .. 8 o + 7, for outputs `lane` .. of an n16 tile: [outputs][8] float32. `lane`
         is a multiple of `outputs`, 1 or 4. Beyond K they are something finite."""
         raise NotImplementedError
+
+    def pairs(self, w: Buffers, tile: Expr, lane: Expr, u: Expr, outputs: int) -> list[list[Expr]]:
+        """Inputs `unit` * u .. as pairs of float16, which hold levels exactly: [outputs][unit / 2] of u32."""
+        levels = self.octet(w, tile, lane, u, outputs)
+        return [
+            [call("uint32", "qg_f16x2", own[i], own[i + 1]) for i in range(0, OCTET, 2)] for own in levels
+        ]
 
     def scales(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[Expr]:
         """The scales of the block that octet o is in."""
@@ -122,6 +136,22 @@ class _NVFP4(Weight):
             [named(e2m1_value(T.shift_right(word, T.uint32(4 * i)))) for i in range(OCTET)] for word in words
         ]
 
+    apart = 4
+    factor = 256.0  # float16 has no room for the largest products of levels and scales
+
+    def pairs(self, w: Buffers, tile: Expr, lane: Expr, u: Expr, outputs: int) -> list[list[Expr]]:
+        at = (tile * (2 * self._blocks) + u) * LANES + lane
+        words = _loaded(w[0], at, outputs, "uint32")
+        at = (tile * self._blocks + T.truncdiv(u, index(2))) * LANES + lane
+        scales = [call("uint32", "qg_e4m3_pair", bits) for bits in _loaded(w[1], at, outputs, "uint8")]
+        return [
+            [
+                call("uint32", "qg_e2m1_pair", T.shift_left(word, T.uint32(12 - 4 * i)), scale)
+                for i in range(4)
+            ]
+            for word, scale in zip(words, scales, strict=True)
+        ]
+
     def scales(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[Expr]:
         at = (tile * self._blocks + T.truncdiv(o, index(2))) * LANES + lane
         return [named(e4m3_value(bits)) for bits in _loaded(w[1], at, outputs, "uint8")]
@@ -141,6 +171,46 @@ class _Group(Weight):
         offset = {"none": (), "zero_point": ("uint8",), "mean": ("uint16",)}[self._spec.offset]
         self.operands = ("int8" if self._base3 else "uint32", "uint16", *offset)
         self.has_offset = self._spec.offset == "mean"
+        self._words = not self._base3 and self._layout != "n16b3"  # whether codes are fields of words
+        self._per = 32 // self._spec.code_bits  # codes of a word, if they are
+        if self._words:
+            self.unit, self.apart = max(OCTET, self._per), self._per // 2
+
+    def pairs(self, w: Buffers, tile: Expr, lane: Expr, u: Expr, outputs: int) -> list[list[Expr]]:
+        if not self._words:
+            return super().pairs(w, tile, lane, u, outputs)
+        bits, signed = self._spec.code_bits, self._spec.values[0] < 0
+        flip = 1 << (bits - 1) if signed else 0
+        mask = ((1 << bits) - 1) * 0x10001
+        count = self.unit // self._per
+        read = [
+            _loaded(
+                w[0],
+                (tile * self._rows + T.min(u * count + i, index(self._rows - 1))) * LANES + lane,
+                outputs,
+                "uint32",
+            )
+            for i in range(count)
+        ]
+        less: list[Expr] = [T.uint32((0x6400 + flip) * 0x10001)] * outputs
+        if self._spec.offset == "zero_point":
+            zeros = self._zero_fields(w, tile, lane, u, outputs)
+            less = [call("uint32", "qg_less", zero) for zero in zeros]
+        return [
+            [
+                call(
+                    "uint32",
+                    "qg_field_pair",
+                    T.shift_right(words[c], T.uint32(bits * i)),
+                    T.uint32(mask),
+                    T.uint32(flip * 0x10001),
+                    less[c],
+                )
+                for words in read
+                for i in range(self._per // 2)
+            ]
+            for c in range(outputs)
+        ]
 
     def _block_of(self, o: Expr) -> Expr:
         return T.truncdiv(o, index(self.block // OCTET))
@@ -214,11 +284,14 @@ class _Group(Weight):
         return [named(_half(bits)) for bits in _loaded(buffer, at, outputs, "uint16")]
 
     def _zero_points(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[Expr]:
+        return [named(_integer(zero, 0)) for zero in self._zero_fields(w, tile, lane, o, outputs)]
+
+    def _zero_fields(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[Expr]:
         block = self._block_of(o)
         at = (tile * -(-self._blocks // 2) + T.truncdiv(block, index(2))) * LANES + lane
         down = T.Cast("uint32", T.truncmod(block, index(2)) * 4)
         return [
-            named(_integer(T.bitwise_and(T.shift_right(T.Cast("uint32", pair), down), T.uint32(15)), 0))
+            named(T.bitwise_and(T.shift_right(T.Cast("uint32", pair), down), T.uint32(15)))
             for pair in _loaded(w[2], at, outputs, "uint8")
         ]
 
