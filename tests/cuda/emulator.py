@@ -6,21 +6,35 @@ kernels[spec.symbol](y, x, 17, blocks=6)
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import math
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from qgraph.codegen.cuda.kernels import CudaKernel, build_kernel
 from qgraph.codegen.cuda.text import cuda_text
-from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.spec import CUDA_ELEMENTWISE_BLOCK, KernelSpec
 
 _HEADER = Path(__file__).parent / "emulation.h"
 # Without strict aliasing, as CUDA compilers have it; nothing is contracted that is not written so.
 FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
+
+
+@cache
+def _header() -> Path:
+    """The header, compiled once a process."""
+    folder = Path(tempfile.mkdtemp(prefix="qgraph-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = Path(shutil.copy(_HEADER, folder))
+    subprocess.run(["g++", *FLAGS, "-x", "c++-header", str(copy), "-o", f"{copy}.gch"], check=True)
+    return copy
 
 
 def emulated_module(text: str, symbols: Sequence[str], flags: Sequence[str] = ()) -> bytes:
@@ -28,7 +42,7 @@ def emulated_module(text: str, symbols: Sequence[str], flags: Sequence[str] = ()
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
         source, out = Path(folder) / "kernels.cc", Path(folder) / "kernels.so"
         exports = "\n".join(f"QG_EMULATE({symbol})" for symbol in symbols)
-        source.write_text(f'#include "{_HEADER}"\n{text}\n{exports}\n')
+        source.write_text(f'#include "{_header()}"\n{text}\n{exports}\n')
         done = subprocess.run(
             ["g++", *FLAGS, *flags, str(source), "-o", str(out)], capture_output=True, text=True, check=False
         )
@@ -56,6 +70,26 @@ class Kernel:
             ctypes.c_uint32(self.built.threads),
             ctypes.c_uint32(self.built.shared),
         )
+
+
+class AsOnCpu:
+    """A kernel that is called as those of the CPU's tests are: with the blocks of their grid, and how these are
+    split or their buffers guarded, which mean nothing here."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self._spec, self._kernel = spec, emulate([spec])[spec.symbol]
+
+    def __call__(
+        self, *args: np.ndarray | int, blocks: int, split: object = None, guard: bool = False
+    ) -> None:
+        spec = self._spec
+        if spec.op == "elementwise":
+            first = 1 + len(spec["inputs"])
+            dims = [int(d) for d in args[first : first + spec["rank"]]]  # type: ignore[arg-type]
+            blocks = -(-math.prod(dims) // CUDA_ELEMENTWISE_BLOCK)
+        if spec.op == "attention" and ("cache", "i8") in spec.params:
+            args = (*args[:6], *args[7:])  # without scratch memory
+        self._kernel(*args, blocks=blocks)
 
 
 def emulate(specs: Sequence[KernelSpec]) -> dict[str, Kernel]:

@@ -15,11 +15,12 @@ from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8
 from qgraph.codegen.spec import CUDA_FEW_COLUMNS, CUDA_MANY_COLUMNS, CUDA_MANY_ROWS, CUDA_TILE, KernelSpec
 from qgraph.formats import FORMATS
 
-SHAPES = [(32, 16), (1, 1), (37, 19), (256, 48), (300, 130)]
+SHAPES = [(1, 1), (300, 130)]
 WEIGHTS = [("f32", ""), ("nvfp4", ""), *CASES]
 NAMES = [f"{name}-{packing}".strip("-") for name, packing in WEIGHTS]
-ROWS = {"one": (1,), "few": (2, 5, 8), "many": (9, 33, 130)}
+ROWS = {"one": (1,), "few": (2, 8), "many": (9, 130)}
 EPILOGUE = ("bias", "gelu_erf", "residual")
+WITH_EPILOGUE = ("f32", "nvfp4")  # which share it with the others
 
 
 def _operands(name: str, packing: str, K: int, N: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -49,7 +50,8 @@ def _spec(name: str, packing: str, K: int, N: int, rows: str, **params: Any) -> 
 
 def _specs(name: str, packing: str) -> list[KernelSpec]:
     every = [_spec(name, packing, K, N, rows) for K, N in SHAPES for rows in ROWS]
-    every += [_spec(name, packing, 37, 19, rows, epilogue=EPILOGUE) for rows in ROWS]
+    if name in WITH_EPILOGUE:
+        every += [_spec(name, packing, 37, 19, rows, epilogue=EPILOGUE) for rows in ROWS]
     return [*every, *([_spec(name, packing, 256, 48, "many", parts=1)] if name != "f32" else [])]
 
 
@@ -95,8 +97,8 @@ def test_any_rows_and_shapes(name: str, packing: str) -> None:
                 assert _error(got, x, W) < limit, (K, N, M)
 
 
-@pytest.mark.parametrize(("name", "packing"), WEIGHTS, ids=NAMES)
-def test_epilogue(name: str, packing: str) -> None:
+@pytest.mark.parametrize("name", WITH_EPILOGUE)
+def test_epilogue(name: str, packing: str = "") -> None:
     K, N = 37, 19
     operands, W = _operands(name, packing, K, N)
     bias = np.random.default_rng(0).standard_normal(N).astype(np.float32)
@@ -130,7 +132,7 @@ def test_a_row_stays_by_itself(name: str, packing: str) -> None:
     """An infinity or NaN in one row leaves the others to the bit as they are, and comes out of its own."""
     K, N = 300, 130
     operands, W = _operands(name, packing, K, N)
-    for rows, M in (("few", 8), ("many", 33)):
+    for rows, M in (("few", 8), ("many", 9)):
         spec, kernels = _spec(name, packing, K, N, rows), _kernels(name, packing)
         x = _inputs(M, K)
         clean = _run(spec, kernels, x, operands)
