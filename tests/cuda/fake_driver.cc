@@ -21,7 +21,8 @@
 //                           that is run, after which everything does
 //   FAKE_CUDA_REPORT=file   where to write, at exit: a line "live <kind> <n>" for what was never freed, and
 //                           "calls <function> <n>"
-// The process can ask, too: fake_cuda_calls(function), fake_cuda_live(kind).
+// The process can ask, too, fake_cuda_calls(function) and fake_cuda_live(kind), and say what fails from now
+// on: fake_cuda_fail(function, n, code), the n-th call counted from now, 0 for none.
 #include <dlfcn.h>
 #include <elf.h>
 #include <sys/mman.h>
@@ -359,6 +360,12 @@ int fake_cuda_calls(const char* name) {
 int fake_cuda_live(const char* kind) {
   std::lock_guard<std::mutex> lock(fake().mutex);
   return static_cast<int>(fake().live().at(kind));
+}
+
+void fake_cuda_fail(const char* name, int n, int code) {
+  std::lock_guard<std::mutex> lock(fake().mutex);
+  fake().failures.clear();
+  if (n > 0) fake().failures[name][fake().calls[name] + n] = code;
 }
 
 Result cuDriverGetVersion(int* version) {
