@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,17 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 import artifact_builder
 import fake_cuda
 from artifact_builder import Parts
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty cache folder that qgraph uses during the tests, where the library is built once."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QGRAPH_CACHE_DIR", str(folder))
-        patch.setenv("QGRAPH_TEST_CACHE", str(folder))
-        patch.delenv("QGRAPH_RUNTIME_LIBRARY", raising=False)
-        yield folder
 
 
 @pytest.fixture(scope="session")
