@@ -156,7 +156,10 @@ def _gpu() -> str:
     """The GPUs, of which none is needed, or why there is none."""
     from qgraph.runtime import device_problem, devices
 
-    gpus = [f"{device.name}: {device.description}" for device in devices() if device.name != "cpu"]
+    try:
+        gpus = [f"{device.name}: {device.description}" for device in devices() if device.name != "cpu"]
+    except ResourceError:
+        return "unknown without the runtime library"
     return "; ".join(gpus) or f"none: {device_problem()}"
 
 
