@@ -143,6 +143,27 @@ assert not live(), live()
     )
 
 
+def test_an_output_may_shrink_with_the_state(run: Run, decoder_parts: Parts, tmp_path: Path) -> None:
+    """Its room then is what it has now, which is the greater one."""
+    parts = copy.deepcopy(decoder_parts)
+    size = ["sub", 400, ["mul", 20, "total_sequence"]]
+    parts.plan["values"].append({"kind": "output", "dtype": "f32", "shape": ["batch", size]})
+    parts.plan["outputs"].append({"name": "rest", "value": 9})
+    (tmp_path / "shrinks.qg").write_bytes(parts.to_bytes())
+    run(
+        FEED
+        + f"""
+with runtime.load({str(tmp_path / "shrinks.qg")!r}) as model, model.session() as session:
+    feed(session, 5)
+    with session.fork() as fork:
+        assert feed(fork, 1)["rest"].shape == (3, 280)
+        fork.reset()
+        assert feed(fork, 1)["rest"].shape == (3, 380)
+assert not live(), live()
+"""
+    )
+
+
 def test_profile(run: Run, toy: Path) -> None:
     run(
         f"""
