@@ -1,4 +1,4 @@
-// A CUDA driver without a GPU: libcuda.so.1 for tests. It has the functions that the runtime uses, one device
+// A CUDA driver without a GPU: libcuda.so.1 for tests. It has the functions that the runtime uses, a device
 // of compute capability 1.0, and runs modules that are shared objects of the host: for each kernel,
 //
 //   void <kernel>__launch(void** params, uint32_t grid, uint32_t threads, uint32_t shared);
@@ -15,6 +15,7 @@
 // The environment says what is wrong with the machine:
 //   FAKE_CUDA_DEVICES=n     so many devices (1)
 //   FAKE_CUDA_VERSION=n     as cuDriverGetVersion gives it (12040)
+//   FAKE_CUDA_CAPABILITY=n  compute capability (10: 1.0); modules are what they are
 //   FAKE_CUDA_MEMORY=n      bytes of a device (1 GiB)
 //   FAKE_CUDA_FAIL=name:n:code,...   the n-th call of a function gives this error; of "kernel", the n-th
 //   kernel
@@ -421,7 +422,8 @@ Result cuDeviceTotalMem_v2(size_t* bytes, int) {
 Result cuDeviceGetAttribute(int* value, int attribute, int device) {
   ENTER("cuDeviceGetAttribute", false);
   if (device < kFirstDevice || (attribute != 75 && attribute != 76)) return kInvalidValue;
-  *value = attribute == 75 ? 1 : 0;
+  auto capability = static_cast<int>(setting("FAKE_CUDA_CAPABILITY", 10));
+  *value = attribute == 75 ? capability / 10 : capability % 10;
   return kSuccess;
 }
 

@@ -151,26 +151,43 @@ def test_driver_without_a_function(toy: Path, tmp_path: Path, monkeypatch: pytes
     run_script(None, tmp_path / "report", f"path = {str(toy)!r}" + load_fails(message))
 
 
-def test_variants(run: Run, toy_parts: Parts, tmp_path: Path) -> None:
-    """The first whose features the device has, of its own number, its generation's lower ones, or PTX."""
+@pytest.mark.parametrize(
+    ("capability", "fit", "unfit"),
+    [
+        (10, "sm_10 sm_10a ptx_10 ptx_09", "sm_11 sm_90 sm_90a ptx_11 sm_1 sm_10b sm_ ptx_ sm10 avx2 a"),
+        (89, "sm_89 sm_86 sm_80 ptx_89 ptx_50", "sm_90 sm_80a sm_86a sm_75 ptx_90 sm_800 sm_08"),
+        (90, "sm_90 sm_90a ptx_80", "sm_80 sm_89 sm_100 sm_100a ptx_100"),
+        (103, "sm_103 sm_103a sm_100 ptx_90 ptx_103", "sm_100a sm_90a sm_110 sm_120 sm_10 ptx_120"),
+    ],
+)
+def test_features(run: Run, toy_parts: Parts, tmp_path: Path, capability: int, fit: str, unfit: str) -> None:
+    """A device has those of its own number, its generation's lower ones, and PTX up to its own."""
     parts = copy.deepcopy(toy_parts)
     base = parts.plan["variants"][2]
-    unfit = ["sm_90", "sm_11", "sm_1", "sm_10b", "sm_", "ptx_11", "ptx_", "sm10", "avx2", "sm_90a", "a", ""]
-    fit = ["sm_10", "sm_10a", "ptx_10", "ptx_09"]
-    for feature in fit:
-        refused = [{**base, "isa": f"not-{name}", "features": [name]} for name in unfit]
+    for feature in fit.split():
+        refused = [{**base, "isa": f"not-{name}", "features": [name]} for name in (*unfit.split(), "")]
         parts.plan["variants"] = [*refused, {**base, "isa": feature, "features": [feature]}]
         (tmp_path / f"{feature}.qg").write_bytes(parts.to_bytes())
+    run(
+        f"""
+for feature in {fit.split()!r}:
+    with runtime.load(f"{tmp_path}/{{feature}}.qg") as model:
+        assert model.isa == feature
+        assert [v.supported for v in model.variants] == [False] * {len(unfit.split()) + 1} + [True]
+""",
+        capability=capability,
+    )
+
+
+def test_no_variant_fits(run: Run, toy_parts: Parts, tmp_path: Path) -> None:
+    parts = copy.deepcopy(toy_parts)
+    base = parts.plan["variants"][2]
     parts.plan["variants"] = [{**base, "isa": name, "features": [name]} for name in ("sm_80", "sm_90a")]
     parts.plan["variants"].append({**base, "isa": "x", "arch": "x86_64"})
     (tmp_path / "none.qg").write_bytes(parts.to_bytes())
     run(
         f"""
 folder = {str(tmp_path)!r}
-for feature in {fit!r}:
-    with runtime.load(f"{{folder}}/{{feature}}.qg") as model:
-        assert model.isa == feature
-        assert [v.supported for v in model.variants] == [False] * {len(unfit)} + [True]
 try:
     runtime.load(f"{{folder}}/none.qg")
 except UnsupportedError as error:
