@@ -29,8 +29,8 @@ COMPILE_FLAGS = (
     "-fvisibility=hidden",
     "-DNDEBUG",
 )
-LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,defs", "-Wl,-z,relro", "-Wl,-z,now", "-s")
-LIBRARIES = ("-ldl",)  # of the C library, apart before glibc 2.34
+# Behind the objects. dlopen() is a library of its own before glibc 2.34.
+LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,defs", "-Wl,-z,relro", "-Wl,-z,now", "-s", "-ldl")
 HINT = "install g++ or clang, or set QGRAPH_RUNTIME_LIBRARY to a prebuilt libqgraph.so"
 
 
@@ -111,15 +111,7 @@ def _key(compiler: list[str]) -> str:
     state = hashlib.sha256()
     binary = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     stat = binary.stat()
-    for part in (
-        *compiler,
-        str(binary),
-        stat.st_size,
-        stat.st_mtime_ns,
-        *COMPILE_FLAGS,
-        *LINK_FLAGS,
-        *LIBRARIES,
-    ):
+    for part in (*compiler, str(binary), stat.st_size, stat.st_mtime_ns, *COMPILE_FLAGS, *LINK_FLAGS):
         state.update(f"{part}\0".encode())
     for path in _sources():
         data = path.read_bytes()
@@ -140,7 +132,7 @@ def _compile(compiler: list[str], scratch: Path) -> Path:
         list(pool.map(compile_unit, units, objects))
     library = scratch / "libqgraph.so"
     exports = f"-Wl,--version-script={ROOT / 'src' / 'exports.map'}"
-    _run([*compiler, *LINK_FLAGS, exports, *map(str, objects), *LIBRARIES], library)
+    _run([*compiler, exports, *map(str, objects), *LINK_FLAGS], library)
     return library
 
 

@@ -136,7 +136,12 @@ class Model:
         """Whether sessions keep tokens from run to run, as the key-value cache of a decoder."""
         return any(dim.kind == "total" for dim in self.dims)
 
-    def run(self, inputs: Mapping[str, Any], dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        dims: Mapping[str, int] | None = None,
+        outputs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """`Session.run` on a session of the model's own; calls from several threads take turns.
 
         The state is empty at first, if the model has one: every call stands by itself.
@@ -148,7 +153,7 @@ class Model:
         with session._lock:
             if self.has_state:
                 session.reset()
-            return session.run(inputs, dims)
+            return session.run(inputs, dims, outputs)
 
     def session(
         self, *, threads: int | None = None, memory_limit: int | None = None, capacity: int = 0

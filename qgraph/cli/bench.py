@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qgraph.cli.console import escape, print_json, table
-from qgraph.cli.options import json_option, standard_options, threads_option
+from qgraph.cli.console import escape, place, print_json, table
+from qgraph.cli.options import device_option, json_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
 from qgraph.errors import UsageError
 
@@ -42,6 +42,7 @@ _FLOAT = "ONNX Runtime, float"
     help="Tokens behind each prompt of a decoder with state.  [default: 32]",
 )
 @threads_option
+@device_option
 @json_option
 @standard_options
 def command(
@@ -53,6 +54,7 @@ def command(
     repeat: int | None,
     decode: int | None,
     threads: int,
+    device: str | None,
     as_json: bool,
 ) -> None:
     """Time the file ARTIFACT (.qg): median and 90th percentile of one run. With --onnx, ONNX Runtime takes
@@ -60,32 +62,35 @@ def command(
     prompt of --dim sequence=N tokens, and --decode tokens behind it, one a run."""
     from qgraph.runtime import load
 
-    with load(artifact, threads=threads) as model:
+    with load(artifact, threads=threads, device=device) as model:
         if model.has_state and inputs:
             raise UsageError("--input: a decoder with state is timed on seeded tokens: give --dim")
         if decode is not None and not model.has_state:
             raise UsageError(f"--decode: {artifact} has no state to decode with: time runs of it, with --dim")
         feeds = make_feeds(model, inputs, dims, seed)
         if model.has_state:
-            found = _time_decoder(model, onnx, feeds, repeat or 10, decode or 32)
+            found = _time_decoder(model, onnx, feeds, threads, repeat or 10, decode or 32)
         else:
-            found = _time_runs(model, onnx, feeds, repeat or 50)
+            found = _time_runs(model, onnx, feeds, threads, repeat or 50)
         used, document, text = found
+        where = place(model, used)
     if as_json:
-        print_json({"threads": used, **document})
+        print_json({"threads": used, "device": model.device, **document})
         return
-    print(f"{used} thread{'s' if used > 1 else ''}; {text}")
+    print(f"{where}; {text}")
 
 
-def _time_runs(model: Model, onnx: Path | None, feeds: dict[str, np.ndarray], repeat: int) -> Found:
-    """Times runs on `feeds`."""
+def _time_runs(
+    model: Model, onnx: Path | None, feeds: dict[str, np.ndarray], threads: int, repeat: int
+) -> Found:
+    """Times runs on `feeds`; `threads` as the user gives them."""
     from qgraph.evaluate.latency import measure
     from qgraph.evaluate.runners import OnnxRuntimeRunner
 
     ours, session = f"qgraph ({model.isa})", model.session()
     contenders: dict[str, Callable[[], object]] = {ours: lambda: session.run(feeds)}
     if onnx is not None:
-        original = OnnxRuntimeRunner(onnx, threads=session.threads)
+        original = OnnxRuntimeRunner(onnx, threads=_beside(model, session.threads, threads))
         contenders[_FLOAT] = lambda: original.run(feeds)
     found = measure(contenders, repeat)
     shapes = {name: list(array.shape) for name, array in feeds.items()}
@@ -99,8 +104,13 @@ def _time_runs(model: Model, onnx: Path | None, feeds: dict[str, np.ndarray], re
     return session.threads, {"inputs": shapes, "latency": latency}, text
 
 
+def _beside(model: Model, used: int, threads: int) -> int:
+    """Threads of the engine beside ours: as many, or where ours is on a GPU what the user says."""
+    return used if model.device == "cpu" else threads
+
+
 def _time_decoder(
-    model: Model, onnx: Path | None, feeds: dict[str, np.ndarray], repeat: int, decode: int
+    model: Model, onnx: Path | None, feeds: dict[str, np.ndarray], threads: int, repeat: int, decode: int
 ) -> Found:
     """Times a decoder with state on a prompt, and on single tokens behind it."""
     import numpy as np
@@ -115,10 +125,10 @@ def _time_decoder(
     batch, sequence = prompt.shape
     tokens = np.resize(prompt, (batch, decode))
     ours = stateful_decoder(model, room=sequence + decode)
-    threads = ours.threads
+    used = ours.threads
     contenders: dict[str, Decoder] = {name: ours}
     if onnx is not None:
-        contenders[_FLOAT] = open_decoder(onnx, engine="onnxruntime", threads=threads)
+        contenders[_FLOAT] = open_decoder(onnx, engine="onnxruntime", threads=_beside(model, used, threads))
     found = measure_decoding(contenders, prompt, tokens, repeat)
     rows = [
         (
@@ -136,7 +146,7 @@ def _time_decoder(
 
     decoding = [{"name": contender, **asdict(x)} for contender, x in found.items()]
     sizes = {"batch": batch, "prompt_tokens": sequence, "decoded_tokens": decode}
-    return threads, {**sizes, "decoding": decoding}, text
+    return used, {**sizes, "decoding": decoding}, text
 
 
 def _times(x: Latency) -> tuple[str, str]:

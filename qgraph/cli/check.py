@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qgraph.cli.console import print_json, table
-from qgraph.cli.options import json_option, standard_options, threads_option
+from qgraph.cli.options import device_option, json_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
 from qgraph.errors import BudgetError, UsageError
 from qgraph.evaluate.verify import REL_ERROR_LIMIT, ROUNDED_LIMITS
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     help="Demanded against --original, for each output.",
 )
 @threads_option
+@device_option
 @json_option
 @standard_options
 def command(
@@ -58,6 +59,7 @@ def command(
     max_rel_error: float | None,
     min_cosine: float,
     threads: int,
+    device: str | None,
     as_json: bool,
 ) -> None:
     """Run the file ARTIFACT (.qg) and its references on the same inputs and compare every output. Exits with
@@ -74,7 +76,7 @@ def command(
         max_rel_error = ROUNDED_LIMITS.get(compute, REL_ERROR_LIMIT)
     if lowbit is None and original is None:
         raise UsageError("nothing to compare with: give --lowbit, --original or both")
-    with load(artifact, threads=threads) as model:
+    with load(artifact, threads=threads, device=device) as model:
         feeds = make_feeds(model, inputs, dims, seed)
         got = run_once(model, feeds)
         cache, capacity = artifact_cache(model), run_capacity(model, feeds)
@@ -83,7 +85,7 @@ def command(
     roundings = 0
     if lowbit is not None:
         try:
-            found, roundings = _against_lowbit(artifact, lowbit, cache, capacity, feeds, got, threads)
+            found, roundings = _against_lowbit(artifact, lowbit, cache, capacity, feeds, got, threads, device)
             allowed = max_rel_error
             rows += _rows("lowbit", found, lambda d: d.rel_error <= allowed)
         except BudgetError as error:
@@ -118,6 +120,7 @@ def _against_lowbit(
     feeds: Arrays,
     got: Arrays,
     threads: int,
+    device: str | None,
 ) -> tuple[dict[str, Difference], int]:
     """The artifact's outputs beside those of ONNX's reference evaluator, and how many roundings of
     activations there are: see evaluate/verify.py for what these change."""
@@ -135,7 +138,13 @@ def _against_lowbit(
             info.metadata.get("qgraph.compute", "f32"),
         )
         reference = Reference(
-            lowbit, exposed=exposed, roundings=roundings, cache=cache, capacity=capacity, threads=threads
+            lowbit,
+            exposed=exposed,
+            roundings=roundings,
+            cache=cache,
+            capacity=capacity,
+            threads=threads,
+            device=device,
         )
         return reference.compare(feeds, got, "these inputs"), len(roundings)
 

@@ -7,9 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qgraph.progress import Progress
+
+if TYPE_CHECKING:
+    from qgraph.runtime import Model
 
 _SILENCE_S = 30.0  # at most, of a phase that goes on
 
@@ -35,6 +38,11 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), right: S
         ).rstrip()
         for line in lines
     )
+
+
+def place(model: Model, threads: int) -> str:
+    """Where a model runs: "2 threads" of the CPU, or "cuda:0"."""
+    return f"{threads} thread{'s' if threads > 1 else ''}" if model.device == "cpu" else model.device
 
 
 def print_json(value: Any) -> None:

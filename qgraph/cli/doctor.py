@@ -34,8 +34,8 @@ class Check:
 @json_option
 @standard_options
 def command(ops: bool, as_json: bool) -> None:
-    """Check this machine: versions, CPU features, C++ compiler, cache folder, and whether the runtime builds
-    and loads. Exits with 6 when something that qgraph needs is missing or broken."""
+    """Check this machine: versions, CPU features, C++ compiler, cache folder, whether the runtime builds and
+    loads, and which GPUs it sees. Exits with 6 when something that qgraph needs is missing or broken."""
     if ops:
         from qgraph.codegen.lowering import supported_ops
 
@@ -152,6 +152,17 @@ def _runtime() -> str:
     return f"{_native.library().qg_version().decode()} in {build.library()}"
 
 
+def _gpu() -> str:
+    """The GPUs, of which none is needed, or why there is none."""
+    from qgraph.runtime import device_problem, devices
+
+    try:
+        gpus = [f"{device.name}: {device.description}" for device in devices() if device.name != "cpu"]
+    except ResourceError:
+        return "unknown without the runtime library"
+    return "; ".join(gpus) or f"none: {device_problem()}"
+
+
 def _tvm() -> str:
     from qgraph.codegen.tvm_backend import load_tvm
 
@@ -166,5 +177,6 @@ _PROBES: dict[str, Callable[[], str]] = {
     "C++ compiler": _compiler,
     "cache folder": _cache,
     "runtime library": _runtime,
+    "GPU": _gpu,
     "kernel compiler": _tvm,
 }

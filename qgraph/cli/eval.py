@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qgraph.cli.console import make_progress, print_json, table
-from qgraph.cli.options import json_option, quiet_option, standard_options, threads_option
+from qgraph.cli.options import device_option, json_option, quiet_option, standard_options, threads_option
 
 if TYPE_CHECKING:
     from qgraph.evaluate.runners import Runner
@@ -35,6 +35,7 @@ def command() -> None:
 @click.option("--limit", type=click.IntRange(2), help="Only the first so many pairs.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Sentences a run.")
 @threads_option
+@device_option
 @quiet_option
 @json_option
 @standard_options
@@ -48,6 +49,7 @@ def sts(
     limit: int | None,
     batch: int,
     threads: int,
+    device: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -64,7 +66,7 @@ def sts(
     with make_progress(quiet) as progress:
         for path in (model, against):
             if path is not None:
-                runner = open_runner(path, threads=threads)
+                runner = open_runner(path, threads=threads, device=_device(path, device, path is model))
                 results.append((path, _score(runner, tokenize, pairs, output, batch, progress)))
     found: dict[str, Any] = {
         "pairs": len(pairs),
@@ -80,6 +82,11 @@ def sts(
     print(table([("pairs", len(pairs)), *rows]))
     if against is not None:
         print(f"difference {found['spearman_difference']:+.4f}; mean cosine {found['mean_cosine']:.4f}")
+
+
+def _device(path: Path, device: str | None, asked: bool) -> str | None:
+    """Where a model runs: --device is for MODEL, and for another one if that is an artifact, too."""
+    return device if asked or path.suffix == ".qg" else None
 
 
 def _score(
@@ -131,6 +138,7 @@ def _score(
     help="What runs MODEL. Default: qgraph for an artifact, onnxruntime for an ONNX file.",
 )
 @threads_option
+@device_option
 @quiet_option
 @json_option
 @standard_options
@@ -148,6 +156,7 @@ def perplexity(
     batch: int,
     engine: str | None,
     threads: int,
+    device: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -175,7 +184,7 @@ def perplexity(
     )
     room = max((len(window.ids) for window in windows), default=0)
     reading: dict[str, Any] = {"logits": output, "threads": threads, "room": room}
-    runner = open_text_runner(model, engine=engine or "", **reading)
+    runner = open_text_runner(model, engine=engine or "", device=device, **reading)
     found: dict[str, Any] = {}
     with make_progress(quiet) as progress:
         progress.phase(runner.name)
@@ -187,7 +196,8 @@ def perplexity(
         if against is None:
             results = [(model, measure(runner, windows, **options))]
         else:
-            both = compare(runner, open_text_runner(against, **reading), windows, **options)
+            reference = open_text_runner(against, device=_device(against, device, False), **reading)
+            both = compare(runner, reference, windows, **options)
             results = [(model, both.model), (against, both.reference)]
             found = {"kl_divergence": both.kl_divergence, "top1_agreement": both.top1_agreement}
     if as_json:

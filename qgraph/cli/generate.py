@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qgraph.cli.console import escape, print_json
-from qgraph.cli.options import json_option, standard_options, threads_option
+from qgraph.cli.options import device_option, json_option, standard_options, threads_option
 from qgraph.errors import InputError, UsageError
 from qgraph.generation import MAX_SAMPLES, MAX_TOKENS
 
@@ -85,6 +85,7 @@ _PATH = click.Path(path_type=Path)
     help="What runs MODEL.  [default: qgraph for .qg, else onnxruntime]",
 )
 @threads_option
+@device_option
 @json_option
 @standard_options
 def command(
@@ -108,6 +109,7 @@ def command(
     capacity: int,
     engine: str | None,
     threads: int,
+    device: str | None,
     as_json: bool,
 ) -> None:
     """Generate text with the causal language model MODEL: an artifact (.qg), or an ONNX file, which ONNX
@@ -125,7 +127,13 @@ def command(
     ids = _prompt(text, prompt, prompt_file, prompt_ids)
     room = len(ids) + max_tokens
     with open_generator(
-        model, text, engine=engine or "", threads=threads, capacity=capacity, room=room
+        model,
+        text,
+        engine=engine or "",
+        threads=threads,
+        device=device,
+        capacity=capacity,
+        room=room,
     ) as generator:
         if ignore_end:
             generator.ends = frozenset()

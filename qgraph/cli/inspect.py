@@ -49,12 +49,16 @@ def _artifact(path: Path) -> dict[str, Any]:
             {
                 "isa": v["isa"],
                 "arch": v["arch"],
-                "nbytes": info.code_bytes[v["isa"]],
+                "nbytes": info.tensors[v["code"]][2],
                 "features": " ".join(v["features"]),
             }
-            for v in info.plan["variants"]
+            for v in info.variants
         ],
-        "kernels": [{"kernel": name, "steps": count} for name, count in info.kernels.most_common()],
+        "kernels": [
+            {**({"device": device} if len(info.plans) > 1 else {}), "kernel": name, "steps": count}
+            for device in info.plans
+            for name, count in info.kernels(device).most_common()
+        ],
     }
 
 

@@ -22,6 +22,11 @@ threads_option = click.option(
     metavar="N",
     help="Threads to compute with; 0 is one a core.  [default: 0]",
 )
+device_option = click.option(
+    "--device",
+    metavar="NAME",
+    help="Where an artifact runs: cpu, cuda (the first GPU), cuda:1.  [default: cpu if there is code for it]",
+)
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of generated inputs."
 )

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qgraph.cli.console import print_json, table
-from qgraph.cli.options import json_option, standard_options, threads_option
+from qgraph.cli.console import place, print_json, table
+from qgraph.cli.options import device_option, json_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
 from qgraph.errors import UsageError
 
@@ -33,6 +33,7 @@ _SLOWEST = 15
 @click.option("--repeat", type=click.IntRange(1), default=20, show_default=True, help="Timed runs.")
 @click.option("--all", "every", is_flag=True, help=f"List all steps, not the {_SLOWEST} slowest.")
 @threads_option
+@device_option
 @json_option
 @standard_options
 def command(
@@ -44,6 +45,7 @@ def command(
     repeat: int,
     every: bool,
     threads: int,
+    device: str | None,
     as_json: bool,
 ) -> None:
     """Time every step of a run of the file ARTIFACT (.qg): by kernel, then step by step. Times are means over
@@ -51,17 +53,19 @@ def command(
     from qgraph.evaluate.profile import kernel_name
     from qgraph.runtime import load
 
-    with load(artifact, threads=threads) as model:
+    with load(artifact, threads=threads, device=device) as model:
         if past and (inputs or not model.has_state):
             raise UsageError("--past is for decoders with state, on seeded tokens")
         feeds = make_feeds(model, inputs, dims, seed)
         found, used = _profile(model, feeds, bool(inputs), past, repeat)
+        where = place(model, used)
     if as_json:
         steps = [{"name": step.name, "kernel": step.kernel, "us": us} for step, us in found.steps]
         shapes = {name: list(array.shape) for name, array in feeds.items()}
         print_json(
             {
                 "threads": used,
+                "device": model.device,
                 "inputs": shapes,
                 "past": past,
                 "runs": found.runs,
@@ -72,7 +76,7 @@ def command(
         )
         return
     shown = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
-    print(f"{used} thread{'s' if used > 1 else ''}; {shown}{f'; behind {past} tokens' if past else ''}\n")
+    print(f"{where}; {shown}{f'; behind {past} tokens' if past else ''}\n")
     rows: list[tuple[object, ...]] = [
         (f"{us:.1f}", f"{us / found.wall_us:.1%}", count, name) for name, count, us in found.kernels
     ]

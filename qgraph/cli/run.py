@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qgraph.cli.console import escape, print_json, table
-from qgraph.cli.options import json_option, refuse_overwrite, standard_options, threads_option
+from qgraph.cli.options import device_option, json_option, refuse_overwrite, standard_options, threads_option
 from qgraph.cli.tensors import input_files, make_feeds, tensor_options
 from qgraph.config import did_you_mean
 from qgraph.errors import UsageError
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @tensor_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz file.")
-@click.option("--isa", help="Use this code variant rather than the best one for this CPU.")
+@click.option("--isa", help="Use this code variant rather than the best one for the device.")
+@device_option
 @threads_option
 @json_option
 @standard_options
@@ -32,6 +33,7 @@ def command(
     seed: int,
     output: Path | None,
     isa: str | None,
+    device: str | None,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -47,10 +49,10 @@ def command(
         raise UsageError(f"unknown isa '{isa}'{did_you_mean(isa, ISAS)}")
     if output is not None:
         refuse_overwrite("--output", output, [artifact, *input_files(inputs)])
-    with load(artifact, threads=threads, isa=isa) as model:
+    with load(artifact, threads=threads, isa=isa, device=device) as model:
         feeds = make_feeds(model, inputs, dims, seed)
         outputs = run_once(model, feeds)
-        variant = model.isa
+        variant, used = model.isa, model.device
     if output is not None:
         from qgraph.atomic import atomic_write
 
@@ -59,7 +61,7 @@ def command(
     rows = [("input", name, array) for name, array in feeds.items()]
     rows += [("output", name, array) for name, array in outputs.items()]
     if as_json:
-        print_json({"isa": variant, "tensors": [_describe(*row) for row in rows]})
+        print_json({"isa": variant, "device": used, "tensors": [_describe(*row) for row in rows]})
         return
     print(table([(kind, name, f"{a.dtype} {list(a.shape)}", _statistics(a)) for kind, name, a in rows]))
     if output is not None:

@@ -66,16 +66,22 @@ class Decoder(Protocol):
 
 
 def open_decoder(
-    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0, room: int = 0
+    path: str | os.PathLike[str],
+    *,
+    engine: str = "",
+    threads: int = 0,
+    device: str | None = None,
+    capacity: int = 0,
+    room: int = 0,
 ) -> Decoder:
-    """A decoder for an artifact or an ONNX file. engine and threads: see `open_runner`. capacity: tokens that
-    a text may have. 0: of an artifact with state as much as `room` tokens need, as far as the model goes, or
-    without `room` its own default; of other models no limit but their own.
+    """A decoder for an artifact or an ONNX file. engine, threads and device: see `open_runner`. capacity:
+    tokens that a text may have. 0: of an artifact with state as much as `room` tokens need, as far as the
+    model goes, or without `room` its own default; of other models no limit but their own.
 
     Raises UsageError for a model that is no causal language model, UnsupportedError for a cache that cannot
     be followed; and as `open_runner` and `qgraph.runtime.load`.
     """
-    runner = open_runner(path, engine=engine, threads=threads, capacity=capacity, room=room)
+    runner = open_runner(path, engine=engine, threads=threads, device=device, capacity=capacity, room=room)
     ports = text_ports(runner.specs, runner.outputs, logits=LOGITS, where=os.fspath(path))
     if isinstance(runner, ArtifactRunner) and runner.has_state:
         return StatefulDecoder(runner, ports)
@@ -93,11 +99,17 @@ def stateful_decoder(model: Model, *, room: int) -> StatefulDecoder:
 
 
 def open_text_runner(
-    path: str | os.PathLike[str], *, logits: str = LOGITS, engine: str = "", threads: int = 0, room: int = 0
+    path: str | os.PathLike[str],
+    *,
+    logits: str = LOGITS,
+    engine: str = "",
+    threads: int = 0,
+    device: str | None = None,
+    room: int = 0,
 ) -> Runner:
     """As `open_runner`, for whole texts of at most `room` tokens: a cache is empty at the start of every run,
     and no port. logits: the output's name. Raises UsageError for a model that is no causal language model."""
-    runner = open_runner(path, engine=engine, threads=threads, room=room)
+    runner = open_runner(path, engine=engine, threads=threads, device=device, room=room)
     ports = text_ports(runner.specs, runner.outputs, logits=logits, where=os.fspath(path))
     if isinstance(runner, OnnxRuntimeRunner | ReferenceRunner) and ports.cache:
         return FromStart(runner, ports.cache)

@@ -235,33 +235,46 @@ def capacity_for(model: Model, tokens: int) -> int:
     return min(tokens, bounds["capacity"], bounds["total"])
 
 
-def _open_artifact(path: str | os.PathLike[str], *, threads: int, **state: int) -> ArtifactRunner:
+def _open_artifact(
+    path: str | os.PathLike[str], *, threads: int, device: str | None, **state: int
+) -> ArtifactRunner:
     from qgraph.runtime import load
 
-    return ArtifactRunner(load(path, threads=threads), **state)
+    return ArtifactRunner(load(path, threads=threads, device=device), **state)
 
 
 _ENGINES: dict[str, Callable[..., Runner]] = {
     "qgraph": _open_artifact,
-    "onnxruntime": lambda path, threads, **state: OnnxRuntimeRunner(path, threads=threads),
-    "reference": lambda path, **options: ReferenceRunner(path),
+    "onnxruntime": lambda path, threads: OnnxRuntimeRunner(path, threads=threads),
+    "reference": lambda path, threads: ReferenceRunner(path),
 }
 
 
 def open_runner(
-    path: str | os.PathLike[str], *, engine: str = "", threads: int = 0, capacity: int = 0, room: int = 0
+    path: str | os.PathLike[str],
+    *,
+    engine: str = "",
+    threads: int = 0,
+    device: str | None = None,
+    capacity: int = 0,
+    room: int = 0,
 ) -> Runner:
     """A runner for the file. engine: "qgraph" (default for .qg), "onnxruntime" (default else), "reference".
-    threads: 0 is one for every core, or what ONNX Runtime chooses. capacity and room: of an artifact with
-    state, see `ArtifactRunner`.
+    threads: 0 is one for every core, or what ONNX Runtime chooses. device: of an artifact, see
+    `qgraph.runtime.load`; the other engines are on the CPU. capacity and room: of an artifact with state, see
+    `ArtifactRunner`.
 
     Nothing falls back to another engine: what one cannot run is its error. Raises UsageError for an unknown
-    engine.
+    engine, and for one that is not on the device.
     """
     engine = engine or ("qgraph" if Path(path).suffix == ".qg" else "onnxruntime")
     if engine not in _ENGINES:
         raise UsageError(f"unknown engine '{engine}'; known: {', '.join(_ENGINES)}")
-    return _ENGINES[engine](path, threads=threads, capacity=capacity, room=room)
+    if engine == "qgraph":
+        return _open_artifact(path, threads=threads, device=device, capacity=capacity, room=room)
+    if device not in (None, "cpu"):
+        raise UsageError(f"{path}: {engine} runs on the CPU, and the device '{device}' is for artifacts")
+    return _ENGINES[engine](path, threads=threads)
 
 
 def _check_names(path: str, inputs: tuple[str, ...], feeds: Feeds) -> None:

@@ -84,7 +84,7 @@ class Reference:
     exposed: where there are `roundings`: the artifact of the same file with their inputs and outputs as
         further outputs.
     cache: past input -> present output, of an artifact with state. capacity: of the exposed one, 0 is its
-        default.
+        default. device: that the artifacts are on.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Reference:
         cache: Mapping[str, str] | None = None,
         capacity: int = 0,
         threads: int = 0,
+        device: str | None = None,
     ) -> None:
         from qgraph.runtime import load
 
@@ -103,7 +104,9 @@ class Reference:
         self._evaluator = ReferenceRunner(
             lowbit, given=[r.output for r in roundings], shown=[r.input for r in roundings]
         )
-        self._exposed = None if exposed is None else load(exposed, threads=threads).session(capacity=capacity)
+        self._exposed = None
+        if exposed is not None:
+            self._exposed = load(exposed, threads=threads, device=device).session(capacity=capacity)
         self._past: dict[str, np.ndarray] = {}
 
     def begin(self) -> None:
@@ -167,6 +170,7 @@ def verify(
     exposed: Path | None = None,
     roundings: Sequence[Rounding] = (),
     threads: int = 0,
+    device: str | None = None,
     seed: int = 0,
     limit: float = REL_ERROR_LIMIT,
     compute: str = "f32",
@@ -182,9 +186,14 @@ def verify(
     """
     from qgraph.runtime import load
 
-    model = load(artifact, threads=threads)
+    model = load(artifact, threads=threads, device=device)
     reference = Reference(
-        lowbit, exposed=exposed, roundings=roundings, cache=artifact_cache(model), threads=threads
+        lowbit,
+        exposed=exposed,
+        roundings=roundings,
+        cache=artifact_cache(model),
+        threads=threads,
+        device=device,
     )
     checks = _Checks(model, reference, seed, (limit, ROUNDED_LIMITS.get(compute, limit)), exact_rows)
     texts = _texts(model) if model.has_state else [[dims] for dims in _cases(model)]

@@ -281,6 +281,7 @@ def open_generator(
     *,
     engine: str = "",
     threads: int = 0,
+    device: str | None = None,
     capacity: int = 0,
     room: int = 0,
     ends: Iterable[int] = (),
@@ -292,6 +293,7 @@ def open_generator(
         tokenizer: its tokenizer.json; without, prompts are ids.
         engine: `qgraph`, `onnxruntime`, or `reference`; empty is by the file's ending.
         threads: 0 is one a core.
+        device: where an artifact runs, see `qgraph.runtime.load`.
         capacity: tokens of a text, prompt included, that an artifact with state holds; a text that reaches it
             ends. 0 is the artifact's default.
         room: in place of a capacity: as much as this many tokens need, as far as the model goes.
@@ -301,7 +303,7 @@ def open_generator(
     its; and as `open_decoder`.
     """
     text = tokenizer if tokenizer is None or isinstance(tokenizer, Text) else Text(tokenizer)
-    decoder = open_decoder(model, engine=engine, threads=threads, capacity=capacity, room=room)
+    decoder = open_decoder(model, engine=engine, threads=threads, device=device, capacity=capacity, room=room)
     return Generator(decoder, text, ends)
 
 
@@ -314,6 +316,7 @@ def generate(
     stop: Sequence[str] = (),
     engine: str = "",
     threads: int = 0,
+    device: str | None = None,
     capacity: int = 0,
     **sampling: float,
 ) -> Iterator[str]:
@@ -334,7 +337,9 @@ def generate(
     if not isinstance(ids, str):  # one of text without a tokenizer is refused below
         ids = check_ids(ids, 0)
     room = len(ids) + max_tokens
-    generator = open_generator(model, text, engine=engine, threads=threads, capacity=capacity, room=room)
+    generator = open_generator(
+        model, text, engine=engine, threads=threads, device=device, capacity=capacity, room=room
+    )
     tokens = generator.stream(ids, max_tokens=max_tokens, sampling=how, stop=stop)
     return _texts(generator, tokens)
 

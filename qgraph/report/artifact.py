@@ -14,6 +14,7 @@ from typing import Any
 from qgraph.errors import InputError, UnsupportedError
 
 FORMAT_VERSION = "1"
+_PLANS = {"cpu": "qgraph.plan", "cuda": "qgraph.plan.cuda"}
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,24 @@ class ArtifactInfo:
     Attributes:
         nbytes: of the file.
         metadata: without the hashes.
-        plan: the plan as it stands in the file.
+        plans: "cpu" or "cuda" -> the plan as it stands in the file; at least one.
         tensors: name -> (safetensors dtype, shape, bytes), without pads and root.
     """
 
     nbytes: int
     metadata: Mapping[str, str]
-    plan: Mapping[str, Any]
+    plans: Mapping[str, Mapping[str, Any]]
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """The first of the plans: inputs, outputs, dims and state are the same in all of them."""
+        return next(iter(self.plans.values()))
+
+    @property
+    def variants(self) -> list[Mapping[str, Any]]:
+        """Of all plans."""
+        return [variant for plan in self.plans.values() for variant in plan["variants"]]
 
     @property
     def weight_bytes(self) -> int:
@@ -40,12 +51,12 @@ class ArtifactInfo:
     @property
     def code_bytes(self) -> dict[str, int]:
         """Code variant -> bytes."""
-        return {v["isa"]: self.tensors[v["code"]][2] for v in self.plan["variants"]}
+        return {v["isa"]: self.tensors[v["code"]][2] for v in self.variants}
 
-    @property
-    def kernels(self) -> Counter[str]:
-        """Kernel symbol -> number of steps that call it."""
-        return Counter(self.plan["kernels"][step["kernel"]] for step in self.plan["steps"])
+    def kernels(self, device: str) -> Counter[str]:
+        """Kernel symbol of a plan -> number of steps that call it."""
+        plan = self.plans[device]
+        return Counter(plan["kernels"][step["kernel"]] for step in plan["steps"])
 
     def tensors_of(self, side: str) -> list[dict[str, Any]]:
         """`inputs` or `outputs`: name, dtype, shape."""
@@ -95,5 +106,11 @@ def _parse(header: dict[str, Any], body: memoryview, nbytes: int) -> ArtifactInf
         if hashlib.sha256(body[begin:end]).hexdigest() != metadata.pop(f"sha256:{name}"):
             raise ValueError(f"the hash of tensor {name} does not match")
         tensors[name] = (entry["dtype"], tuple(entry["shape"]), end - begin)
-    begin, end = header["qgraph.plan"]["data_offsets"]
-    return ArtifactInfo(nbytes, metadata, json.loads(bytes(body[begin:end])), tensors)
+    plans = {}
+    for device, name in _PLANS.items():
+        if name in header:
+            begin, end = header[name]["data_offsets"]
+            plans[device] = json.loads(bytes(body[begin:end]))
+    if not plans:
+        raise ValueError(f"there is no tensor '{_PLANS['cpu']}'")
+    return ArtifactInfo(nbytes, metadata, plans, tensors)

@@ -2,9 +2,10 @@
  *
  *   qgraph_generate model.qg COUNT ID [ID ...]      prints up to COUNT token ids
  *
- * Options, in front: --eos ID ends after this token, --capacity N tokens of room, --threads N. For decoders
- * compiled with their cache: inputs input_ids and, if the model has them, attention_mask and position_ids; an
- * output logits [1, positions, vocabulary]. Tokenizers are beyond the runtime: ids come in, ids go out. */
+ * Options, in front: --eos ID ends after this token, --capacity N tokens of room, --threads N, --device NAME
+ * (cpu, cuda, cuda:1). For decoders compiled with their cache: inputs input_ids and, if the model has them,
+ * attention_mask and position_ids; an output logits [1, positions, vocabulary]. Tokenizers are beyond the
+ * runtime: ids come in, ids go out. */
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -106,10 +107,15 @@ static int has_option(const qg_model* model, const char* name) {
 }
 
 int main(int argc, char** argv) {
+  qg_load_options load = QG_LOAD_OPTIONS_INIT;
   qg_session_options options = QG_SESSION_OPTIONS_INIT;
   int64_t eos = -1;
   int at = 1;
   for (; at + 1 < argc && strncmp(argv[at], "--", 2) == 0; at += 2) {
+    if (strcmp(argv[at], "--device") == 0) {
+      load.device = argv[at + 1];
+      continue;
+    }
     int64_t value = parse(argv[at + 1]);
     if (strcmp(argv[at], "--eos") == 0) {
       eos = value;
@@ -122,7 +128,10 @@ int main(int argc, char** argv) {
     }
   }
   if (argc - at < 3) {
-    fail("usage: qgraph_generate [--eos ID] [--capacity N] [--threads N] model.qg COUNT ID [ID ...]", "");
+    fail(
+        "usage: qgraph_generate [--eos ID] [--capacity N] [--threads N] [--device NAME] model.qg COUNT ID "
+        "[ID ...]",
+        "");
   }
   const char* path = argv[at++];
   int64_t count = parse(argv[at++]);
@@ -130,7 +139,7 @@ int main(int argc, char** argv) {
 
   qg_model* model;
   qg_session* session;
-  check(qg_load(path, NULL, &model));
+  check(qg_load(path, &load, &model));
   check(qg_session_create(model, &options, &session));
   int64_t capacity = qg_state_capacity(session);
   if (capacity == 0) fail(path, "has no state: compile a decoder that was exported with its cache");

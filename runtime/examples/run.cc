@@ -4,9 +4,9 @@
 //   qgraph_run model.qg input_ids=ids.bin:2x7 mask=mask.bin:2x7   runs, writes <output>.bin beside the
 //   program
 //
-// Options: --threads N, --isa NAME, --out FOLDER. An input is name=file:shape, the file little-endian and
-// dense; the shape of a scalar is empty. For each output its shape and the 64-bit FNV-1a checksum of its
-// bytes are printed.
+// Options: --threads N, --isa NAME, --device NAME (cpu, cuda, cuda:1), --out FOLDER. An input is
+// name=file:shape, the file little-endian and dense; the shape of a scalar is empty. For each output its
+// shape and the 64-bit FNV-1a checksum of its bytes are printed.
 #include <algorithm>
 #include <cctype>
 #include <cinttypes>
@@ -44,7 +44,7 @@ struct InputFile {
 };
 
 struct Arguments {
-  std::string model, isa, folder = ".";
+  std::string model, isa, device, folder = ".";
   int threads = 0;
   std::map<std::string, InputFile> inputs;
 };
@@ -85,6 +85,8 @@ Arguments parse(int argc, char** argv) {
       arguments.threads = static_cast<int>(parse_integer(value()));
     } else if (argument == "--isa") {
       arguments.isa = value();
+    } else if (argument == "--device") {
+      arguments.device = value();
     } else if (argument == "--out") {
       arguments.folder = value();
     } else if (std::size_t equals = argument.find('='); equals != std::string::npos) {
@@ -97,7 +99,8 @@ Arguments parse(int argc, char** argv) {
   }
   if (arguments.model.empty()) {
     throw std::runtime_error(
-        "usage: qgraph_run model.qg [name=file:shape ...] [--threads N] [--isa NAME] [--out FOLDER]");
+        "usage: qgraph_run model.qg [name=file:shape ...] [--threads N] [--isa NAME] [--device NAME] [--out "
+        "FOLDER]");
   }
   return arguments;
 }
@@ -168,9 +171,10 @@ std::string file_name(std::string name) {
 }
 
 void run(const Arguments& arguments) {
-  qgraph::Model model(arguments.model, arguments.isa.empty() ? nullptr : arguments.isa.c_str());
+  auto given = [](const std::string& text) { return text.empty() ? nullptr : text.c_str(); };
+  qgraph::Model model(arguments.model, given(arguments.isa), given(arguments.device));
   const std::vector<qgraph::TensorInfo> inputs = model.inputs(), outputs = model.outputs();
-  std::printf("%s: %s\n", arguments.model.c_str(), model.isa().c_str());
+  std::printf("%s: %s on %s\n", arguments.model.c_str(), model.isa().c_str(), model.device().c_str());
   for (const auto& info : inputs) print("input", info);
   for (const auto& info : outputs) print("output", info);
   if (arguments.inputs.empty() && !inputs.empty()) return;

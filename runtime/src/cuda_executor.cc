@@ -98,22 +98,19 @@ Reach CudaExecutor::reach(const char* kind, const Port& port, const Binding& bin
   return address % kTensorAlignment == 0 ? Reach::kDirect : Reach::kUnaligned;
 }
 
-// Pinned memory for the statuses and for all small pageable tensors.
+// Pinned memory for the statuses and for all small pageable tensors, with room for a longer state.
 void CudaExecutor::lay_out_staging(const std::vector<Transfer>& inputs,
                                    const std::vector<Transfer>& outputs) {
   int64_t total = needed();
   staged_at_.clear();
   for (const std::vector<Transfer>* transfers : {&inputs, &outputs}) {
     for (const Transfer& transfer : *transfers) {
-      bool staged = transfer.reach == Reach::kPageable && transfer.bytes <= kMaxStaged;
+      bool staged = transfer.reach == Reach::kPageable && transfer.room <= kMaxStaged;
       staged_at_.push_back(staged ? total : -1);
-      if (staged) total += rounded(transfer.bytes);
+      if (staged) total += rounded(transfer.room);
     }
   }
-  // Doubled, so that an input that grows with every token does not move it with every token.
-  size_t size = std::max<size_t>(staging_.size(), 4096);
-  while (size < static_cast<size_t>(total)) size *= 2;
-  staging_.reserve(size);
+  staging_.reserve(static_cast<size_t>(total));
 }
 
 void CudaExecutor::upload(const std::vector<Transfer>& inputs) {

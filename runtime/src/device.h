@@ -81,11 +81,11 @@ struct RowCopy {
   int64_t width, count;
 };
 
-// Memory of the caller that a run reads or writes, and room for it on the device.
+// Memory of the caller that a run reads or writes, and its slot of the arena.
 struct Transfer {
   void* caller;
   int64_t device;
-  int64_t bytes;
+  int64_t bytes, room;  // now, and in a run that differs in the state's length alone at most
   Reach reach;
 };
 

@@ -550,7 +550,9 @@ void Session::list_transfers() {
     for (size_t i = 0; i < ports.size(); ++i) {
       const Binding& binding = bindings[i];
       if (binding.reach == Reach::kDirect) continue;
-      transfers->push_back({binding.data, table_.bases[ports[i].value], binding.bytes, binding.reach});
+      uint32_t value = ports[i].value;
+      transfers->push_back(
+          {binding.data, table_.bases[value], binding.bytes, slot_bytes_[slot_of_[value]], binding.reach});
     }
   };
   list(plan.inputs, inputs_, &uploads_);

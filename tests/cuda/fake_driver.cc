@@ -1,4 +1,4 @@
-// A CUDA driver without a GPU: libcuda.so.1 for tests. It has the functions that the runtime uses, one device
+// A CUDA driver without a GPU: libcuda.so.1 for tests. It has the functions that the runtime uses, a device
 // of compute capability 1.0, and runs modules that are shared objects of the host: for each kernel,
 //
 //   void <kernel>__launch(void** params, uint32_t grid, uint32_t threads, uint32_t shared);
@@ -15,13 +15,15 @@
 // The environment says what is wrong with the machine:
 //   FAKE_CUDA_DEVICES=n     so many devices (1)
 //   FAKE_CUDA_VERSION=n     as cuDriverGetVersion gives it (12040)
+//   FAKE_CUDA_CAPABILITY=n  compute capability (10: 1.0); modules are what they are
 //   FAKE_CUDA_MEMORY=n      bytes of a device (1 GiB)
 //   FAKE_CUDA_FAIL=name:n:code,...   the n-th call of a function gives this error; of "kernel", the n-th
 //   kernel
 //                           that is run, after which everything does
 //   FAKE_CUDA_REPORT=file   where to write, at exit: a line "live <kind> <n>" for what was never freed, and
 //                           "calls <function> <n>"
-// The process can ask, too: fake_cuda_calls(function), fake_cuda_live(kind).
+// The process can ask, too, fake_cuda_calls(function) and fake_cuda_live(kind), and say what fails from now
+// on: fake_cuda_fail(function, n, code), the n-th call counted from now, 0 for none.
 #include <dlfcn.h>
 #include <elf.h>
 #include <sys/mman.h>
@@ -361,6 +363,12 @@ int fake_cuda_live(const char* kind) {
   return static_cast<int>(fake().live().at(kind));
 }
 
+void fake_cuda_fail(const char* name, int n, int code) {
+  std::lock_guard<std::mutex> lock(fake().mutex);
+  fake().failures.clear();
+  if (n > 0) fake().failures[name][fake().calls[name] + n] = code;
+}
+
 Result cuDriverGetVersion(int* version) {
   ENTER("cuDriverGetVersion", false);
   *version = static_cast<int>(setting("FAKE_CUDA_VERSION", 12040));
@@ -414,7 +422,8 @@ Result cuDeviceTotalMem_v2(size_t* bytes, int) {
 Result cuDeviceGetAttribute(int* value, int attribute, int device) {
   ENTER("cuDeviceGetAttribute", false);
   if (device < kFirstDevice || (attribute != 75 && attribute != 76)) return kInvalidValue;
-  *value = attribute == 75 ? 1 : 0;
+  auto capability = static_cast<int>(setting("FAKE_CUDA_CAPABILITY", 10));
+  *value = attribute == 75 ? capability / 10 : capability % 10;
   return kSuccess;
 }
 
@@ -647,7 +656,8 @@ Result cuStreamCreate(Stream** stream, unsigned) {
 Result cuStreamDestroy_v2(Stream* stream) {
   ENTER("cuStreamDestroy_v2");
   if (!f.streams.count(stream)) return kInvalidHandle;
-  finish(stream);
+  // Nobody waits for its work, which is done some time later.
+  for (auto& work : stream->work) f.default_stream.work.push_back(std::move(work));
   f.streams.erase(stream);
   delete stream;
   return kSuccess;

@@ -131,8 +131,9 @@ def emulated_module(folder: Path, isa_id: int) -> bytes:
 def add_variant(parts: Parts, folder: Path, isa: str, isa_id: int, features: list[str]) -> None:
     """Compile the kernels of `parts`' plan for one more variant."""
     code = f"qgraph.code.{isa}"
-    if parts.cuda:
-        parts.code[isa] = emulated_module(folder, isa_id)
+    if parts.cuda:  # its images have names of their own: a file may also have code for the CPU
+        code = f"qgraph.code.cuda.{isa}"
+        parts.code[f"cuda.{isa}"] = emulated_module(folder, isa_id)
         kernels = {"functions": [{"threads": 32, "shared": 0} for _ in parts.plan["kernels"]]}
     else:
         parts.code[isa], entries = compile_kernels(folder, isa_id)

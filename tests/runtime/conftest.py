@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from cmake_build import RUNTIME, cmake_build, sanitizers
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty cache folder that qgraph uses during the tests."""
-    folder = tmp_path_factory.mktemp("cache")
+    shared = os.environ.get("QGRAPH_TEST_CACHE")  # of tests that run these ones
+    folder = Path(shared) if shared else tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QGRAPH_CACHE_DIR", str(folder))
         patch.delenv("QGRAPH_RUNTIME_LIBRARY", raising=False)

@@ -18,6 +18,7 @@ from artifact_builder import ARCH, CUDA, WIDTH, Parts, toy_inputs, toy_reference
 
 from qgraph import runtime
 from qgraph.errors import InputError, QGraphError, ResourceError, UnsupportedError, UsageError
+from qgraph.runtime import _native
 from qgraph.runtime.model import Model
 
 on_the_cpu = pytest.mark.skipif(CUDA, reason="tests/cuda has what a GPU does instead")
@@ -149,6 +150,33 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60, env={**os.environ})
+
+
+@on_the_cpu
+def test_a_session_on_the_cpu_has_no_stream(model: Model) -> None:
+    lib = _native.library()
+    with model.session() as session:
+        assert lib.qg_session_stream(session._open_handle()) is None
+        with pytest.raises(InputError, match="a session on the CPU has no stream"):
+            _native.check(lib.qg_session_wait(session._open_handle(), None))
+
+
+def test_given_outputs(model: Model) -> None:
+    inputs = toy_inputs(2, 3)
+    expected = model.run(inputs)
+    targets = {name: np.full_like(array, 77) for name, array in expected.items() if name != "isa"}
+    got = model.run(inputs, outputs=targets)
+    assert all(got[name] is target for name, target in targets.items())
+    assert_same(got, expected)
+    for outputs, message in (
+        ({"pooled": targets["pooled"][:1]}, r"output 'pooled': expected f32 \[2, 8\], got f32 \[1, 8\]"),
+        ({"pooled": targets["pooled"].T}, "output 'pooled': give a contiguous writable array of float32"),
+        ({"pooled": b"12345678"}, "output 'pooled' is a bytes: give a numpy array"),
+        ({"x": targets["pooled"]}, "unknown output 'x': the model has pooled, twice, isa, sum"),
+        (5, "outputs is a int: give a dict"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.run(inputs, outputs=outputs)  # type: ignore[arg-type]
 
 
 def test_profile(model: Model) -> None:

@@ -27,6 +27,8 @@
  * was wrong, in one line. Functions that return a pointer give NULL for an index out of range or a NULL
  * handle. Strings are UTF-8 and live as long as their model handle.
  *
+ * Models run on the CPU or on an NVIDIA GPU (qg_load_options.device): see "devices" at the end.
+ *
  * An artifact carries native code. Its hashes detect damage, they do not make it trustworthy: loading an
  * artifact equals running a program. Do not change a file in place while it is loaded: its weights are
  * mapped, not copied.
@@ -56,7 +58,7 @@ typedef enum qg_status {
   QG_OK = 0,
   QG_INVALID_ARGUMENT = 1, /* a wrong call: NULL, index, dtype, shape, or inputs that do not fit together */
   QG_INVALID_FILE = 2,     /* damaged, truncated, or not an artifact */
-  QG_UNSUPPORTED = 3,      /* intact, but for another format version, CPU or operating system */
+  QG_UNSUPPORTED = 3,      /* intact, but for another format version, processor or operating system */
   QG_NOT_FOUND = 4,        /* no such file */
   QG_IO_ERROR = 5,         /* the operating system refused to open, read, map, or make code executable */
   QG_OUT_OF_MEMORY = 6,    /* no memory or threads left, or above the session's memory limit */
@@ -129,7 +131,8 @@ typedef struct qg_load_options {
 
 #define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL, NULL}
 
-/* Maps the file, verifies every byte of it, then parses the plan and maps the code. `options` may be NULL.
+/* Maps the file, verifies every byte of it, then parses the plan and maps the code; for a GPU it uploads code
+ * and weights. `options` may be NULL.
  * On failure *model is NULL. */
 QG_API qg_status qg_load(const char* path, const qg_load_options* options, qg_model** model);
 
@@ -178,7 +181,8 @@ QG_API const char* qg_model_step_kernel(const qg_model* model, size_t index);
 
 typedef struct qg_session_options {
   size_t struct_size;
-  int32_t threads;       /* the thread that calls qg_run included; 0: every core this process may use */
+  int32_t threads; /* the thread that calls qg_run included; 0: every core this process may use. On a GPU
+                      of no effect */
   uint64_t memory_limit; /* of temporaries, scratch memory and state, in bytes; 0: none. More is
                             QG_OUT_OF_MEMORY */
   int64_t capacity;      /* tokens that the state has room for; 0: the model's default */

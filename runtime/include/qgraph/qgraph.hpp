@@ -69,9 +69,11 @@ struct TensorInfo {
 
 class Model {
  public:
-  explicit Model(const std::string& path, const char* isa = nullptr) {
+  // `device` is "cpu", "cuda", "cuda:1"; nullptr the CPU if the file has code for it, else the first GPU.
+  explicit Model(const std::string& path, const char* isa = nullptr, const char* device = nullptr) {
     qg_load_options options = QG_LOAD_OPTIONS_INIT;
     options.isa = isa;
+    options.device = device;
     qg_model* raw = nullptr;
     check(qg_load(path.c_str(), &options, &raw));
     handle_.reset(raw);
@@ -79,6 +81,7 @@ class Model {
 
   qg_model* get() const noexcept { return handle_.get(); }
   std::string isa() const { return qg_model_isa(get()); }
+  std::string device() const { return qg_model_device(get()); }
   std::vector<TensorInfo> inputs() const { return tensors(QG_INPUT); }
   std::vector<TensorInfo> outputs() const { return tensors(QG_OUTPUT); }
 
