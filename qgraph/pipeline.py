@@ -16,7 +16,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qgraph.calibration import Data
+    from qgraph.codegen.targets import Target
     from qgraph.formats.activations import Rounding
     from qgraph.passes import Refusal
     from qgraph.passes.base import GraphPass
@@ -381,11 +382,16 @@ def _verify(run: _Run, lowbit: Path) -> None:
         return
     if not config.verify:
         run.report.verification = Verification("skipped", "--no-verify")
-    elif not parse_target(config.target).runs_on(platform.machine()):
-        run.report.verification = Verification("skipped", f"this machine does not run {config.target}")
-    else:
+        return
+    wanted = parse_target(config.target)
+    if wanted.cuda or wanted.runs_on(platform.machine()):
         with run.phase("runtime"):
             library()  # built by the first use on a machine
+    devices, missing = _devices_here(wanted)
+    if not devices:
+        run.report.verification = Verification("skipped", missing)
+        return
+    for device in devices:
         with run.phase("verify"), tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
             exposed: Path | None = None
             roundings: list[Rounding] = []
@@ -394,9 +400,10 @@ def _verify(run: _Run, lowbit: Path) -> None:
                     lowbit, config.target, Path(folder), config.packing, config.compute
                 )
             try:
-                run.report.verification = verify(
+                found = verify(
                     run.staged(".qg"),
                     lowbit,
+                    device=device,
                     exposed=exposed,
                     roundings=roundings,
                     compute=config.compute,
@@ -406,7 +413,29 @@ def _verify(run: _Run, lowbit: Path) -> None:
                     on_case=run.stepped,
                 )
             except BudgetError as error:
-                raise BudgetError(f"{error}; nothing was written") from error
+                raise BudgetError(f"{device}: {error}; nothing was written") from error
+        before = run.report.verification.comparisons if run.report.verification else ()
+        run.report.verification = replace(
+            found, reason=missing, devices=devices, comparisons=[*before, *found.comparisons]
+        )
+
+
+def _devices_here(wanted: Target) -> tuple[list[str], str]:
+    """What of a target this machine has, and why the rest is missing."""
+    from qgraph.runtime import device_problem
+
+    found, missing = [], []
+    if wanted.runs_on(platform.machine()):
+        found.append("cpu")
+    elif wanted.isas:
+        missing.append(f"this machine does not run {wanted.isas[0].arch}-linux")
+    if wanted.cuda:
+        problem = device_problem()
+        if problem:
+            missing.append(problem)
+        else:
+            found.append("cuda:0")
+    return found, "; ".join(missing)
 
 
 def build_exposed(

@@ -6,6 +6,7 @@ host side is run: no packed calls, no launch code, and parameters stay in the or
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -92,4 +93,5 @@ def cuda_text(functions: dict[str, Any]) -> str:
     text = str(module.inspect_source("cuda"))
     # What TVM puts before the kernels are headers and helpers for types that ours do not use.
     start = text.index('extern "C" __global__')
-    return prelude() + text[start:]
+    # One block of threads a multiprocessor is enough: else the compiler may spill to make room for a second.
+    return prelude() + re.sub(r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)", text[start:])

@@ -58,12 +58,13 @@ class Comparison:
 @dataclass(frozen=True)
 class Verification:
     """Whether an artifact computes what its low-bit ONNX file says: `status` is `passed`, or `skipped` with a
-    reason."""
+    reason. One that passed may have a reason, too: why it was not run on all devices that it has code for."""
 
     status: str
     reason: str = ""
     limit: float = 0.0
     comparisons: Sequence[Comparison] = ()
+    devices: Sequence[str] = ()
 
     @property
     def worst(self) -> float:

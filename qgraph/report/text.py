@@ -67,13 +67,16 @@ def _rows(report: CompileReport) -> Iterator[Row]:
         errors = [f"{worst:.1e} (allowed {limit:g})" for limit, worst in check.worst_by_limit().items()]
         if len(errors) > 1:
             errors[1] += " where activations are rounded"
+        where = f" ({', '.join(check.devices)})" if any(d != "cpu" for d in check.devices) else ""
         yield (
             "verify",
             (
-                f"agrees with ONNX's reference evaluator on {len(check.comparisons)} inputs: "
+                f"agrees with ONNX's reference evaluator on {len(check.comparisons)} inputs{where}: "
                 f"relative error {'; '.join(errors)}"
             ),
         )
+        if check.reason:
+            yield "verify", f"not on every device: {check.reason}"
 
 
 def _calibration(report: CompileReport) -> str:

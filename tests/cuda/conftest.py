@@ -1,5 +1,5 @@
-"""Fixtures of the CUDA tests: the fake driver, and the toys of tests/runtime compiled for it. The tests of kernels
-use the operands and references of tests/codegen."""
+"""Fixtures of the CUDA tests: the fake driver, and the toys of tests/runtime compiled for it. The tests of
+kernels use the operands and references of tests/codegen."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 for folder in (Path(__file__).parent, *(Path(__file__).parents[1] / name for name in ("runtime", "codegen"))):
     sys.path.insert(0, str(folder))  # under pytest's importlib mode
 
-import artifact_builder
-import fake_cuda
-from artifact_builder import Parts
+import artifact_builder  # noqa: E402
+import fake_cuda  # noqa: E402
+from artifact_builder import Parts  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -73,8 +73,8 @@ class Kernel:
 
 
 class AsOnCpu:
-    """A kernel that is called as those of the CPU's tests are: with the blocks of their grid, and how these are
-    split or their buffers guarded, which mean nothing here."""
+    """A kernel that is called as those of the CPU's tests are: with the blocks of their grid, and how these
+    are split or their buffers guarded, which mean nothing here."""
 
     def __init__(self, spec: KernelSpec) -> None:
         self._spec, self._kernel = spec, emulate([spec])[spec.symbol]

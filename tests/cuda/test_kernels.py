@@ -34,8 +34,8 @@ MODULES = (
     test_norm,
     test_reduce,
 )
-# What is about the CPU's code: its blocks and ranges, stack, vectors and machine code. And casts of every type to
-# every other, 49 kernels: those out of range are among the rest.
+# What is about the CPU's code: its blocks and ranges, stack, vectors and machine code. And casts of every
+# type to every other, 49 kernels: those out of range are among the rest.
 LEFT_OUT = (
     "test_query_blocks_and_splits",
     "test_empty_ranges_touch_nothing",

@@ -98,7 +98,7 @@ def few_rows(weight: str, spec: KernelSpec, symbol: str, rows: int) -> CudaKerne
                 for column in range(2):
                     at = c * 2 + column
                     value = T.fma(part[at], scales[c], acc[at])
-                    if offsets is not None:
+                    if ones is not None and offsets is not None:
                         value = T.fma(ones[column], offsets[c], value)
                     B.buffer_store(acc, value, [at])
                     B.buffer_store(part, T.float32(0), [at])

@@ -1,0 +1,98 @@
+"""Whole models: the CUDA code of an artifact, run by the runtime on the fake driver, beside its CPU code."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+from decoders import VOCABULARY, Decoder
+from emulated_artifact import emulated
+from fake_cuda import Report
+
+import qgraph
+from qgraph.codegen import build_artifact
+from qgraph.codegen.cuda import toolkit
+from qgraph.codegen.targets import parse_target
+from qgraph.errors import UnsupportedError, UsageError
+from qgraph.passes import prepare_model
+
+Run = Callable[..., Report]
+
+# What a decoder goes through: prompts and single tokens, a copy of its state, fewer tokens than there were.
+COMPARE = f"""
+ids = np.random.default_rng(0).integers(0, {VOCABULARY}, (2, 400))
+
+def feeds(model, session, tokens):
+    at = session.length
+    positions = np.tile(np.arange(at, at + tokens), (2, 1))
+    given = {{"input_ids": ids[:, at : at + tokens], "position_ids": positions}}
+    return {{tensor.name: given[tensor.name] for tensor in model.inputs}}
+
+def texts(device):
+    model = runtime.load(path, device=device)
+    session, found = model.session(capacity=400), []
+    def step(session, tokens):
+        found.append(session.run(feeds(model, session, tokens))["logits"])
+    for tokens in (11, 1, 3, 1, 270, 1, 1):
+        step(session, tokens)
+    session.truncate(13)
+    copy = session.fork()
+    step(copy, 2)
+    step(session, 1)
+    return found
+
+for cpu, gpu in zip(texts("cpu"), texts("cuda"), strict=True):
+    error = np.linalg.norm(cpu - gpu) / np.linalg.norm(cpu)
+    assert error < limit, (gpu.shape, error)
+"""
+
+CASES = {
+    "float": ({"scheme": "none"}, 3e-6),
+    "nvfp4": ({"scheme": "nvfp4"}, 2e-5),
+    # A last bit may decide a rounding, which is a whole step of a cache's codes then.
+    "ternary-w2a8, int8 cache": ({"scheme": "ternary-w2a8", "kv_cache": "int8"}, 2e-2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_decoder_gives_what_its_cpu_code_gives(name: str, run: Run, tmp_path: Path) -> None:
+    options, limit = CASES[name]
+    onnx.save(Decoder(4, 2, 64).model, tmp_path / "model.onnx")
+    with emulated():
+        result = qgraph.compile(
+            tmp_path / "model.onnx", output=tmp_path / "out", target="cpu,cuda", onnx=False, **options
+        )
+    assert result.report.verification is not None and result.report.verification.devices == ["cpu"]
+    assert "libcuda.so.1" in result.report.verification.reason  # so what is about the GPU is not verified
+    run(f"path, limit = {str(tmp_path / 'out.qg')!r}, {limit}\n" + COMPARE)
+
+
+def test_weights_are_in_the_file_once() -> None:
+    model = prepare_model(ir.from_proto(Decoder(4, 2, 64).model))
+    with emulated():
+        alone, both = (build_artifact(model, target=target) for target in ("cpu", "cuda,cpu"))
+    assert both.weight_bytes == alone.weight_bytes
+    assert both.isas == [*alone.isas, "cuda-emulated"]
+    assert both.metadata["qgraph.target"] == f"{alone.metadata['qgraph.target']},cuda"
+
+
+def test_targets() -> None:
+    cpu = f"{platform.machine()}-linux"
+    assert (parse_target("cuda,cpu").name, parse_target("cuda").isas) == (f"{cpu},cuda", ())
+    with pytest.raises(UsageError, match=r"unknown target 'rocm': choose from .*cuda"):
+        parse_target("rocm")
+    with pytest.raises(UsageError, match=r"code for one kind of CPU, not for x86_64-linux, aarch64-linux"):
+        parse_target("x86_64-linux,aarch64-linux")
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolkit.shutil, "which", lambda name: None)
+    monkeypatch.setattr(toolkit, "_nvrtc", lambda: None)
+    toolkit.find_compiler.cache_clear()
+    with pytest.raises(UnsupportedError, match=r"pip install 'qgraph\[cuda\]'"):
+        toolkit.find_compiler()
+    toolkit.find_compiler.cache_clear()
