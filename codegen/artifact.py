@@ -10,13 +10,14 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph.codegen import package
-from qgraph.codegen.compile import compile_variant
+from qgraph.codegen.compile import compile_image, images_of
 from qgraph.codegen.digits import FEW_ROWS, uses_digits
 from qgraph.codegen.dims import size
 from qgraph.codegen.isa import Isa, get_target
 from qgraph.codegen.lowering import Lowering, lower
 from qgraph.codegen.plan import Plan, make_plan
 from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.tiles import symbol
 
 # Kernels of quantized weights -> (bits, what the weights are).
 _WEIGHTS = {
@@ -76,7 +77,7 @@ class Artifact:
         metadata: of the container.
         layers: the realised kernel of every matrix product, attention, norm and lookup.
         isas: names of the code variants, best first.
-        code_bytes: size of each variant's code image.
+        code_bytes: size of each variant's code image, which variants may share.
         plan: the plan, as written.
     """
 
@@ -159,32 +160,36 @@ def build_artifact(
     low = lower(model.graph, packing, compute)
     checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]
     plan = make_plan(low, checks)
-    total = len(plan.kernels) * len(isas)
-    variants, code = [], []
-    for i, isa in enumerate(isas):
-        report = None
+    images = images_of(isas)
+    total = sum(
+        len({symbol(spec, isa) for isa in image for spec in plan.kernels}) for image in images.values()
+    )
+    done, code, entries = 0, {}, {}
+
+    def report(name: str) -> None:
+        nonlocal done
         if on_kernel is not None:
-            base, call = i * len(plan.kernels), on_kernel
+            on_kernel(done, total, name)
+        done += 1
 
-            def report(
-                done: int, symbol: str, base: int = base, call: Callable[[int, int, str], None] = call
-            ) -> None:
-                call(base + done, total, symbol)
-
-        image = compile_variant(plan.kernels, isa, report)
-        code.append(package.raw_tensor(f"qgraph.code.{isa.name}", image.code))
-        variants.append(
-            {
-                "isa": isa.name,
-                "arch": isa.arch,
-                "features": list(isa.features),
-                "code": f"qgraph.code.{isa.name}",
-                "entries": [image.entries[spec.symbol] for spec in plan.kernels],
-            }
-        )
+    for first, image in images.items():
+        linked = compile_image(plan.kernels, image, report)
+        for isa in image:
+            code[isa.name] = package.raw_tensor(f"qgraph.code.{first}", linked.code)
+            entries[isa.name] = [linked.entries[symbol(spec, isa)] for spec in plan.kernels]
+    variants = [
+        {
+            "isa": isa.name,
+            "arch": isa.arch,
+            "features": list(isa.features),
+            "code": code[isa.name].name,
+            "entries": entries[isa.name],
+        }
+        for isa in isas
+    ]
     document = json.dumps({**plan.document, "variants": variants}, separators=(",", ":")).encode()
     weights = [package.Tensor(b.name, b.dtype, b.data) for b in plan.weights]
-    tensors = [package.raw_tensor("qgraph.plan", document), *code, *weights]
+    tensors = [package.raw_tensor("qgraph.plan", document), *(code[name] for name in images), *weights]
     full = {"qgraph.target": target, "qgraph.packing": packing, "qgraph.compute": compute, **(metadata or {})}
     if low.cache:
         full["qgraph.cache"] = json.dumps([[pair.past.name, pair.present.name] for pair in low.cache.pairs])
@@ -193,6 +198,6 @@ def build_artifact(
         full,
         _layers(low, isas),
         [isa.name for isa in isas],
-        {isa.name: t.data.nbytes for isa, t in zip(isas, code, strict=True)},
+        {name: tensor.data.nbytes for name, tensor in code.items()},
         plan,
     )

@@ -69,7 +69,7 @@ def digit_rows(weight_format: str, packing: str, k: int, block: int = 0) -> Digi
 
 def uses_digits(isa: Isa, digits: int) -> bool:
     """Whether so many digits, fewer than DIGITS, are used for more than FEW_ROWS rows; else DIGITS are."""
-    return any(COMPUTE_DIGITS[compute] == digits for compute in isa.computes)
+    return any(COMPUTE_DIGITS.get(compute) == digits for compute in isa.computes)
 
 
 def many_digits(spec: KernelSpec, isa: Isa) -> int:

@@ -2,6 +2,7 @@
 #ifndef QGRAPH_SRC_CPU_FEATURES_H_
 #define QGRAPH_SRC_CPU_FEATURES_H_
 
+#include <cstdint>
 #include <string_view>
 
 namespace qg {
@@ -13,6 +14,13 @@ std::string_view machine_arch();
 // have.
 bool cpu_has(std::string_view feature);
 bool cpu_has_sha_ni();
+
+struct Amx {
+  bool tile, int8, bf16;
+};
+// What of AMX can be used: of what the CPU has (edx of CPUID leaf 7), if the operating system saves the tiles
+// (`saved`, XCR0) and lets this process use them, which it is asked only then.
+Amx usable_amx(uint32_t leaf7_edx, uint64_t saved, bool (*permitted)());
 
 }  // namespace qg
 
