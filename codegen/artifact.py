@@ -17,7 +17,7 @@ from qgraph.codegen.isa import Isa, get_target
 from qgraph.codegen.lowering import Lowering, lower
 from qgraph.codegen.plan import Plan, make_plan
 from qgraph.codegen.spec import KernelSpec
-from qgraph.codegen.tiles import symbol
+from qgraph.codegen.tiles import has_tiles, symbol
 
 # Kernels of quantized weights -> (bits, what the weights are).
 _WEIGHTS = {
@@ -126,11 +126,13 @@ def _compute(node: ir.Node, spec: KernelSpec, isas: Sequence[Isa]) -> str:
         return "float32 of keys and values stored as int8"
     source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
     rounded = _COMPUTE_ROUNDED.get((kernel, source.op_type)) if source is not None else None
-    more, digits = "", dict(spec.params).get("digits")
-    if digits:
-        others = [isa.name for isa in isas if not uses_digits(isa, digits)]
-        more = f"; of more than {FEW_ROWS} rows activations of {8 * digits} bits"
-        more += f" ({', '.join(others)}: float32)" if others else ""
+    digits, parts = (dict(spec.params).get(name, 0) for name in ("digits", "parts"))
+    more = ""
+    if digits or parts:
+        uses = [isa.name for isa in isas if (uses_digits(isa, digits) if digits else has_tiles(spec, isa))]
+        others = ", ".join(isa.name for isa in isas if isa.name not in uses)
+        what = f"activations of {8 * digits} bits" if digits else "bfloat16 activations"
+        more = f"; of more than {FEW_ROWS} rows {what}" + (f" ({others}: float32)" if others else "")
     return (rounded or _COMPUTE.get(kernel, "float32")) + more
 
 
@@ -148,7 +150,7 @@ def build_artifact(
     Args:
         model: what phase `prepare` (and `quantize`) left.
         target: a key of `qgraph.codegen.isa.TARGETS`.
-        packing: `fast` | `small`, as of `lower`; compute: `f32` | `int16` | `int8`, likewise.
+        packing: `fast` | `small`, as of `lower`; compute: `f32` | `bf16` | `int16` | `int8`, likewise.
         metadata: provenance, added to the container's `__metadata__`.
         on_kernel: called with (done, total, symbol) before each kernel is compiled.
 

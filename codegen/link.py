@@ -1,8 +1,8 @@
 """Objects -> one flat, position-independent code image.
 
 The kernels of an image refer to nothing but their own constants, each other and a few support routines,
-always relative to the program counter. So all relocations can be resolved at compile time, and the runtime has only
-to map the result: there is no linker and no symbol table on the machine that runs an artifact.
+always relative to the program counter. So all relocations can be resolved at compile time, and the runtime
+has only to map the result: there is no linker and no symbol table on the machine that runs an artifact.
 
 Image rules: sections are laid out in the order they are reached; entries are 64-byte aligned; the image must
 be mapped at a page boundary (AArch64 addresses constants by page).

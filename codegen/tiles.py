@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from qgraph.codegen.int8_input import int8_input
+from qgraph.codegen.int8_input import Int8Input, int8_input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats import FORMATS
+from qgraph.formats.nvfp4 import NVFP4
 
-_DIGITS = {FORMATS[name].kernel: name for name in FORMATS if int8_input(name)}
-_INT8 = {f"{kernel}_a8": name for kernel, name in _DIGITS.items()}
+_DIGITS = {FORMATS[name].kernel for name in FORMATS if int8_input(name)}
+_OPS = _DIGITS | {f"{kernel}_a8" for kernel in _DIGITS}
 
 
 def has_tiles(spec: KernelSpec, isa: Isa) -> bool:
     """Whether the kernel of `spec` is not that of the variant that `isa` extends."""
     if not isa.base:
         return False
-    if spec.op in _DIGITS:
-        return spec.op != "matmul_nvfp4" and dict(spec.params).get("packing") != "base3"
-    return spec.op in _INT8 and spec.op != "matmul_nvfp4_a8"
+    if spec.op in ("split_digits", "quantize_int8"):  # other weights take the same bytes in tiles
+        return int8_input(NVFP4.name) == _input(spec)
+    return spec.op in _OPS and dict(spec.params).get("packing") != "base3"
+
+
+def _input(spec: KernelSpec) -> Int8Input:
+    """What a kernel that writes bytes writes them for."""
+    params = dict(spec.params)
+    offset = params["offset"] if "offset" in params else -params["factor"]
+    return Int8Input(params["fields"], params["block"], offset)
 
 
 def symbol(spec: KernelSpec, isa: Isa) -> str:

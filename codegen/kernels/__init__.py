@@ -33,6 +33,7 @@ _MODULES = (
     "gather",
     "gather_columns",
     "matmul",
+    "matmul_bf16",
     "matmul_dynamic",
     "matmul_group",
     "matmul_int8",
@@ -40,6 +41,7 @@ _MODULES = (
     "norm",
     "quantize_int8",
     "reduce",
+    "split_bf16",
     "split_digits",
     "support",
 )

@@ -1,8 +1,8 @@
 """AMX: eight tiles of up to 16 rows of 64 bytes, and products of two of them added to a third.
 
 A product is C [rows, 16] += A [rows, depth] B [depth, 16], in 32 bits. A's rows are so many bytes; row j of B
-holds, of each of 16 columns, the four bytes of A's bytes 4 j .. 4 j + 3: one vector of u32 lanes, which is how
-kernels for VNNI unpack weights, too. Two times two tiles of C share what is loaded of A and B.
+holds, of each of 16 columns, the four bytes of A's bytes 4 j .. 4 j + 3: one vector of u32 lanes, which is
+how kernels for VNNI unpack weights, too. Two times two tiles of C share what is loaded of A and B.
 
 A kernel configures the tiles when it begins and releases them when it is done: a thread that keeps them has
 8 KiB more to be saved whenever it is put aside.
@@ -64,11 +64,7 @@ def release() -> None:
 
 def _load(tile: int, at: At) -> None:
     buffer, start, stride = at
-    _emit("tileloadd64", _tile(tile), T.address_of(buffer[start]), _int64(stride))
-
-
-def _int64(value: int | Expr) -> Expr:
-    return index(value) if isinstance(value, int) else value
+    _emit("tileloadd64", _tile(tile), T.address_of(buffer[start]), index(stride))
 
 
 def multiply(
@@ -110,15 +106,15 @@ def multiply(
 
     steps(step)
     for tile, (buffer, start, stride) in here:
-        _emit("tilestored64", _tile(tile), T.address_of(buffer[start]), _int64(stride))
+        _emit("tilestored64", _tile(tile), T.address_of(buffer[start]), index(stride))
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows m0 .. m0 + count - 1 of M as tiles of `size` rows, min(16, M).
 
-    A tile never goes beyond row M - 1: it begins earlier instead, and holds rows of others, too, whose sums are
-    dropped. So tile t holds row m0 + 16 t + i at place i + shift(t).
+    A tile never goes beyond row M - 1: it begins earlier instead, and holds rows of others, too, whose sums
+    are dropped. So tile t holds row m0 + 16 t + i at place i + shift(t).
     """
 
     m0: Expr

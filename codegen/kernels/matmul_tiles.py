@@ -1,10 +1,10 @@
 """Products of many rows with low-bit weights in integers, by AMX: the kernels of matmul_int8.py and
 matmul_digits.py where a block of weights fills a tile, which 16 inputs of NVFP4 do not (matmul_bf16.py).
 
-A block of the panel is unpacked to bytes on the stack once for all rows of a chunk, in the vectors of u32 lanes
-that are rows of a tile; activations are read where they lie. What tiles give is a block's sum of products, exact
-in 32 bits; what becomes of it is what the kernels for VNNI do, in the same order. So are the results, to the
-bit: for few rows, and for those that digits cannot stand for, this kernel calls that one.
+A block of the panel is unpacked to bytes on the stack once for all rows of a chunk, in the vectors of u32
+lanes that are rows of a tile; activations are read where they lie. What tiles give is a block's sum of
+products, exact in 32 bits; what becomes of it is what the kernels for VNNI do, in the same order. So results
+are the same, to the bit, and a block with a row that digits cannot stand for is left to those kernels.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
-from qgraph.codegen.digits import FEW_ROWS, digit_rows, many_digits
+from qgraph.codegen.digits import digit_rows, many_digits
 from qgraph.codegen.int8_input import int8_input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import TILED, kernel
-from qgraph.codegen.kernels.amx import INT8, ROW_BYTES, ROWS, SIZE, At, Rows, configure, multiply, release
+from qgraph.codegen.kernels.amx import INT8, ROW_BYTES, ROWS, SIZE, At, Rows, multiply
 from qgraph.codegen.kernels.epilogue import Result
-from qgraph.codegen.kernels.function import UNBOUNDED, function
+from qgraph.codegen.kernels.function import Function
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.matmul_digits import DigitProduct
+from qgraph.codegen.kernels.tiled import CHUNK, flat, tiled_matmul
 from qgraph.codegen.kernels.vector import f32, lanes_at, splat
 from qgraph.codegen.kernels.vmath import Expr, named
 from qgraph.codegen.kernels.weights_bytes import ByteReader, open_bytes
@@ -34,7 +35,6 @@ from qgraph.errors import QGraphError
 from qgraph.formats import FORMATS
 from qgraph.formats.group import GROUP_FORMATS
 
-_CHUNK = 128  # rows that share unpacked weights: their sums lie on the stack
 _WIDTH, _PANEL = 64, 8192  # columns done side by side, and bytes of a block of them, at most
 
 
@@ -89,7 +89,7 @@ class _DigitRows:
 
     def open(self, buffers: dict[str, Any]) -> None:
         self._digits = buffers["digits"]
-        self._bytes = B.decl_buffer((UNBOUNDED,), "int8", data=self._digits.data)
+        self._bytes = flat(self._digits, "int8")
 
     def usable(self, row: Expr) -> Expr | None:
         return self._product.is_split(self._digits, row)
@@ -116,65 +116,17 @@ _OF_KERNEL = {spec.kernel: spec.name for spec in GROUP_FORMATS if int8_input(spe
 def _matmul_tiles(
     weight_format: str, kind: type[_Int8Rows | _DigitRows], spec: KernelSpec, isa: Isa, symbol: str
 ) -> Any:
-    """The kernel of `spec` for tiles: arguments and blocks are those of matmul_group.py, or matmul_int8.py."""
-    K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]
-    result = Result(N, n_block, LANES, spec["epilogue"])
-    reader = open_bytes(weight_format, K, N, isa, spec["block"])
-    if (
-        min(K, N, m_block) < 1
-        or n_block < LANES
-        or n_block % LANES
-        or LANES * spec["block"] > _PANEL
-        or not result.known
-    ):
+    """The kernel of `spec` for tiles: arguments and blocks are those of matmul_group.py or matmul_int8.py."""
+    if LANES * spec["block"] > _PANEL:
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
-    left = kind(spec, isa, reader, result)
-    names = [f"weight{i}" for i in range(len(reader.operands))]
-    pointers = [
-        ("y", "float32"),
-        *left.arguments,
-        *((name, operand.dtype) for name, operand in zip(names, reader.operands, strict=True)),
-        *((name, "float32") for name in ("bias", "residual") if name in spec["epilogue"]),
-    ]
-    panels = -(-N // n_block)
-    with function(symbol, pointers, ["M"]) as f:
-        M, begin, end = (f.scalars[name] for name in ("M", "begin", "end"))
+    reader = open_bytes(weight_format, spec["k"], spec["n"], isa, spec["block"])
 
-        def by_vectors(first: Expr, last: Expr) -> None:
-            """Blocks first .. last - 1 by the kernel that this is a form of."""
-            data = [f.buffers[name].data for name, _ in pointers]
-            B.evaluate(T.call_extern("void", spec.symbol, *data, M, first, last))
+    def start(f: Function, weights: list[Any], result: Result) -> _Product:
+        left = kind(spec, isa, reader, result)
+        left.open(f.buffers)
+        return _Product(f.buffers["y"], weights, left, reader, result)
 
-        with B.If(M <= FEW_ROWS), B.Then():
-            by_vectors(begin, end)
-        with B.If(M > FEW_ROWS), B.Then():
-            weights = [
-                B.decl_buffer(operand.shape, operand.dtype, data=f.buffers[name].data)
-                for name, operand in zip(names, reader.operands, strict=True)
-            ]
-            left.open(f.buffers)
-            size = B.bind(T.min(M, index(ROWS)))
-            emit = _Product(f.buffers["y"], weights, left, reader, result, K)
-            configure(size, emit.depth)
-            with B.serial(begin, end) as b:
-                m0 = B.bind(T.truncdiv(b, index(panels)) * m_block)
-                panel = B.bind(T.truncmod(b, index(panels)))
-                rows = B.bind(T.min(index(m_block), M - m0))
-                usable = B.alloc_buffer((1,), "int32")
-                B.buffer_store(usable, T.int32(1), [index(0)])
-                if left.usable(m0) is not None:
-                    with B.serial(rows) as r, B.If(T.Not(left.usable(m0 + r))), B.Then():
-                        B.buffer_store(usable, T.int32(0), [index(0)])
-                with B.If(usable[index(0)] == 0), B.Then():
-                    by_vectors(b, b + 1)
-                with B.If(usable[index(0)] != 0), B.Then():
-                    with B.serial(T.truncdiv(rows + (_CHUNK - 1), index(_CHUNK))) as c:
-                        count = B.bind(T.min(rows - c * _CHUNK, index(_CHUNK)))
-                        emit.chunk(Rows(B.bind(m0 + c * _CHUNK), count, M, size), panel)
-                    residual = f.buffers.get("residual")
-                    result.finish(f.buffers["y"], f.buffers.get("bias"), residual, m0, rows, panel)
-            release()
-    return f.result
+    return tiled_matmul(spec, symbol, kind.arguments, reader.operands, start)
 
 
 for _name in _OF_KERNEL.values():
@@ -183,20 +135,10 @@ for _name in _OF_KERNEL.values():
 
 
 class _Product:
-    """Emits the sums of products of a kernel.
-
-    Attributes:
-        depth: bytes of a row of a tile of activations.
-    """
+    """A `tiled.Product`."""
 
     def __init__(
-        self,
-        y: Any,
-        weights: list[Any],
-        left: _Int8Rows | _DigitRows,
-        reader: ByteReader,
-        result: Result,
-        K: int,
+        self, y: Any, weights: list[Any], left: _Int8Rows | _DigitRows, reader: ByteReader, result: Result
     ) -> None:
         self._y, self._weights, self._left, self._reader, self._result = y, weights, left, reader, result
         self._block, self._fields = reader.input.block, reader.input.fields
@@ -206,19 +148,21 @@ class _Product:
         self._width = next(widths)
         self._side = 2 if self._width > LANES else 1  # columns of tiles that are multiplied together
 
+    def usable(self, row: Expr) -> Expr | None:
+        return self._left.usable(row)
+
     def chunk(self, rows: Rows, panel: Expr) -> None:
-        """Stores rows of a panel to y, without epilogue."""
         result, tiles, every = self._result, self._width // LANES, lanes_at(index(0), LANES)
         per_block = self._block // (4 * self._fields)
         whole, rest = divmod(self._words, per_block)
         # Of tile t of the rows and column c of tiles: element [t, c, i, :] is row 16 t + i of the chunk.
-        acc = B.alloc_buffer((_CHUNK // ROWS, tiles, ROWS, LANES), "float32")
+        acc = B.alloc_buffer((CHUNK // ROWS, tiles, ROWS, LANES), "float32")
         unpacked = B.alloc_buffer((tiles, self._block // 4, LANES), "uint32")
         dots = B.alloc_buffer((self._left.planes, 2, self._side, ROWS, LANES), "int32")
         buffers = (acc, unpacked, dots)
         with B.serial(index(result.n_block // self._width)) as part:
             first = B.bind(panel * result.n_block + part * self._width)
-            with B.serial(index(_CHUNK // ROWS * tiles * ROWS)) as i:
+            with B.serial(index(CHUNK // ROWS * tiles * ROWS)) as i:
                 c, r = T.truncdiv(i, index(ROWS)), T.truncmod(i, index(ROWS))
                 at = [T.truncdiv(c, index(tiles)), T.truncmod(c, index(tiles)), r, every]
                 B.buffer_store(acc, f32(0, LANES), at)
@@ -268,7 +212,7 @@ class _Product:
         size = 4 * words * self._fields  # bytes; activations beyond are zeros
         for plane in range(left.planes):
             sums: list[list[At]] = [
-                [(_flat(dots), index(((plane * 2 + a) * self._side + c) * SIZE), ROW_BYTES) for c in columns]
+                [(flat(dots), index(((plane * 2 + a) * self._side + c) * SIZE), ROW_BYTES) for c in columns]
                 for a in range(len(row_tiles))
             ]
 
@@ -276,7 +220,7 @@ class _Product:
                 for at in range(0, size, self.depth):
                     right = [
                         (
-                            _flat(unpacked),
+                            flat(unpacked),
                             ((group * self._side + c) * (self._block // 4) + at // 4) * LANES,
                             ROW_BYTES,
                         )
@@ -302,8 +246,3 @@ class _Product:
                     here = [t, group * self._side + c, i, every]
                     parts = [dots[index(d), index(a), index(c), i + shift, every] for d in range(left.planes)]
                     B.buffer_store(acc, left.add(acc[here], parts, about, scales[c]), here)
-
-
-def _flat(buffer: Any) -> Any:
-    """The same memory by the number of the element."""
-    return B.decl_buffer((UNBOUNDED,), buffer.dtype, data=buffer.data)

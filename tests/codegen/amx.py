@@ -61,9 +61,14 @@ def steps() -> int:
 
 steps.calls = 0  # type: ignore[attr-defined]
 
-if not _missing():
-    if NATIVE:
-        if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) != 0:
-            raise OSError("Linux does not let this process use tiles")
-    else:
+
+def install() -> None:
+    """Makes tiles usable in this process; again after something that takes over SIGILL, as libraries do."""
+    if not NATIVE:
         emulator().amx_install()
+    elif ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) != 0:
+        raise OSError("Linux does not let this process use tiles")
+
+
+if not _missing():
+    install()

@@ -13,12 +13,12 @@
 // thread's stack with the registers put back by the kernel; only RIP is changed.
 #include <signal.h>
 #include <ucontext.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 namespace {
@@ -38,9 +38,7 @@ struct sigaction previous;
 
 [[noreturn]] void refuse(const char* why) {
   std::fprintf(stderr, "AMX emulator: %s\n", why);
-  signal(SIGILL, SIG_DFL);
-  raise(SIGILL);
-  _exit(1);
+  std::abort();
 }
 
 // A VEX-coded instruction of map 0F38 with 128 bits and W = 0: C4, two bytes of VEX, opcode, ModRM, [SIB,
@@ -219,7 +217,7 @@ bool execute(const Instruction& i) {
   return true;
 }
 
-void on_illegal(int number, siginfo_t* info, void* context) {
+void on_illegal(int number, siginfo_t*, void* context) {
   greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Instruction instruction;
   const auto* at = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);
@@ -230,16 +228,17 @@ void on_illegal(int number, siginfo_t* info, void* context) {
   }
   // Somebody else's: as if this handler were not there.
   sigaction(number, &previous, nullptr);
-  (void)info;
 }
 
 }  // namespace
 
 extern "C" int amx_install() {
-  struct sigaction action = {};
+  struct sigaction action = {}, before;
   action.sa_sigaction = on_illegal;
   action.sa_flags = SA_SIGINFO;
-  return sigaction(SIGILL, &action, &previous);
+  const int result = sigaction(SIGILL, &action, &before);
+  if (result == 0 && before.sa_sigaction != on_illegal) previous = before;
+  return result;
 }
 
 extern "C" int64_t amx_steps() { return steps.load(); }
