@@ -1,9 +1,9 @@
 """How activations lie in memory that are multiplied as bfloat16 in tiles (kernels/matmul_bf16.py). Knows
 nothing of TVM.
 
-Rows are parts that add up to them: i32 [ceil(k/32), parts, M, 16]. Word j of a row is inputs 32 i + j, in its
-low half, and 32 i + 16 + j, of input block i; inputs from k on are zeros. So 16 rows of a part are a tile, and
-what a vector of 16 inputs becomes are 16 words.
+Rows are parts that add up to them: i32 [ceil(k/32), parts, M, 16]. Word j of element [i, part, m] holds
+inputs 32 i + j, in its low half, and 32 i + 16 + j of row m; inputs from k on are zeros. So 16 rows of a part
+are a tile, and two vectors of 16 inputs become one of 16 words.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WORDS = INPUTS // 2
 
 
 def parts_of(spec: KernelSpec) -> int:
-    """Parts that the rows of a kernel of `spec` have: as many as it has digits of many rows, or says itself."""
+    """Parts that the rows of a kernel of `spec` have: `parts`, or as many as many rows have digits."""
     params = dict(spec.params)
     return int(params.get("parts", params.get("digits", PARTS)))
 

@@ -1,11 +1,11 @@
-"""Products of many rows with NVFP4 weights by AMX in bfloat16, which an E2M1 number times an E4M3 one is exactly:
-together they have 6 significant bits. A block of 16 inputs would fill a quarter of a tile of bytes.
+"""Products of many rows with NVFP4 weights by AMX in bfloat16, which an E2M1 number times an E4M3 one is
+exactly: together they have 6 significant bits. A block of 16 inputs would fill a quarter of a tile of bytes.
 
 A slice of the panel is decoded to the stack once for all rows of a chunk, as pairs of inputs 16 apart. The
-activations are one, two or three bfloat16 parts (split_bf16.py): three are float32 itself, so that products are
-exact and sums float32. Of a slice the smallest parts are summed first. The global scale is a power of two, which
-weights are multiplied by before, and a number from 1 up to 2 for the finished sums: so sums overflow where those
-in float32 do. What is below 2^-126, inputs, products, sums, is zero to the tiles.
+activations are one, two or three bfloat16 parts (split_bf16.py): three are float32 itself, so that products
+are exact and sums float32. Of a slice the smallest parts are summed first. The global scale is taken apart: a
+power of two, that weights are multiplied by, and a number from 1 up to 2 for the finished sums. So these
+overflow where those in float32 do. To the tiles zero is all, inputs, products and sums, below 2^-126.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ _UPPER, _MAGNITUDE = -0x10000, 0x7FFFFFFF  # of int32
 def split_parts(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     """Rows as parts of bfloat16, of more than FEW_ROWS rows; fewer are split into digits.
 
-    Of three parts the sum is the input itself; of two it is within 2^-16 of it, of one within 2^-9, relative to
-    the input, which is rounded to nearest, and to the largest bfloat16 where that is infinity. An infinity and a
-    NaN are the first part, and the others are 0. Spec, arguments: those of `split_digits`, and parts.
+    Three parts add up to the input itself; two to within 2^-16 of it, one to within 2^-9, relative to it. The
+    last is rounded to nearest, and where that is infinity to the largest bfloat16; an infinity, or NaN, is
+    the first part, and the others are 0. Spec, arguments: those of `split_digits`.
     """
     parts, pointers = parts_of(spec), [("digits", "int32"), ("x", "float32")]
     with function(symbol, pointers, ["M"]) as f:

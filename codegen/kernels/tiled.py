@@ -1,7 +1,7 @@
 """The frame of products that are done in tiles (AMX), matmul_tiles.py and matmul_bf16.py.
 
-Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` columns, as of every
-product. Calls with few rows are passed on to the kernel that this one is a form of.
+Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` columns, as of
+every product. Calls with few rows are passed on to the kernel that this one is a form of.
 """
 
 from __future__ import annotations

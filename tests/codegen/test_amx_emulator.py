@@ -12,7 +12,7 @@ import amx
 import numpy as np
 import pytest
 from kernel_harness import Kernel
-from tvm.script import tirx as T
+from tvm import tirx
 
 from qgraph.codegen.kernels.amx import configure, multiply, release
 from qgraph.codegen.kernels.function import function
@@ -33,7 +33,7 @@ def product(kind: str, rows: int, depth: int, strides: tuple[int, int, int] = (6
     with function(spec.symbol, [("c", "int32"), ("a", "int8"), ("b", "int8")], []) as f:
         configure(index(rows), depth)
         c, a, b = ((f.buffers[n], index(0), s) for n, s in zip("cab", strides, strict=True))
-        multiply(kind, [[c]], lambda step: step([a], [b]), resume=T.bool(True))
+        multiply(kind, [[c]], lambda step: step([a], [b]), resume=tirx.IntImm("bool", 1))
         release()
     data = compile_object({spec.symbol: f.result}, amx.ISA)
     return Kernel(spec, amx.ISA, link({spec.symbol: data}, [spec.symbol], support_object(amx.ISA)))
