@@ -12,12 +12,15 @@ The functions emit statements at the current place of the IR builder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from tvm import tirx
+from tvm.ir import Call, PointerType, PrimType
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
@@ -29,10 +32,26 @@ SIZE = 16 * 16  # words of a tile
 ROW_BYTES = 64
 _C, _A, _B = 0, 4, 6  # the first of four tiles of sums, two of the left and two of the right operand
 
-At = tuple[
-    Any, Expr, int | Expr
-]  # where a tile is: a buffer, the element that it begins with, bytes of a row
+At = tuple[Any, Expr, int]  # where a tile is: a buffer, its first element, bytes from one row to the next
 INT8, BF16 = "tdpbsud", "tdpbf16ps"  # products: of signed with unsigned bytes, of bfloat16 in pairs
+
+
+@contextmanager
+def on_stack(dtype: str, *shape: int) -> Iterator[Any]:
+    """A buffer of 32-bit elements on the stack, at a multiple of 64 bytes: TVM would give it 16, and a row of
+    a tile that lies across two cache lines is loaded twice."""
+    room = B.alloc_buffer((math.prod(shape) + ROW_BYTES // 4 - 1,), dtype)
+    above = T.address_of(room[index(ROW_BYTES // 4 - 1)])
+    mask = T.call_llvm_pure_intrin(
+        T.llvm_lookup_intrinsic_id("llvm.ptrmask"), above, index(-ROW_BYTES), dtype="handle"
+    )
+    typed = PointerType(PrimType(dtype))
+    aligned = tirx.Var("aligned", typed)
+    B.bind(Call(mask.op, mask.args, ret_ty=typed), var=aligned)
+    yield B.decl_buffer(shape, dtype, data=aligned)
+    # To TVM this is the only use of the memory beside the address: until here it is nobody else's. LLVM drops
+    # the store.
+    B.buffer_store(room, tirx.IntImm(dtype, 0) if "int" in dtype else T.float32(0), [index(0)])
 
 
 def _emit(name: str, *args: Any) -> None:

@@ -19,7 +19,7 @@ from tvm.script.ir_builder import tirx as B
 from qgraph.codegen.bf16_rows import INPUTS, WORDS, parts_of
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import TILED, kernel
-from qgraph.codegen.kernels.amx import BF16, ROW_BYTES, ROWS, SIZE, At, Rows, multiply
+from qgraph.codegen.kernels.amx import BF16, ROW_BYTES, ROWS, SIZE, At, Rows, multiply, on_stack
 from qgraph.codegen.kernels.decode import E4M3_UNIT, e4m3_units
 from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.function import Function
@@ -78,9 +78,11 @@ class _Product:
     def chunk(self, rows: Rows, panel: Expr) -> None:
         result, side = self._result, self._side
         # Of tile t of the rows and column c of tiles: element [t, c, :, :].
-        acc = B.alloc_buffer((CHUNK // ROWS, side, ROWS, LANES), "float32")
-        decoded = B.alloc_buffer((side, _SLICE * WORDS, LANES), "uint32")
-        with B.serial(index(result.n_block // (side * LANES))) as part:
+        with (
+            on_stack("float32", CHUNK // ROWS, side, ROWS, LANES) as acc,
+            on_stack("uint32", side, _SLICE * WORDS, LANES) as decoded,
+            B.serial(index(result.n_block // (side * LANES))) as part,
+        ):
             first = B.bind(panel * result.n_block + part * (side * LANES))
             with B.serial(index(-(-self._steps // _SLICE))) as s:
                 start = B.bind(s * _SLICE)
@@ -131,11 +133,10 @@ class _Product:
         ]
 
         def steps(step: Any) -> None:
-            for part in reversed(range(parts)):
-                with B.serial(count) as i:
-                    of_part = B.bind(((start + i) * parts + part) * self._M)
-                    left = [(self._left, (of_part + row) * WORDS, ROW_BYTES) for row in firsts]
-                    right = [(flat(decoded), (i + c * _SLICE) * (WORDS * LANES), ROW_BYTES) for c in columns]
-                    step(left, right)
+            with B.serial(index(parts)) as done, B.serial(count) as i:
+                of_part = B.bind(((start + i) * parts + (parts - 1 - done)) * self._M)
+                left = [(self._left, (of_part + row) * WORDS, ROW_BYTES) for row in firsts]
+                right = [(flat(decoded), (i + c * _SLICE) * (WORDS * LANES), ROW_BYTES) for c in columns]
+                step(left, right)
 
         multiply(BF16, sums, steps, resume=start > 0)

@@ -20,7 +20,7 @@ from qgraph.codegen.digits import digit_rows, many_digits
 from qgraph.codegen.int8_input import int8_input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import TILED, kernel
-from qgraph.codegen.kernels.amx import INT8, ROW_BYTES, ROWS, SIZE, At, Rows, multiply
+from qgraph.codegen.kernels.amx import INT8, ROW_BYTES, ROWS, SIZE, At, Rows, multiply, on_stack
 from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.function import Function
 from qgraph.codegen.kernels.loops import index
@@ -156,11 +156,13 @@ class _Product:
         per_block = self._block // (4 * self._fields)
         whole, rest = divmod(self._words, per_block)
         # Of tile t of the rows and column c of tiles: element [t, c, i, :] is row 16 t + i of the chunk.
-        acc = B.alloc_buffer((CHUNK // ROWS, tiles, ROWS, LANES), "float32")
-        unpacked = B.alloc_buffer((tiles, self._block // 4, LANES), "uint32")
-        dots = B.alloc_buffer((self._left.planes, 2, self._side, ROWS, LANES), "int32")
-        buffers = (acc, unpacked, dots)
-        with B.serial(index(result.n_block // self._width)) as part:
+        with (
+            on_stack("float32", CHUNK // ROWS, tiles, ROWS, LANES) as acc,
+            on_stack("uint32", tiles, self._block // 4, LANES) as unpacked,
+            on_stack("int32", self._left.planes, 2, self._side, ROWS, LANES) as dots,
+            B.serial(index(result.n_block // self._width)) as part,
+        ):
+            buffers = (acc, unpacked, dots)
             first = B.bind(panel * result.n_block + part * self._width)
             with B.serial(index(CHUNK // ROWS * tiles * ROWS)) as i:
                 c, r = T.truncdiv(i, index(ROWS)), T.truncmod(i, index(ROWS))
