@@ -72,20 +72,20 @@ bool decode(const uint8_t* p, const greg_t* registers, Instruction* out) {
     base = (sib & 7) | b;
     if (index == 4) index = -1;
   }
-  bool absolute = out->mod == 0 && (base & 7) == 5;
-  if (absolute && out->rm != 4)
-    return false;  // relative to RIP: kernels have their configuration on the stack
+  const bool no_base = out->mod == 0 && (base & 7) == 5;
   int64_t displacement = 0;
   if (out->mod == 1) {
     displacement = static_cast<int8_t>(p[out->size]);
     out->size += 1;
-  } else if (out->mod == 2 || absolute) {
+  } else if (out->mod == 2 || no_base) {
     int32_t word;
     std::memcpy(&word, p + out->size, 4);
     displacement = word;
     out->size += 4;
   }
-  out->address = displacement + (absolute ? 0 : static_cast<uint64_t>(registers[kOrder[base]]));
+  uint64_t origin = no_base ? 0 : static_cast<uint64_t>(registers[kOrder[base]]);
+  if (no_base && out->rm != 4) origin = reinterpret_cast<uint64_t>(p + out->size);  // relative to RIP
+  out->address = origin + static_cast<uint64_t>(displacement);
   out->stride =
       index < 0 ? 0 : static_cast<int64_t>(static_cast<uint64_t>(registers[kOrder[index]]) << shift);
   return true;
