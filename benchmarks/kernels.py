@@ -298,7 +298,8 @@ def shapes(text: str) -> list[tuple[int, int]]:
 def recipes() -> list[str]:
     """Schemes, and schemes with a `/` and what products of many rows round activations to."""
     schemes = [name for name, scheme in SCHEMES.items() if scheme.solvers and not scheme.activation_format]
-    return [*SCHEMES, *(f"{scheme}/{compute}" for scheme in schemes for compute in COMPUTES[1:])]
+    pairs = [(scheme, compute) for scheme in schemes for compute in COMPUTES[1:]]
+    return [*SCHEMES, *("/".join(pair) for pair in pairs if pair[0] == "nvfp4" or pair[1] != "bf16")]
 
 
 def names(known: Collection[str]) -> Callable[[str], list[str]]:

@@ -113,7 +113,7 @@ def kernel_call(
         digits = aligned(np.zeros((M, rows.words), np.int32))
         wanted = {name: getattr(packed.digits, name) for name in ("fields", "block", "offset")}
         splitter, operands = compile_kernel(KernelSpec.make("split_digits", k=K, **wanted), isa).bind(
-            digits, x
+            digits, x, M
         )
         before = lambda: splitter(*operands, 0, M)  # noqa: E731
         alive.insert(0, digits)

@@ -23,11 +23,16 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-pthread")
 # `read_all`: each thread has its part, and reads it as STREAMS streams, for a core's prefetchers follow
 # several at once. `fma`, `dot_*`: enough independent chains that latency hides, few enough for registers.
 SOURCE = r"""
+#define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_INT8__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(__AVX512F__)
 enum { WIDTH = 64, CHAINS = 12 };
@@ -97,6 +102,42 @@ static void* dot_bf16_part(void* p) {
 }
 #endif
 
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+/* Tiles whose sums are 16 x 16: four of them, as many chains as kernels have. */
+static int tiles_allowed(void) { /* ARCH_REQ_XCOMP_PERM, XTILEDATA */
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+
+static void tiles_begin(void) {
+  /* Constant: GCC takes it that only a few bytes of it are read, and drops stores to the others. */
+  static const uint8_t config[64] __attribute__((aligned(64))) = {
+      1, [16] = 64, [18] = 64, [20] = 64, [22] = 64, [24] = 64, [26] = 64, /* bytes of a row */
+      [48] = 16, [49] = 16, [50] = 16, [51] = 16, [52] = 16, [53] = 16};  /* rows */
+  _tile_loadconfig(config);
+  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); _tile_zero(4); _tile_zero(5);
+}
+
+static void* amx_int8_part(void* p) {
+  part* own = p;
+  tiles_begin();
+  for (int64_t i = 0; i < own->n; ++i) {
+    _tile_dpbssd(0, 4, 5); _tile_dpbssd(1, 4, 5); _tile_dpbssd(2, 4, 5); _tile_dpbssd(3, 4, 5);
+  }
+  _tile_release();
+  return 0;
+}
+
+static void* amx_bf16_part(void* p) {
+  part* own = p;
+  tiles_begin();
+  for (int64_t i = 0; i < own->n; ++i) {
+    _tile_dpbf16ps(0, 4, 5); _tile_dpbf16ps(1, 4, 5); _tile_dpbf16ps(2, 4, 5); _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_release();
+  return 0;
+}
+#endif
+
 static double on_threads(void* (*work)(void*), part* parts, int threads) {
   pthread_t ids[MAX_THREADS];
   double sum = 0;
@@ -117,21 +158,25 @@ double read_all(const char* data, size_t bytes, int threads) {
 /* Arithmetic operations of one thread; 0 where the machine has no such instruction. `n` counts turns. */
 int64_t compute(int kind, int64_t n, int threads, double* result) {
   void* (*work)(void*) = kind == 0 ? fma_part : 0;
-  int64_t lanes = 2 * WIDTH / 4;
+  int64_t each = CHAINS * 2 * WIDTH / 4; /* operations of a turn */
 #if defined(__AVX512VNNI__)
-  if (kind == 1) work = dot_int8_part, lanes = 2 * 64;
+  if (kind == 1) work = dot_int8_part, each = CHAINS * 2 * 64;
 #endif
 #if defined(__AVX512BF16__)
-  if (kind == 2) work = dot_bf16_part, lanes = 2 * 32;
+  if (kind == 2) work = dot_bf16_part, each = CHAINS * 2 * 32;
+#endif
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+  if (kind == 3 && tiles_allowed()) work = amx_int8_part, each = 4 * 2 * 16 * 16 * 64;
+  if (kind == 4 && tiles_allowed()) work = amx_bf16_part, each = 4 * 2 * 16 * 16 * 32;
 #endif
   if (!work) return 0;
   part parts[MAX_THREADS];
   for (int t = 0; t < threads; ++t) parts[t] = (part){0, 0, n, 0};
   *result = on_threads(work, parts, threads);
-  return n * CHAINS * lanes;
+  return n * each;
 }
 """
-KINDS = {"float32 FMA": 0, "int8 dot": 1, "bf16 dot": 2}
+KINDS = {"float32 FMA": 0, "int8 dot": 1, "bf16 dot": 2, "AMX int8": 3, "AMX bf16": 4}
 TURNS = 800_000  # of a compute loop: a few milliseconds
 
 

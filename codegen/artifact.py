@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qgraph.codegen import package
-from qgraph.codegen.compile import compile_variant
+from qgraph.codegen.compile import compile_image, images_of
 from qgraph.codegen.cuda.compile import compile_cuda
 from qgraph.codegen.digits import FEW_ROWS, uses_digits
 from qgraph.codegen.dims import size
@@ -20,7 +20,8 @@ from qgraph.codegen.lowering import Lowering, lower
 from qgraph.codegen.plan import Plan, make_plan
 from qgraph.codegen.spec import KernelSpec
 from qgraph.codegen.targets import Target, parse_target
-from qgraph.errors import QGraphError
+from qgraph.codegen.tiles import has_tiles, symbol
+from qgraph.errors import QGraphError, UsageError
 
 # Kernels of quantized weights -> (bits, what the weights are).
 _WEIGHTS = {
@@ -58,7 +59,7 @@ _COMPUTE_ROUNDED = {
     ("matmul_f32", "DynamicQDQInt8"): "float32 of activations rounded to int8",
 }
 
-_ON_GPU = f"; on a GPU, more than {FEW_ROWS} rows as sums of bfloat16 numbers on tensor cores"
+_ON_GPU = "; on a GPU, more than {rows} rows as {what} on tensor cores"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Artifact:
         metadata: of the container.
         layers: the realised kernel of every matrix product, attention, norm and lookup.
         isas: names of the code variants, best first.
-        code_bytes: size of each variant's code image.
+        code_bytes: size of each variant's code image, which variants may share.
         skipped: code variants that the compiler at hand cannot make, for GPUs it does not know.
         plan: the plan, as written: that of the CPU where there is one.
     """
@@ -114,32 +115,37 @@ class Artifact:
         package.write_path(path, self.tensors, self.metadata)
 
 
-def _layers(low: Lowering, target: Target) -> list[LayerKernel]:
+def _layers(low: Lowering, target: Target, compute: str) -> list[LayerKernel]:
     return [
         LayerKernel(
             node.name or "",
             node.op_type,
             step.spec.op,
-            _compute(node, step.spec, target),
+            _compute(node, step.spec, target, compute),
             sum(buffer.data.nbytes for buffer in step.weights),
         )
         for node, step in low.layers
     ]
 
 
-def _compute(node: ir.Node, spec: KernelSpec, target: Target) -> str:
+def _compute(node: ir.Node, spec: KernelSpec, target: Target, compute: str) -> str:
     kernel = spec.op
     if kernel.startswith("attention") and ("cache", "i8") in spec.params:
         return "float32 of keys and values stored as int8"
     source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
     rounded = _COMPUTE_ROUNDED.get((kernel, source.op_type)) if source is not None else None
-    more, digits = "", dict(spec.params).get("digits")
-    if digits:
-        others = [isa.name for isa in target.isas if not uses_digits(isa, digits)]
-        more = f"; of more than {FEW_ROWS} rows activations of {8 * digits} bits"
-        more += f" ({', '.join(others)}: float32)" if others else ""
+    digits, parts = (dict(spec.params).get(name, 0) for name in ("digits", "parts"))
+    more = ""
+    if digits or parts:
+        uses = [
+            isa.name for isa in target.isas if (uses_digits(isa, digits) if digits else has_tiles(spec, isa))
+        ]
+        others = ", ".join(isa.name for isa in target.isas if isa.name not in uses)
+        what = f"activations of {8 * digits} bits" if digits else "bfloat16 activations"
+        more = f"; of more than {FEW_ROWS} rows {what}" + (f" ({others}: float32)" if others else "")
     if target.cuda and kernel in _WEIGHTS:
-        more += _ON_GPU
+        what = "bfloat16" if compute == "bf16" else "sums of two bfloat16 numbers"
+        more += _ON_GPU.format(rows=FEW_ROWS, what=what)
     return (rounded or _COMPUTE.get(kernel, "float32")) + more
 
 
@@ -150,7 +156,7 @@ class _Code:
     plan: Plan
     low: Lowering
     variants: list[dict[str, Any]]
-    images: dict[str, bytes]  # by name of the variant
+    images: dict[str, bytes]  # by the name of their first variant
     skipped: list[str] = field(default_factory=list)
 
     def tensors(self, name: str) -> list[package.Tensor]:
@@ -166,28 +172,34 @@ OnKernel = Callable[[int, int, str], None]
 
 
 def _cpu_code(low: Lowering, plan: Plan, isas: Sequence[Isa], on_kernel: OnKernel | None) -> _Code:
-    total = len(plan.kernels) * len(isas)
-    variants, images = [], {}
-    for i, isa in enumerate(isas):
-        report = None
+    images = images_of(isas)
+    total = sum(
+        len({symbol(spec, isa) for isa in image for spec in plan.kernels}) for image in images.values()
+    )
+    done, code, found = 0, {}, {}
+
+    def report(name: str) -> None:
+        nonlocal done
         if on_kernel is not None:
-            base, call = i * len(plan.kernels), on_kernel
+            on_kernel(done, total, name)
+        done += 1
 
-            def report(done: int, symbol: str, base: int = base, call: OnKernel = call) -> None:
-                call(base + done, total, symbol)
-
-        image = compile_variant(plan.kernels, isa, report)
-        images[isa.name] = image.code
-        variants.append(
-            {
-                "isa": isa.name,
-                "arch": isa.arch,
-                "features": list(isa.features),
-                "code": f"qgraph.code.{isa.name}",
-                "entries": [image.entries[spec.symbol] for spec in plan.kernels],
-            }
-        )
-    return _Code(plan, low, variants, images)
+    for first, image in images.items():
+        linked = compile_image(plan.kernels, image, report)
+        code[first] = linked.code
+        for isa in image:
+            found[isa.name] = (first, [linked.entries[symbol(spec, isa)] for spec in plan.kernels])
+    variants = [
+        {
+            "isa": isa.name,
+            "arch": isa.arch,
+            "features": list(isa.features),
+            "code": f"qgraph.code.{found[isa.name][0]}",
+            "entries": found[isa.name][1],
+        }
+        for isa in isas
+    ]
+    return _Code(plan, low, variants, code)
 
 
 def _cuda_code(low: Lowering, plan: Plan, on_kernel: OnKernel | None) -> _Code:
@@ -210,6 +222,16 @@ def _cuda_code(low: Lowering, plan: Plan, on_kernel: OnKernel | None) -> _Code:
         for image in made.images
     ]
     return _Code(plan, low, variants, {image.arch.name: image.code for image in made.images}, made.skipped)
+
+
+def _lower_for_cpu(graph: ir.Graph, packing: str, compute: str, target: Target) -> Lowering:
+    """With `compute`, which may be for the GPU alone where there is code for that, too."""
+    try:
+        return lower(graph, packing, compute)
+    except UsageError:
+        if not (target.cuda and compute == "bf16"):
+            raise
+        return lower(graph, packing)
 
 
 def _weights(codes: Sequence[_Code]) -> list[package.Tensor]:
@@ -239,21 +261,20 @@ def build_artifact(
     Args:
         model: what phase `prepare` (and `quantize`) left.
         target: what `qgraph.codegen.targets.parse_target` takes: a CPU, `cuda`, or both with a comma.
-        packing: `fast` | `small`, as of `lower`; compute: `f32` | `int16` | `int8`, likewise.
+        packing: `fast` | `small`, as of `lower`; compute: `f32` | `bf16` | `int16` | `int8`, likewise.
         metadata: provenance, added to the container's `__metadata__`.
         on_kernel: called with (done, total, symbol) before each kernel is compiled.
 
     Raises:
         UnsupportedError: an operator, data type or shape that has no kernel, named with its node; for CUDA,
-            no
-            compiler.
+            no compiler.
         UsageError: an unknown target, packing or compute.
     """
     wanted = parse_target(target)
     checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]
     codes: dict[str, _Code] = {}
     if wanted.isas:
-        low = lower(model.graph, packing, compute)
+        low = _lower_for_cpu(model.graph, packing, compute, wanted)
         codes["qgraph.plan"] = _cpu_code(low, make_plan(low, checks), wanted.isas, on_kernel)
     if wanted.cuda:
         low = lower(model.graph, packing, compute, "cuda")
@@ -273,9 +294,13 @@ def build_artifact(
     return Artifact(
         [*tensors, *_weights(every)],
         full,
-        _layers(first.low, wanted),
-        [isa for code in every for isa in code.images],
-        {isa: len(image) for code in every for isa, image in code.images.items()},
+        _layers(first.low, wanted, compute),
+        [variant["isa"] for code in every for variant in code.variants],
+        {
+            variant["isa"]: len(code.images[variant["code"].removeprefix("qgraph.code.")])
+            for code in every
+            for variant in code.variants
+        },
         [name for code in every for name in code.skipped],
         first.plan,
     )

@@ -1,4 +1,4 @@
-"""KernelSpecs -> one code image for an ISA level, with a cache of compiled kernels."""
+"""KernelSpecs -> the code images of ISA levels, with a cache of compiled kernels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qgraph import cache as store
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.link import CodeImage, link
 from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.tiles import symbol
 
 
 @cache
@@ -55,9 +56,9 @@ def compile_kernel(spec: KernelSpec, isa: Isa) -> bytes:
         from qgraph.codegen.kernels import build_kernel
         from qgraph.codegen.tvm_backend import compile_object
 
-        return compile_object({spec.symbol: build_kernel(spec, isa)}, isa)
+        return compile_object({symbol(spec, isa): build_kernel(spec, isa)}, isa)
 
-    return _cached(spec.symbol, isa, make)
+    return _cached(symbol(spec, isa), isa, make)
 
 
 def compile_support(isa: Isa) -> bytes:
@@ -74,13 +75,24 @@ def compile_support(isa: Isa) -> bytes:
     return _cached("support", isa, make)
 
 
-def compile_variant(
-    specs: Sequence[KernelSpec], isa: Isa, on_kernel: Callable[[int, str], None] | None = None
+def images_of(isas: Sequence[Isa]) -> dict[str, list[Isa]]:
+    """The variants that are one code image, by the name of the first of them that extends no other."""
+    return {
+        isa.name: [isa, *(other for other in isas if other.base == isa.name)] for isa in isas if not isa.base
+    }
+
+
+def compile_image(
+    specs: Sequence[KernelSpec], isas: Sequence[Isa], on_kernel: Callable[[str], None] | None = None
 ) -> CodeImage:
-    """Compile and link `specs` for `isa`. Equal specs give equal bytes, cached or not."""
-    objects = {}
-    for i, spec in enumerate(specs):
-        if on_kernel is not None:
-            on_kernel(i, spec.symbol)
-        objects[spec.symbol] = compile_kernel(spec, isa)
-    return link(objects, [spec.symbol for spec in specs], compile_support(isa))
+    """Compile and link `specs` for the variants of one image; entries are by `tiles.symbol`. Equal specs give
+    equal bytes, cached or not."""
+    objects: dict[str, bytes] = {}
+    for isa in isas:
+        for spec in specs:
+            if (name := symbol(spec, isa)) in objects:
+                continue
+            if on_kernel is not None:
+                on_kernel(name)
+            objects[name] = compile_kernel(spec, isa)
+    return link(objects, list(objects), compile_support(isas[0]))

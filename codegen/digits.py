@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qgraph.codegen.bf16_rows import row_words
 from qgraph.codegen.int8_input import Int8Input, int8_input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.spec import KernelSpec
+from qgraph.formats.nvfp4 import NVFP4
 
 DIGITS = 3  # signed bytes, the most significant first: as accurate as float32
 FEW_ROWS = 8  # that products have DIGITS of, whatever is asked for: time goes by the weights then
-COMPUTE_DIGITS = {"int16": 2, "int8": 1}  # of more rows, by `compute`; `f32` has DIGITS of all
+COMPUTE_DIGITS = {"int16": 2, "int8": 1}  # of more rows, by `compute`; others have DIGITS of all
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class DigitRows:
         """Of a row."""
         return self.flag + 16
 
+    def room(self, parts: int) -> int:
+        """Words that a row may take: on tiles NVFP4's kernels have parts (codegen/bf16_rows.py) instead."""
+        other = row_words(self.k, parts) if self.input == int8_input(NVFP4.name) else 0
+        return max(self.words, other)
+
 
 def digit_rows(weight_format: str, packing: str, k: int, block: int = 0) -> DigitRows | None:
     """What the kernel of a format in a packing reads; None for one that does not multiply by digits.
@@ -69,7 +76,7 @@ def digit_rows(weight_format: str, packing: str, k: int, block: int = 0) -> Digi
 
 def uses_digits(isa: Isa, digits: int) -> bool:
     """Whether so many digits, fewer than DIGITS, are used for more than FEW_ROWS rows; else DIGITS are."""
-    return any(COMPUTE_DIGITS[compute] == digits for compute in isa.computes)
+    return any(COMPUTE_DIGITS.get(compute) == digits for compute in isa.computes)
 
 
 def many_digits(spec: KernelSpec, isa: Isa) -> int:

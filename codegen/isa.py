@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qgraph.errors import UsageError
 
@@ -24,6 +24,8 @@ class Isa:
             16 entries, of bytes by 64) or `bytes16` (of bytes by 16 entries, widened for floats).
         dot: how a kernel multiplies bytes (codegen/kernels/dot.py): `vnni` (four products a lane and their
             sum at once), `maddubs` (pairs, in 16 bits, then sums of pairs) or `widen` (one by one, in 32).
+        base: the variant that this one extends by tiles (AMX), or empty. Both are one code image, in which
+            they share all kernels that have no form for tiles (codegen/tiles.py).
     """
 
     name: str
@@ -35,35 +37,47 @@ class Isa:
     lanes: int
     decode: str
     dot: str
+    base: str = ""
 
     @property
     def computes(self) -> tuple[str, ...]:
         """What rounds the activations of many rows, of `qgraph.schemes.COMPUTES`, and is faster here than
         float32; the others are done like `f32`."""
-        return {"vnni": ("int16", "int8"), "maddubs": ("int8",), "widen": ()}[self.dot]
+        digits = {"vnni": ("int16", "int8"), "maddubs": ("int8",), "widen": ()}[self.dot]
+        return ("bf16", *digits) if self.base else digits
 
 
 _X86 = "x86_64-unknown-linux-gnu"
 _AVX2 = ("avx2", "fma", "f16c", "bmi2")
 
+_V4 = Isa(
+    "x86-64-v4",
+    "x86_64",
+    _X86,
+    "x86-64-v4",
+    # More than the level that it is named after: bytes are multiplied, and looked up, by instructions of Ice
+    # Lake and Zen 4. An older CPU with AVX-512 runs the AVX2 variant; one more variant would make every
+    # artifact's code and compile time half as large again, for those alone.
+    # Kernels write 16-lane vectors; without this LLVM may split them into two halves.
+    ("-prefer-256-bit", "+avx512vbmi", "+avx512vnni"),
+    (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512vbmi", "avx512vnni"),
+    16,
+    "permute",
+    "vnni",
+)
+_AMX = ("amx-tile", "amx-int8", "amx-bf16")  # LLVM and FORMAT.md name them alike
+
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa(
-            "x86-64-v4",
-            "x86_64",
-            _X86,
-            "x86-64-v4",
-            # More than the level that it is named after: bytes are multiplied, and looked up, by instructions
-            # of Ice Lake and Zen 4. An older CPU with AVX-512 runs the AVX2 variant; one more variant would
-            # make every artifact's code and compile time half as large again, for those alone.
-            # Kernels write 16-lane vectors; without this LLVM may split them into two halves.
-            ("-prefer-256-bit", "+avx512vbmi", "+avx512vnni"),
-            (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512vbmi", "avx512vnni"),
-            16,
-            "permute",
-            "vnni",
+        replace(
+            _V4,
+            name="x86-64-v4-amx",
+            mattr=(*_V4.mattr, *(f"+{feature}" for feature in _AMX)),
+            features=(*_V4.features, *_AMX),
+            base=_V4.name,
         ),
+        _V4,
         Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), _AVX2, 8, "bytes16", "maddubs"),
         Isa(
             "aarch64",
@@ -81,7 +95,7 @@ ISAS: dict[str, Isa] = {
 
 # What `--target` names: the variants one artifact holds, best first.
 TARGETS: dict[str, tuple[str, ...]] = {
-    "x86_64-linux": ("x86-64-v4", "x86-64-v3"),
+    "x86_64-linux": ("x86-64-v4-amx", "x86-64-v4", "x86-64-v3"),
     "aarch64-linux": ("aarch64",),
 }
 

@@ -1,8 +1,8 @@
 """Objects -> one flat, position-independent code image.
 
-The kernels of one ISA level refer to nothing but their own constants and a few support routines, always
-relative to the program counter. So all relocations can be resolved at compile time, and the runtime has only
-to map the result: there is no linker and no symbol table on the machine that runs an artifact.
+The kernels of an image refer to nothing but their own constants, each other and a few support routines,
+always relative to the program counter. So all relocations can be resolved at compile time, and the runtime
+has only to map the result: there is no linker and no symbol table on the machine that runs an artifact.
 
 Image rules: sections are laid out in the order they are reached; entries are 64-byte aligned; the image must
 be mapped at a page boundary (AArch64 addresses constants by page).
@@ -142,13 +142,13 @@ _PATCH = {"EM_X86_64": _patch_x86, "EM_AARCH64": _patch_arm}
 def link(objects: Mapping[str, bytes], entries: list[str], support: bytes | None = None) -> CodeImage:
     """Link ELF relocatable `objects` (file name -> bytes), keeping what `entries` reach.
 
-    `support` is one more object, searched for symbols that an object refers to but does not define (memset,
+    `support` is one more object, searched for symbols that an object refers to and no other defines (memset,
     memcpy).
     Raises QGraphError when a symbol is undefined, data is writable, or a relocation is not relative.
     """
     parsed = [_read(name, data) for name, data in objects.items()]
     helper = _read("support", support) if support is not None else None
-    where = {symbol: obj for obj in parsed for symbol in obj.symbols if symbol in set(entries)}
+    where = {symbol: obj for obj in parsed for symbol in obj.symbols}
     missing = [e for e in entries if e not in where]
     if missing:
         raise QGraphError(f"no object defines kernel {missing[0]}")
@@ -177,9 +177,9 @@ def link(objects: Mapping[str, bytes], entries: list[str], support: bytes | None
         for rel in obj.sections[index].relocations:
             if rel.section:
                 target = place(obj, rel.section, 1) + rel.value
-            elif helper is not None and rel.symbol in helper.symbols:
-                section, value = helper.symbols[rel.symbol]
-                target = place(helper, section, ENTRY_ALIGN) + value
+            elif (other := where.get(rel.symbol, helper)) is not None and rel.symbol in other.symbols:
+                section, value = other.symbols[rel.symbol]
+                target = place(other, section, ENTRY_ALIGN) + value
             else:
                 raise QGraphError(
                     f"kernel object {obj.name} calls '{rel.symbol}', which no kernel library provides"

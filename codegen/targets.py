@@ -35,7 +35,7 @@ class Target:
     @property
     def computes(self) -> set[str]:
         """What can round the activations of many rows here, of `qgraph.schemes.COMPUTES`."""
-        return {compute for isa in self.isas for compute in isa.computes}
+        return {compute for isa in self.isas for compute in isa.computes} | ({"bf16"} if self.cuda else set())
 
 
 def parse_target(name: str) -> Target:

@@ -61,7 +61,8 @@ class CompileConfig:
             calibration data.
         packing: how the artifact holds ternary weights: `fast` to decode, 2 bits each, or `small`, 1.625.
         compute: what products of more than 8 rows (a prompt, a batch) with low-bit weights round float
-            activations to: `f32` not at all, `int16` or `int8` by the block of a weight scale.
+            activations to: `f32` not at all, `bf16` (NVFP4 on AMX only), `int16` or `int8` by the block of a
+            weight scale.
         onnx_style: `function` writes a quantized layer as one node with a standard body, `qdq` writes the
             body in place.
         onnx: whether the low-bit ONNX file is written.

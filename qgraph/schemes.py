@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from qgraph.errors import UsageError
 
 PACKINGS = ("fast", "small")  # how an artifact holds ternary weights: 2 bits each, or 1.625
-COMPUTES = ("f32", "int16", "int8")  # what products of many rows round float activations to
+COMPUTES = ("f32", "bf16", "int16", "int8")  # what products of many rows round float activations to
 
 
 @dataclass(frozen=True)

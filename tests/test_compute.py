@@ -111,7 +111,9 @@ def test_check_allows_what_the_artifact_was_made_to_do(tiny: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compute": "bf16"}, "compute 'bf16'.*f32, int16, int8"),
+        ({"compute": "exact"}, "compute 'exact'.*f32, bf16, int16, int8"),
+        ({"compute": "bf16", "scheme": "ternary"}, "compute 'bf16' changes nothing here.*only NVFP4 does"),
+        ({"compute": "bf16", "target": "aarch64-linux"}, "aarch64-linux has no kernels for it"),
         ({"compute": "int8", "scheme": "nvfp4-w4a8"}, "scheme 'nvfp4-w4a8' rounds them itself"),
         ({"compute": "int8", "target": "aarch64-linux"}, "aarch64-linux has no kernels for it"),
         ({"compute": "int8", "scheme": "int3"}, "compute 'int8' changes nothing here"),

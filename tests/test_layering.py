@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime",
     }
     | BASE,
-    "config": {"schemes", "solvers", "codegen.isa"} | BASE,
+    "config": {"schemes", "solvers", "codegen.isa", "codegen.targets"} | BASE,
     "models": {"evaluate"} | BASE,
     "report": {"evaluate", "formats", "runtime"} | BASE,
     "calibration": {"passes", "solvers", "evaluate", "formats"} | BASE,

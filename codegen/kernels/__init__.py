@@ -16,11 +16,13 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from qgraph.codegen import tiles as forms
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.spec import KernelSpec
 
 Builder = Callable[[KernelSpec, Isa, str], Any]
 BUILDERS: dict[str, Builder] = {}
+TILED: dict[str, Builder] = {}  # forms for tiles; they call the kernel of their spec where tiles do not pay
 
 _MODULES = (
     "attention",
@@ -31,24 +33,27 @@ _MODULES = (
     "gather",
     "gather_columns",
     "matmul",
+    "matmul_bf16",
     "matmul_dynamic",
     "matmul_group",
     "matmul_int8",
+    "matmul_tiles",
     "norm",
     "quantize_int8",
     "reduce",
+    "split_bf16",
     "split_digits",
     "support",
 )
 
 
-def kernel(op: str) -> Callable[[Builder], Builder]:
-    """Register the builder of operation `op`."""
+def kernel(op: str, table: dict[str, Builder] = BUILDERS) -> Callable[[Builder], Builder]:
+    """Register the builder of operation `op`; with `TILED`, of its form for tiles."""
 
     def register(builder: Builder) -> Builder:
-        if op in BUILDERS:
+        if op in table:
             raise ValueError(f"kernel '{op}' is registered twice")
-        BUILDERS[op] = builder
+        table[op] = builder
         return builder
 
     return register
@@ -66,5 +71,6 @@ def load_builders() -> dict[str, Builder]:
 
 
 def build_kernel(spec: KernelSpec, isa: Isa) -> Any:
-    """The TIR function of `spec` for `isa`, its symbol `spec.symbol`."""
-    return load_builders()[spec.op](spec, isa, spec.symbol)
+    """The TIR function of `spec` for `isa`, its symbol `tiles.symbol(spec, isa)`."""
+    builders = load_builders()
+    return (TILED if forms.has_tiles(spec, isa) else builders)[spec.op](spec, isa, forms.symbol(spec, isa))

@@ -90,13 +90,22 @@ class DigitProduct:
         self._digits, self._chunk = rows.digits, _ROWS[rows.digits]
         self.most = _MOST[isa.dot]
 
+    @property
+    def starts(self) -> dict[int, int]:
+        """What sums of products start from, as bytes are too large by the offset: digit -> one of the four
+        words behind a block, of all but the first of three digits with the last."""
+        if not self._reader.input.offset:
+            return {}
+        high = {0: self._rows.HIGH} if self._digits == DIGITS else {}
+        return high | {self._digits - 1: self._rows.LOW}
+
     def is_split(self, X: Any, row: Expr) -> Expr:
         """Whether the digits of a row, of the flat buffer X of digits, are what it is."""
         return X[row * self._rows.words + self._rows.flag] != 0
 
     def total(self, X: Any, row: Expr, kb: Expr) -> Expr:
         """The sum of the inputs of block kb, float32."""
-        total = self._extra(X, row * self._rows.words + kb * self._rows.record)[self._rows.TOTAL]
+        total = self.extra(X, row, kb)[self._rows.TOTAL]
         return total * T.float32(1 / self._reader.input.factor)
 
     def chunk(self, Y: Any, X: Any, W: Any, m0: Expr, rows: Expr, panel: Expr) -> None:
@@ -133,8 +142,11 @@ class DigitProduct:
                 with B.If(index(r) < rows), B.Then():
                     self._result.store(Y, at[r], column, acc[index(r), every])
 
+    def extra(self, X: Any, row: Expr, kb: Expr) -> list[Expr]:
+        """The four words behind the digits of block kb."""
+        return self._extra(X, row * self._rows.words + kb * self._rows.record)
+
     def _extra(self, X: Any, record: Expr) -> list[Expr]:
-        """The four words behind a block's digits."""
         rows = self._rows
         words = [X[record + rows.extra + i] for i in range(4)]
         return [
@@ -152,12 +164,10 @@ class DigitProduct:
         long = words * reader.input.fields >= _LONG
         chains = 2 if R == 1 and long and self._isa.dot == "vnni" else 1
         dots = B.alloc_buffer((R, self._digits, chains, lanes), "int32", scope="local")
-        # What bytes have too much: of all but the first of three digits with the last.
-        over = {self._digits - 1: rows.LOW} | ({0: rows.HIGH} if self._digits == DIGITS else {})
         for r, d, c in product(range(R), range(self._digits), range(chains)):
             start: Expr = T.int32(0)
-            if reader.input.offset and c == 0 and d in over:
-                start = extra[r][over[d]]
+            if c == 0 and d in self.starts:
+                start = extra[r][self.starts[d]]
             B.buffer_store(dots, splat(start, lanes), [index(r), index(d), index(c), every])
 
         def add(word: Expr, count: int) -> None:
@@ -182,11 +192,11 @@ class DigitProduct:
                 for d in range(self._digits)
             ]
             here = [index(r), every]
-            B.buffer_store(acc, self._share(acc[here], parts, extra[r], scales), here)
+            B.buffer_store(acc, self.share(acc[here], parts, extra[r], scales), here)
 
-    def _share(self, acc: Expr, parts: list[Expr], extra: list[Expr], scales: list[Expr]) -> Expr:
-        """acc plus a block's share: `parts` its sums of products digit by digit, `extra` the words behind
-        them."""
+    def share(self, acc: Expr, parts: list[Expr], extra: list[Expr], scales: list[Expr]) -> Expr:
+        """acc plus a block's share: `parts` its sums of products digit by digit, with what they start from,
+        `extra` the words behind the digits."""
         lanes, rows = self._isa.lanes, self._rows
 
         def exact(value: Expr, over: Expr) -> Expr:

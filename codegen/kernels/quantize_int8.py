@@ -25,13 +25,13 @@ def quantize_int8(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
 
     Spec: k, and fields, block, factor of an `Int8Input` (codegen/int8_input.py), in whose order codes are.
     Arguments: codes i8 [M, B block], B = ceil(k/block), 0 beyond k, scale f32 [M], block_sums i32 [M, B]:
-    factor times the sum of a block's codes; x f32 [M, k]. Block: 1 row.
+    factor times the sum of a block's codes; x f32 [M, k]; M. Block: 1 row.
     """
     k, block = spec["k"], spec["block"]
     blocks, whole = -(-k // block), k - k % LANES
     order = byte_order(spec["fields"])
     pointers = [("codes", "int8"), ("scale", "float32"), ("block_sums", "int32"), ("x", "float32")]
-    with function(symbol, pointers, []) as f:
+    with function(symbol, pointers, ["M"]) as f:
         x, codes, sums = f.buffers["x"], f.buffers["codes"], f.buffers["block_sums"]
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
             base, to = B.bind(row * k), B.bind(row * (blocks * block))

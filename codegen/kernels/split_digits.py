@@ -40,12 +40,12 @@ def split_digits(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     |x - scale q| <= 2^-8 max |x|, or 2^-16.
 
     Spec: k, and fields, block, offset of an `Int8Input`; digits, where more than FEW_ROWS rows get fewer than
-    three. Arguments: digits i32 [M, words], as `DigitRows` (codegen/digits.py) says, digits of padding 0; x
-    f32 [M, k]; M, if the spec has digits. A row with NaN, an infinity or a number of 2^101 and up has the
-    flag 0, and blocks that mean nothing. Block: 1 row.
+    three, or parts, of bfloat16 (split_bf16.py). Arguments: digits i32 [M, words], as `DigitRows`
+    (codegen/digits.py) says, digits of padding 0; x f32 [M, k]; M. A row with NaN, an infinity or a number of
+    2^101 and up has the flag 0, and blocks that mean nothing. Block: 1 row.
     """
-    many, scalars = many_digits(spec, isa), ["M"] if "digits" in dict(spec.params) else []
-    with function(symbol, [("digits", "int32"), ("x", "float32")], scalars) as f:
+    many = many_digits(spec, isa)
+    with function(symbol, [("digits", "int32"), ("x", "float32")], ["M"]) as f:
         if many == DIGITS:
             _split(spec, f, DIGITS)
         else:

@@ -96,7 +96,8 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: 
         packing: where a weight can be stored in more than one way, `fast` or `small`: ternary codes take 2 or
             1.625 bits.
         compute: what products of more than FEW_ROWS rows with low-bit weights round float activations to:
-            `f32` (not at all), or, by the block of a weight scale, `int16` or `int8`.
+            `f32` (not at all), `bf16` (with NVFP4 weights, in tiles), or, by the block of a weight scale,
+            `int16` or `int8`.
         device: whose kernels to plan for, a key of `DEVICES`.
 
     Raises UnsupportedError naming node and operator for what has no kernel, UsageError for another packing or
@@ -136,13 +137,11 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: 
         HANDLERS[node.domain, node.op_type](low, node)
     for value in low.outputs:
         low.deliver(value)
-    if (
-        low.device.integers
-        and low.fewer_digits
-        and not any("digits" in dict(step.spec.params) for step in low.steps)
-    ):
+    kinds = low.fewer_digits if low.device.integers else {}
+    if not all(any(name in dict(step.spec.params) for step in low.steps) for name in kinds):
+        without = "those of int3, and ternary ones with packing 'small', do not"
         raise UsageError(
             f"compute '{compute}' changes nothing here: no layer multiplies float activations by weights "
-            "that have such a kernel (those of int3, and ternary ones with packing 'small', do not)"
+            f"that have such a kernel ({'only NVFP4 does' if compute == 'bf16' else without})"
         )
     return low

@@ -11,14 +11,16 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
+from qgraph.codegen.bf16_rows import PARTS, row_words
 from qgraph.codegen.digits import COMPUTE_DIGITS, DigitRows
 from qgraph.codegen.dims import CONTENT, Dim, ceildiv, equal, grain_of, is_one, product, size, static
-from qgraph.codegen.int8_input import Int8Input
+from qgraph.codegen.int8_input import Int8Input, int8_input
 from qgraph.codegen.lowering.device import DEVICES, Device
 from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import ITEM_SIZE, Buffer, View, collapse
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError, UnsupportedError
+from qgraph.formats.nvfp4 import NVFP4
 from qgraph.passes.cache import Cache
 
 DTYPES = {
@@ -152,7 +154,7 @@ class Lowering:
         steps: in order of execution.
         layers: (node, step) of every node that became a step of its own kernel, for the report.
         packing: `fast` | `small`, where a weight can be stored in more than one way.
-        compute: `f32` | `int16` | `int8`, what products of many rows round float activations to.
+        compute: `f32` | `bf16` | `int16` | `int8`, what products of many rows round float activations to.
         device: whose kernels the steps are of.
         positions: how many positions the logits have, where a run may ask for fewer (last_positions.py).
         cache: that of the graph, if it has one.
@@ -284,8 +286,9 @@ class Lowering:
             return None
         if key not in self._int8:
             lead, blocks = rounded.x.shape[:-1], -(-k // wanted.block)
+            tiles = 4 * row_words(k, 1) if wanted == int8_input(NVFP4.name) else 0
             out = (
-                self.temp("i8", (*lead, sympy.Integer(blocks * wanted.block))),
+                self.temp("i8", (*lead, sympy.Integer(max(blocks * wanted.block, tiles)))),
                 self.temp("f32", lead),
                 self.temp("i32", (*lead, sympy.Integer(blocks))),
             )
@@ -293,14 +296,18 @@ class Lowering:
                 "quantize_int8", k=k, fields=wanted.fields, block=wanted.block, factor=wanted.factor
             )
             name = rounded.node.name or rounded.node.op_type
-            step = self.emit(name, spec, [*out, rounded.x], product(lead), grain_of(k))
+            rows = product(lead)
+            step = self.emit(name, spec, [*out, rounded.x, rows], rows, grain_of(k))
             self.layers.append((rounded.node, step))
             self._int8[key] = out
         return self._int8[key]
 
     @property
     def fewer_digits(self) -> dict[str, int]:
-        """What the specs of kernels have that make, or take, digits: nothing where all rows have as many."""
+        """What the specs of kernels have that make, or take, digits: nothing where all rows have as many;
+        `parts` of bfloat16 is for NVFP4 only, others multiply two digits in as much time."""
+        if self.compute == "bf16":
+            return {"parts": 1}
         return {} if self.compute == "f32" else {"digits": COMPUTE_DIGITS[self.compute]}
 
     def digits(self, value: ir.Value, wanted: DigitRows, fewer: dict[str, int]) -> View:
@@ -309,15 +316,15 @@ class Lowering:
         key = (value, wanted.input)
         if key not in self._digits:
             lead, x = self.shape(value)[:-1], self.dense(value)
-            out = self.temp("i32", (*lead, sympy.Integer(wanted.words)))
+            out = self.temp("i32", (*lead, sympy.Integer(wanted.room(fewer.get("parts", PARTS)))))
             params = {
                 "fields": wanted.input.fields,
                 "block": wanted.input.block,
                 "offset": wanted.input.offset,
             }
             spec = KernelSpec.make("split_digits", k=wanted.k, **params, **fewer)
-            args = [out, x, *([product(lead)] if fewer else [])]
-            self.emit(f"{value.name}/digits", spec, args, product(lead), grain_of(wanted.k))
+            rows = product(lead)
+            self.emit(f"{value.name}/digits", spec, [out, x, rows], rows, grain_of(wanted.k))
             self._digits[key] = out
         return self._digits[key]
 

@@ -82,7 +82,8 @@ def left_operand(
         return f"{weight.kernel}_a8", codes, {}
     # What a model rounds to NVFP4 is not rounded once more.
     source = x.producer()
-    fewer = {} if source is not None and source.op_type == "DynamicQDQNVFP4" else low.fewer_digits
+    exact = source is not None and source.op_type == "DynamicQDQNVFP4"
+    fewer = {} if exact or ("parts" in low.fewer_digits and weight != NVFP4) else low.fewer_digits
     return weight.kernel, (low.dense(x), low.digits(x, digits, fewer)), fewer
 
 

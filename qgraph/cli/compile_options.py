@@ -131,8 +131,8 @@ _BUILD = (
     click.option(
         "--compute",
         metavar="HOW",
-        help="What products of more than 8 rows round float activations to: f32 (not at all), int16 or int8, "
-        "which are faster.  [default: f32]",
+        help="What products of more than 8 rows round float activations to: f32 (not at all), or bf16, int16 "
+        "or int8, which are faster.  [default: f32]",
     ),
     click.option(
         "--strict", is_flag=True, default=None, help="Fail when a quantized layer gets no low-bit kernel."

@@ -112,7 +112,8 @@ def _cpu_flags() -> set[str]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
-            flags = set(value.split())
+            # Linux writes avx512_vnni and amx_tile.
+            flags = set(value.replace("avx512_", "avx512").replace("amx_", "amx-").split())
             return flags | ({"neon"} if "asimd" in flags else set())
     raise ResourceError("/proc/cpuinfo names no CPU features")
 

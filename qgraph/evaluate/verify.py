@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 REL_ERROR_LIMIT = 1e-4  # float32 sums in another order differ by far less, a wrong kernel by far more
 # Where products of many rows round activations, as `compute` of an artifact says. What that costs depends on
 # the model; a wrong kernel costs all there is.
-ROUNDED_LIMITS = {"int16": 1e-2, "int8": 0.25}
+ROUNDED_LIMITS = {"bf16": 0.1, "int16": 1e-2, "int8": 0.25}
 
 # Sizes of the symbolic dims, in the order in which the inputs name them. Different from each other, so that
 # two dims mixed up show; 1, where broadcasting hides; not multiples of a vector.

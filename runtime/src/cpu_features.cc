@@ -6,8 +6,23 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace qg {
+namespace {
+
+bool bit(uint64_t word, int n) { return word >> n & 1; }
+
+}  // namespace
+
+Amx usable_amx(uint32_t leaf7_edx, uint64_t saved, bool (*permitted)()) {
+  constexpr int kBf16 = 22, kTile = 24, kInt8 = 25, kConfig = 17, kData = 18;
+  const bool tile = bit(leaf7_edx, kTile) && bit(saved, kConfig) && bit(saved, kData) && permitted();
+  return {tile, tile && bit(leaf7_edx, kInt8), tile && bit(leaf7_edx, kBf16)};
+}
 
 #if defined(__x86_64__)
 namespace {
@@ -22,8 +37,6 @@ Registers cpuid(uint32_t leaf) {
   return r;
 }
 
-bool bit(uint32_t word, int n) { return word >> n & 1; }
-
 // Register sets that the operating system saves on a context switch (XCR0); 0 if it uses no XSAVE.
 uint64_t saved_registers(const Registers& leaf1) {
   if (!bit(leaf1.ecx, 27)) return 0;
@@ -32,7 +45,7 @@ uint64_t saved_registers(const Registers& leaf1) {
   return uint64_t{high} << 32 | low;
 }
 
-// Intel SDM volume 2, CPUID: leaf 1 (ecx) and leaf 7 (ebx, ecx).
+// Intel SDM volume 2, CPUID: leaf 1 (ecx) and leaf 7 (ebx, ecx; edx below).
 struct Features {
   bool avx2, fma, f16c, bmi2, avx512f, avx512bw, avx512vl, avx512dq, avx512cd, avx512vbmi, avx512vnni, sha_ni;
   Features() {
@@ -57,6 +70,23 @@ struct Features {
 
 const Features& features() {
   static const Features instance;
+  return instance;
+}
+
+// Linux keeps the registers of tiles from a process until it asks: they make every signal's frame 8 KiB
+// larger. It refuses where a thread's stack for signals is too small for that.
+bool permitted_tiles() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// Not a part of Features: nobody asks for tiles who has no code for them.
+const Amx& amx() {
+  static const Amx instance = usable_amx(cpuid(7).edx, saved_registers(cpuid(1)), permitted_tiles);
   return instance;
 }
 
@@ -93,6 +123,9 @@ bool cpu_has(std::string_view name) {
   for (const Named& feature : table()) {
     if (feature.name == name) return feature.has;
   }
+  if (name == "amx-tile") return amx().tile;
+  if (name == "amx-int8") return amx().int8;
+  if (name == "amx-bf16") return amx().bf16;
   return false;
 }
 

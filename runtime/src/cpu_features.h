@@ -2,6 +2,7 @@
 #ifndef QGRAPH_SRC_CPU_FEATURES_H_
 #define QGRAPH_SRC_CPU_FEATURES_H_
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 
@@ -16,6 +17,13 @@ bool cpu_has(std::string_view feature);
 // All that it has, with blanks between them.
 std::string cpu_features();
 bool cpu_has_sha_ni();
+
+struct Amx {
+  bool tile, int8, bf16;
+};
+// What of AMX can be used: of what the CPU has (edx of CPUID leaf 7), if the operating system saves the tiles
+// (`saved`, XCR0) and lets this process use them, which it is asked only then.
+Amx usable_amx(uint32_t leaf7_edx, uint64_t saved, bool (*permitted)());
 
 }  // namespace qg
 

@@ -220,6 +220,30 @@ void test_cpu_features() {
     CHECK(!qg::cpu_has(name) || qg::cpu_has("avx512f"));
   CHECK(!qg::cpu_has("avx512f") || qg::cpu_has("avx2"));
   CHECK(qg::cpu_has("neon") == (qg::machine_arch() == "aarch64"));
+  for (const char* name : {"amx-int8", "amx-bf16"}) CHECK(!qg::cpu_has(name) || qg::cpu_has("amx-tile"));
+}
+
+int asked = 0;
+bool granted() { return ++asked; }
+bool refused() { return ++asked, false; }
+
+void test_amx() {
+  constexpr uint32_t all = 1u << 22 | 1u << 24 | 1u << 25;
+  constexpr uint64_t saved = 1u << 17 | 1u << 18;
+  qg::Amx amx = qg::usable_amx(all, saved, granted);
+  CHECK(amx.tile && amx.int8 && amx.bf16 && asked == 1);
+  amx = qg::usable_amx(all & ~(1u << 22), saved, granted);
+  CHECK(amx.tile && amx.int8 && !amx.bf16);
+  amx = qg::usable_amx(all & ~(1u << 25), saved, granted);
+  CHECK(amx.tile && !amx.int8 && amx.bf16);
+  asked = 0;
+  amx = qg::usable_amx(all, saved, refused);
+  CHECK(!amx.tile && !amx.int8 && !amx.bf16 && asked == 1);
+  // A CPU, or a system, without tiles is not asked about them.
+  for (uint64_t some : {uint64_t{0}, saved & ~(uint64_t{1} << 17), saved & ~(uint64_t{1} << 18)})
+    CHECK(!qg::usable_amx(all, some, granted).tile);
+  CHECK(!qg::usable_amx(all & ~(1u << 24), saved, granted).bf16);
+  CHECK(asked == 1);
 }
 
 }  // namespace
@@ -231,4 +255,5 @@ int main() {
   test_expr();
   test_kernel_call();
   test_cpu_features();
+  test_amx();
 }

@@ -95,7 +95,7 @@ def test_report_document(report: dict, compiled: Compiled) -> None:
     assert report["sizes"]["original"] == len(model)
     assert report["sizes"]["lowbit_onnx"] == compiled.onnx.stat().st_size
     assert report["sizes"]["artifact"] == compiled.artifact.stat().st_size
-    assert report["isas"] == ["x86-64-v4", "x86-64-v3"]
+    assert report["isas"] == ["x86-64-v4-amx", "x86-64-v4", "x86-64-v3"]
     table, *layers = report["layers"]
     assert table["kind"] == "embedding" and table["shape"] == [VOCABULARY, HIDDEN] and not table["scheme"]
     assert table["kept"] == "embedding: --embeddings nvfp4 quantizes it" and table["kernel"] == "gather"

@@ -9,10 +9,12 @@ from group_cases import packed, random_weight
 from kernel_harness import Kernel, aligned, compile_kernel
 from matmul_cases import make_weight
 
+from qgraph.codegen.bf16_rows import row_words
 from qgraph.codegen.int8_input import Int8Input, int8_input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.packing import pack_nvfp4_n16k8
 from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.tiles import has_tiles
 from qgraph.formats import FORMATS
 from qgraph.formats.activations import dynamic_int8
 
@@ -74,12 +76,18 @@ class Int8MatMul:
         """Codes, scales and block sums by the kernel."""
         blocks = -(-self.K // self.input.block)
         out = [
-            np.full((len(x), blocks * self.input.block), 99, np.int8),
+            np.full((len(x), self.room), 99, np.int8),
             np.full(len(x), -7, np.float32),
             np.full((len(x), blocks), 99, np.int32),
         ]
-        compile_kernel(quantize_spec(self.K, self.input), self.isa)(*out, x, blocks=len(x), **how)
+        compile_kernel(quantize_spec(self.K, self.input), self.isa)(*out, x, len(x), blocks=len(x), **how)
         return out
+
+    @property
+    def room(self) -> int:
+        """Bytes that the codes of a row take: in tiles they may be bfloat16."""
+        plain = -(-self.K // self.input.block) * self.input.block
+        return max(plain, 4 * row_words(self.K, 1)) if has_tiles(self.spec, self.isa) else plain
 
     def run(self, x: np.ndarray, *extra: np.ndarray, **how: Any) -> np.ndarray:
         y = np.full((len(x), self.N), np.nan, np.float32)

@@ -27,6 +27,7 @@ from qgraph.codegen.kernels import build_kernel
 from qgraph.codegen.kernels.support import support_object
 from qgraph.codegen.link import CodeImage, link
 from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.tiles import symbol
 from qgraph.codegen.tvm_backend import compile_object, compile_text
 
 _PAGE = mmap.PAGESIZE
@@ -36,19 +37,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-def _cpu_features() -> set[str]:
+def cpu_features() -> set[str]:
     words = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(("flags", "Features")):
             # Linux writes avx512_vnni where the runtime, and LLVM, have avx512vnni.
-            words.update(line.split(":", 1)[1].replace("avx512_", "avx512").split())
+            words.update(line.split(":", 1)[1].replace("avx512_", "avx512").replace("amx_", "amx-").split())
     return words | ({"neon"} if "asimd" in words else set())
 
 
 def native_isas() -> tuple[Isa, ...]:
-    """The ISA levels whose code this machine can run."""
-    have = _cpu_features()
-    return tuple(i for i in ISAS.values() if i.arch == os.uname().machine and have.issuperset(i.features))
+    """The ISA levels whose code this machine can run, without those that only add tiles (amx.py)."""
+    have = cpu_features()
+    here = (i for i in ISAS.values() if i.arch == os.uname().machine and not i.base)
+    return tuple(i for i in here if have.issuperset(i.features))
 
 
 class GuardError(AssertionError):
@@ -111,7 +113,7 @@ class Kernel:
         self._map[: len(image.code)] = image.code
         base = _address(self._map)
         _mprotect(base, size, mmap.PROT_READ | mmap.PROT_EXEC)
-        self._entry = base + image.entries[spec.symbol]
+        self._entry = base + image.entries[symbol(spec, isa)]
 
     def bind(self, *args: np.ndarray | int) -> tuple[ctypes._CFuncPtr, list[int]]:  # type: ignore[name-defined]
         """The C function of these argument types, and the values (bare addresses) before begin and end."""
@@ -149,13 +151,20 @@ class Kernel:
 @cache
 def link_kernel(spec: KernelSpec, isa: Isa) -> CodeImage:
     """The linked image of one kernel; works for any ISA, also those this machine cannot run."""
-    data = compile_object({spec.symbol: build_kernel(spec, isa)}, isa)
-    return link({spec.symbol: data}, [spec.symbol], support_object(isa))
+    objects = {
+        name: compile_object({name: build_kernel(spec, of)}, of) for name, of in forms_of(spec, isa).items()
+    }
+    return link(objects, [symbol(spec, isa)], support_object(isa))
+
+
+def forms_of(spec: KernelSpec, isa: Isa) -> dict[str, Isa]:
+    """Symbol -> ISA of all that the kernel consists of: a form for tiles calls the other."""
+    return {symbol(spec, of): of for of in (isa, ISAS.get(isa.base, isa))}
 
 
 def stack_bytes(spec: KernelSpec, isa: Isa) -> int:
     """The largest stack frame of the kernel's machine code."""
-    text = compile_text({spec.symbol: build_kernel(spec, isa)}, isa)
+    text = compile_text({symbol(spec, isa): build_kernel(spec, isa)}, isa)
     if isa.arch == "x86_64":
         return max((int(n) for n in re.findall(r"subq\s+\$(\d+), %rsp", text)), default=0)
     frames = re.findall(r"sub\s+sp, sp, #(\d+)(, lsl #12)?", text)  # a large frame takes one of each

@@ -17,6 +17,7 @@ from qgraph.codegen.kernels import build_kernel
 from qgraph.codegen.kernels.support import support_object
 from qgraph.codegen.link import ENTRY_ALIGN, CodeImage, link
 from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.tiles import symbol
 from qgraph.codegen.tvm_backend import compile_object, compile_text, load_tvm
 from qgraph.errors import QGraphError
 
@@ -30,7 +31,8 @@ SPECS = [
 @pytest.fixture(scope="module")
 def objects() -> dict[Isa, dict[str, bytes]]:
     return {
-        i: {s.symbol: compile_object({s.symbol: build_kernel(s, i)}, i) for s in SPECS} for i in ISAS.values()
+        i: {symbol(s, i): compile_object({symbol(s, i): build_kernel(s, i)}, i) for s in SPECS}
+        for i in ISAS.values()
     }
 
 
@@ -71,9 +73,23 @@ def test_the_image_runs_at_two_addresses_at_once(isa: Isa, objects: dict[Isa, di
 
 def test_linking_is_deterministic(objects: dict[Isa, dict[str, bytes]]) -> None:
     for isa in ISAS.values():
-        assert _link(objects[isa], isa) == _link(objects[isa], isa)
-        again = compile_object({SPECS[0].symbol: build_kernel(SPECS[0], isa)}, isa)
-        assert again == objects[isa][SPECS[0].symbol]
+        every = objects[isa] | objects.get(ISAS.get(isa.base, isa), {})
+        assert _link(every, isa) == _link(every, isa)
+        name = symbol(SPECS[0], isa)
+        again = compile_object({name: build_kernel(SPECS[0], isa)}, isa)
+        assert again == objects[isa][name]
+
+
+def test_kernels_call_each_other(objects: dict[Isa, dict[str, bytes]]) -> None:
+    """A form for tiles calls the kernel that it is a form of: they are one image, or none."""
+    isa = ISAS["x86-64-v4-amx"]
+    tiles, base = objects[isa], objects[ISAS[isa.base]]
+    alone, both = _link(base, isa), _link(base | tiles, isa)
+    assert both.entries.keys() == base.keys() | tiles.keys() and len(both.code) > len(alone.code)
+    wanted = link(base | tiles, list(tiles), support_object(isa))
+    assert wanted.entries.keys() == tiles.keys() and len(wanted.code) >= len(alone.code)
+    with pytest.raises(QGraphError, match=f"calls '{SPECS[0].symbol}', which no kernel library provides"):
+        _link(tiles, isa)
 
 
 def test_aarch64_addresses_reach_their_constants(objects: dict[Isa, dict[str, bytes]]) -> None:

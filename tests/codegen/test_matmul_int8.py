@@ -148,7 +148,8 @@ def test_block_sizes_and_epilogue(isa: Isa, n_block: int, m_block: int) -> None:
 def test_locals_fit_the_stack(isa: Isa) -> None:
     for weight_format in ("nvfp4", "ternary"):
         spec = make_spec(weight_format, 384, 113, n_block=64, epilogue=("bias", "silu"))
-        assert stack_bytes(spec, isa) <= 8 * 1024
+        # What waits between blocks of weights waits in registers, of tiles on the stack.
+        assert stack_bytes(spec, isa) <= (64 if isa.base else 8) * 1024
 
 
 def test_eight_rows_stay_in_registers() -> None:

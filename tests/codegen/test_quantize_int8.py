@@ -40,9 +40,9 @@ def test_the_codes_of_numpy(isa: Isa, wanted) -> None:
         codes, scale, sums = want = quantized(np.nan_to_num(x, posinf=0, neginf=0), wanted)
         got = [np.full_like(a, 77) for a in want]
         kernel = compile_kernel(quantize_spec(K, wanted), isa)
-        kernel(*got, x, blocks=len(x), guard=True)
+        kernel(*got, x, len(x), blocks=len(x), guard=True)
         split = [np.full_like(a, 77) for a in want]
-        kernel(*split, x, blocks=len(x), split=(5, 1))
+        kernel(*split, x, len(x), blocks=len(x), split=(5, 1))
         for a, b in zip(got, split, strict=True):
             assert a.tobytes() == b.tobytes()
         for a, b in zip(got, (codes, scale, sums), strict=True):
@@ -73,7 +73,7 @@ def test_the_codes_of_numpy_on_aarch64(tmp_path: Path) -> None:
     for wanted in INPUTS:
         want = quantized(x, wanted)
         args = [np.full_like(a, 77) for a in want]
-        got = run_on_aarch64(quantize_spec(172, wanted), [*args, x], len(x), tmp_path)
+        got = run_on_aarch64(quantize_spec(172, wanted), [*args, x, len(x)], len(x), tmp_path)
         np.testing.assert_array_equal(got, want[0])
 
 

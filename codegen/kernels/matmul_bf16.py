@@ -1,0 +1,142 @@
+"""Products of many rows with NVFP4 weights by AMX in bfloat16, which an E2M1 number times an E4M3 one is
+exactly: together they have 6 significant bits. A block of 16 inputs would fill a quarter of a tile of bytes.
+
+A slice of the panel is decoded to the stack once for all rows of a chunk, as pairs of inputs 16 apart. The
+activations are one, two or three bfloat16 parts (split_bf16.py): three are float32 itself, so that products
+are exact and sums float32. Of a slice the smallest parts are summed first. The global scale is taken apart: a
+power of two, that weights are multiplied by, and a number from 1 up to 2 for the finished sums. So these
+overflow where those in float32 do. To the tiles zero is all, inputs, products and sums, below 2^-126.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as B
+
+from qgraph.codegen.bf16_rows import INPUTS, WORDS, parts_of
+from qgraph.codegen.isa import Isa
+from qgraph.codegen.kernels import TILED, kernel
+from qgraph.codegen.kernels.amx import BF16, ROW_BYTES, ROWS, SIZE, At, Rows, multiply, on_stack
+from qgraph.codegen.kernels.decode import E4M3_UNIT, e4m3_units
+from qgraph.codegen.kernels.epilogue import Result
+from qgraph.codegen.kernels.function import Function
+from qgraph.codegen.kernels.loops import index
+from qgraph.codegen.kernels.tiled import CHUNK, flat, tiled_matmul
+from qgraph.codegen.kernels.vector import lanes_at, splat
+from qgraph.codegen.kernels.vmath import Expr, bits_as, const_like, named
+from qgraph.codegen.kernels.weights import NVFP4Reader
+from qgraph.codegen.packing import GROUP, LANES
+from qgraph.codegen.spec import KernelSpec
+
+_SLICE = 16  # times INPUTS: 16 KiB of decoded weights a column of tiles
+_FLOATS = (("x", "float32"), ("digits", "int32"))
+_CODES = (("codes", "int8"), ("scale", "float32"), ("block_sums", "int32"))
+
+
+def _matmul_bf16(arguments: tuple[tuple[str, str], ...], spec: KernelSpec, isa: Isa, symbol: str) -> Any:
+    """The kernel of `spec` for tiles: arguments and blocks are those of matmul.py or matmul_int8.py."""
+    reader = NVFP4Reader(spec["k"], spec["n"], isa)
+
+    def start(f: Function, weights: list[Any], result: Result) -> _Product:
+        return _Product(spec, f, weights, reader, result)
+
+    return tiled_matmul(spec, symbol, arguments, reader.operands, start)
+
+
+kernel("matmul_nvfp4", TILED)(partial(_matmul_bf16, _FLOATS))
+kernel("matmul_nvfp4_a8", TILED)(partial(_matmul_bf16, _CODES))
+
+
+class _Product:
+    """A `tiled.Product`."""
+
+    depth = ROW_BYTES
+
+    def __init__(
+        self, spec: KernelSpec, f: Function, weights: list[Any], reader: NVFP4Reader, result: Result
+    ) -> None:
+        self._y, self._weights, self._reader, self._result = f.buffers["y"], weights, reader, result
+        codes = "codes" in f.buffers
+        self._left = flat(f.buffers["codes" if codes else "digits"], "int32")
+        self._parts = 1 if codes else parts_of(spec)
+        self._scale = f.buffers["scale"] if codes else None
+        self._M = f.scalars["M"]
+        self._blocks = -(-spec["k"] // GROUP)
+        self._steps = -(-spec["k"] // INPUTS)
+        self._side = 2 if result.n_block % (2 * LANES) == 0 else 1  # columns of tiles that are done together
+        bits = named(bits_as(weights[2][index(0)], "int32"))
+        power = T.max(bits & T.int32(0x7F800000), T.int32(0x00800000))
+        self._power = named(T.reinterpret("float32", power))
+        self._rest = named(weights[2][index(0)] / self._power)
+
+    def usable(self, row: Expr) -> Expr | None:
+        return None
+
+    def chunk(self, rows: Rows, panel: Expr) -> None:
+        result, side = self._result, self._side
+        # Of tile t of the rows and column c of tiles: element [t, c, :, :].
+        with (
+            on_stack("float32", CHUNK // ROWS, side, ROWS, LANES) as acc,
+            on_stack("uint32", side, _SLICE * WORDS, LANES) as decoded,
+            B.serial(index(result.n_block // (side * LANES))) as part,
+        ):
+            first = B.bind(panel * result.n_block + part * (side * LANES))
+            with B.serial(index(-(-self._steps // _SLICE))) as s:
+                start = B.bind(s * _SLICE)
+                count = B.bind(T.min(index(_SLICE), index(self._steps) - start))
+                with B.serial(count) as i, B.serial(index(side)) as c:
+                    self._decode(decoded, first + c * LANES, start + i, c, i)
+                rows.each_pair(
+                    lambda tiles, start=start, count=count: self._add_tiles(
+                        acc, decoded, rows, tiles, start, count
+                    )
+                )
+            with B.serial(rows.count) as r, B.serial(index(side)) as c:
+                t = T.truncdiv(r, index(ROWS))
+                place = T.truncmod(r, index(ROWS)) + rows.shift(t)
+                value = acc[t, c, place, lanes_at(index(0), LANES)] * splat(self._rest, LANES)
+                if self._scale is not None:
+                    value = value * splat(self._scale[rows.m0 + r], LANES)
+                result.store(self._y, rows.m0 + r, B.bind(first + c * LANES), value)
+
+    def _decode(self, decoded: Any, column: Expr, step: Expr, c: Expr, i: Expr) -> None:
+        """Step `step` of the inputs, of columns `column` .., to place i of the slice."""
+        place = self._result.columns(column)
+        low = B.bind(step * 2)
+        high = B.bind(T.min(low + 1, index(self._blocks - 1)))
+        # Behind the last block the last comes again, times 0.
+        units = [self._power * T.float32(E4M3_UNIT)] * 2
+        units[1] = units[1] * T.cast(low + 1 < index(self._blocks), "float32")
+        halves = []
+        for block, unit in zip((low, high), units, strict=True):
+            scale = e4m3_units(self._weights[1][place.tile, block, place.lanes], LANES)
+            scale = named(scale * splat(named(unit), LANES))
+            halves.append(
+                [raw * scale for raw in self._reader.raw(self._weights, place, block, index(0), GROUP)]
+            )
+        for j, pair in enumerate(zip(*halves, strict=True)):
+            even, odd = (bits_as(named(weight), "uint32") for weight in pair)
+            words = (even >> const_like(even, 16)) | (odd & const_like(odd, 0xFFFF0000))
+            B.buffer_store(decoded, words, [c, i * WORDS + j, lanes_at(index(0), LANES)])
+
+    def _add_tiles(
+        self, acc: Any, decoded: Any, rows: Rows, tiles: list[Expr], start: Expr, count: Expr
+    ) -> None:
+        """The share of `count` steps of inputs from `start`."""
+        columns, parts = range(self._side), self._parts
+        firsts = [B.bind(rows.start(t)) for t in tiles]
+        sums: list[list[At]] = [
+            [(flat(acc), (t * self._side + c) * SIZE, ROW_BYTES) for c in columns] for t in tiles
+        ]
+
+        def steps(step: Any) -> None:
+            with B.serial(index(parts)) as done, B.serial(count) as i:
+                of_part = B.bind(((start + i) * parts + (parts - 1 - done)) * self._M)
+                left = [(self._left, (of_part + row) * WORDS, ROW_BYTES) for row in firsts]
+                right = [(flat(decoded), (i + c * _SLICE) * (WORDS * LANES), ROW_BYTES) for c in columns]
+                step(left, right)
+
+        multiply(BF16, sums, steps, resume=start > 0)

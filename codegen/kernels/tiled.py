@@ -1,0 +1,126 @@
+"""The frame of products that are done in tiles (AMX), matmul_tiles.py and matmul_bf16.py.
+
+Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` columns, as of
+every product. Calls with few rows are passed on to the kernel that this one is a form of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as B
+
+from qgraph.codegen.digits import FEW_ROWS
+from qgraph.codegen.kernels.amx import ROWS, Rows, configure, release
+from qgraph.codegen.kernels.epilogue import Result
+from qgraph.codegen.kernels.function import UNBOUNDED, Function, function
+from qgraph.codegen.kernels.loops import index
+from qgraph.codegen.kernels.vmath import Expr
+from qgraph.codegen.kernels.weights import Operand
+from qgraph.codegen.packing import LANES
+from qgraph.codegen.spec import KernelSpec
+from qgraph.errors import QGraphError
+
+CHUNK = 128  # rows that share decoded weights: their sums lie on the stack
+
+
+class Product(Protocol):
+    """Emits the sums of products of a kernel.
+
+    Attributes:
+        depth: bytes of a row of a tile of activations.
+    """
+
+    depth: int
+
+    def usable(self, row: Expr) -> Expr | None:
+        """Whether (bool) a row can be done in tiles; None is always."""
+
+    def chunk(self, rows: Rows, panel: Expr) -> None:
+        """Stores up to CHUNK rows of a panel to y, without epilogue."""
+
+
+Open = Callable[[Function, list[Any], Result], Product]
+
+
+def tiled_matmul(
+    spec: KernelSpec,
+    symbol: str,
+    arguments: Sequence[tuple[str, str]],
+    operands: Sequence[Operand],
+    start: Open,
+) -> Any:
+    """The kernel of `spec` for tiles.
+
+    Args:
+        arguments: what the kernel takes of the activations, between y and the weight.
+        operands: the weight's.
+        start: makes the product of the function, the weight's buffers and the result.
+    """
+    N, n_block, m_block = spec["n"], spec["n_block"], spec["m_block"]
+    result = Result(N, n_block, LANES, spec["epilogue"])
+    if min(spec["k"], N, m_block) < 1 or n_block < LANES or n_block % LANES or not result.known:
+        raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
+    names = [f"weight{i}" for i in range(len(operands))]
+    pointers = [
+        ("y", "float32"),
+        *arguments,
+        *((name, operand.dtype) for name, operand in zip(names, operands, strict=True)),
+        *((name, "float32") for name in ("bias", "residual") if name in spec["epilogue"]),
+    ]
+    panels = -(-N // n_block)
+    with function(symbol, pointers, ["M"]) as f:
+        M, begin, end = (f.scalars[name] for name in ("M", "begin", "end"))
+
+        def pass_on(first: Expr, last: Expr) -> None:
+            """Blocks first .. last - 1 by the kernel that this is a form of."""
+            call_base(spec, f, [name for name, _ in pointers], [M, first, last])
+
+        with B.If(M <= FEW_ROWS), B.Then():
+            pass_on(begin, end)
+        with B.If(M > FEW_ROWS), B.Then():
+            weights = [
+                B.decl_buffer(operand.shape, operand.dtype, data=f.buffers[name].data)
+                for name, operand in zip(names, operands, strict=True)
+            ]
+            size = B.bind(T.min(M, index(ROWS)))
+            product = start(f, weights, result)
+            configure(size, product.depth)
+            with B.serial(begin, end) as b:
+                m0 = B.bind(T.truncdiv(b, index(panels)) * m_block)
+                panel = B.bind(T.truncmod(b, index(panels)))
+                rows = B.bind(T.min(index(m_block), M - m0))
+
+                def chunks() -> None:
+                    with B.serial(T.truncdiv(rows + (CHUNK - 1), index(CHUNK))) as c:
+                        count = B.bind(T.min(rows - c * CHUNK, index(CHUNK)))
+                        product.chunk(Rows(B.bind(m0 + c * CHUNK), count, M, size), panel)
+                    y, bias, residual = (f.buffers.get(name) for name in ("y", "bias", "residual"))
+                    result.finish(y, bias, residual, m0, rows, panel)
+
+                if product.usable(m0) is None:
+                    chunks()
+                else:
+                    usable = B.alloc_buffer((1,), "int32")
+                    B.buffer_store(usable, T.int32(1), [index(0)])
+                    with B.serial(rows) as r, B.If(T.Not(product.usable(m0 + r))), B.Then():
+                        B.buffer_store(usable, T.int32(0), [index(0)])
+                    with B.If(usable[index(0)] == 0), B.Then():
+                        pass_on(b, b + 1)
+                    with B.If(usable[index(0)] != 0), B.Then():
+                        chunks()
+            release()
+    return f.result
+
+
+def call_base(spec: KernelSpec, f: Function, pointers: Sequence[str], scalars: Sequence[Expr]) -> None:
+    """Emits a call of the kernel of `spec` that has no tiles; the linker finds it in the same image."""
+    data = [f.buffers[name].data for name in pointers]
+    B.evaluate(T.call_extern("void", spec.symbol, *data, *scalars))
+
+
+def flat(buffer: Any, dtype: str = "") -> Any:
+    """The same memory by the number of the element."""
+    return B.decl_buffer((UNBOUNDED,), dtype or buffer.dtype, data=buffer.data)
