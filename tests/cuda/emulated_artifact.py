@@ -17,7 +17,9 @@ from qgraph.codegen.spec import KernelSpec
 EMULATED = CudaArch("cuda-emulated", "sm_10", "sm_10")  # the compute capability of the fake driver's device
 
 
-def _compile(specs: Sequence[KernelSpec], on_kernel: Callable[[int, str], None] | None = None) -> CudaCode:
+def compile_emulated(
+    specs: Sequence[KernelSpec], on_kernel: Callable[[int, str], None] | None = None
+) -> CudaCode:
     built = {spec.symbol: build_kernel(spec) for spec in specs}
     text = cuda_text({symbol: kernel.function for symbol, kernel in built.items()})
     functions = [{"threads": kernel.threads, "shared": kernel.shared} for kernel in built.values()]
@@ -27,5 +29,5 @@ def _compile(specs: Sequence[KernelSpec], on_kernel: Callable[[int, str], None] 
 @contextmanager
 def emulated() -> Iterator[None]:
     """Within it, target cuda has one variant: the emulation."""
-    with mock.patch("qgraph.codegen.artifact.compile_cuda", _compile):
+    with mock.patch("qgraph.codegen.artifact.compile_cuda", compile_emulated):
         yield
