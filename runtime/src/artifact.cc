@@ -143,7 +143,7 @@ void verify(const std::vector<Hashed>& all) {
 
 }  // namespace
 
-Artifact::Artifact(const uint8_t* data, size_t size) {
+Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>& outside) {
   uint64_t header_size = 0;
   if (size < sizeof(header_size) + kRootSize)
     fail(QG_INVALID_FILE, "too short for an artifact: ", size, " bytes");
@@ -176,8 +176,14 @@ Artifact::Artifact(const uint8_t* data, size_t size) {
 
   const std::vector<Tensor> tensors = read_tensors(header, static_cast<int64_t>(size - start));
   std::vector<Hashed> hashed;
-  segments_.reserve(tensors.size());  // `hashed` points into it
-  hashed.reserve(tensors.size());
+  segments_.reserve(tensors.size() + outside.size());  // `hashed` points into it
+  hashed.reserve(tensors.size() + outside.size());
+  auto add = [&](const Segment& segment) {
+    const std::string* hex = this->metadata(cat("sha256:", segment.name));
+    if (!hex) fail(QG_INVALID_FILE, "tensor '", segment.name, "' has no hash");
+    segments_.push_back(segment);
+    hashed.push_back({&segments_.back(), parse_digest(*hex, segment.name)});
+  };
   for (const Tensor& t : tensors) {
     const uint8_t* bytes = data + start + t.begin;
     size_t count = static_cast<size_t>(t.end - t.begin);
@@ -188,11 +194,9 @@ Artifact::Artifact(const uint8_t* data, size_t size) {
       }
       continue;
     }
-    const std::string* hex = this->metadata(cat("sha256:", t.name));
-    if (!hex) fail(QG_INVALID_FILE, "tensor '", t.name, "' has no hash");
-    segments_.push_back({t.name, bytes, count});
-    hashed.push_back({&segments_.back(), parse_digest(*hex, t.name)});
+    add({t.name, bytes, count});
   }
+  for (const Segment& segment : outside) add(segment);
   verify(hashed);
   std::sort(segments_.begin(), segments_.end(),
             [](const Segment& a, const Segment& b) { return a.name < b.name; });

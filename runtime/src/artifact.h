@@ -21,8 +21,9 @@ struct Segment {
 class Artifact {
  public:
   // Verifies all of data[0, size), which it does not copy: once constructed, no byte of it is in doubt.
-  // Throws Error: QG_INVALID_FILE, or QG_UNSUPPORTED for another format version.
-  Artifact(const uint8_t* data, size_t size);
+  // `outside`: tensors that lie elsewhere in memory, verified likewise by the hashes that the container has
+  // of them. Throws Error: QG_INVALID_FILE, or QG_UNSUPPORTED for another format version.
+  Artifact(const uint8_t* data, size_t size, const std::vector<Segment>& outside = {});
 
   // nullptr if there is no such tensor.
   const Segment* find(std::string_view name) const;

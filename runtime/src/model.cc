@@ -35,6 +35,23 @@ const Variant& choose(const std::vector<Variant>& variants, const char* isa) {
   fail(QG_UNSUPPORTED, "no code in the file fits this machine (", machine_arch(), "): ", seen);
 }
 
+// The code images that are part of the program, as tensors of the container.
+std::vector<Segment> code_segments(const qg_static_model& artifact) {
+  std::vector<Segment> segments;
+  for (size_t i = 0; i < artifact.code_count; ++i) {
+    const qg_static_code& code = artifact.code[i];
+    segments.push_back({cat("qgraph.code.", code.isa), static_cast<const uint8_t*>(code.data), code.size});
+  }
+  return segments;
+}
+
+CodeImage make_executable(const Variant& variant, const qg_static_model& artifact) {
+  for (size_t i = 0; i < artifact.code_count; ++i) {
+    if (artifact.code[i].data == variant.code) return CodeImage(variant.code);
+  }
+  return CodeImage(variant.code, variant.code_size);
+}
+
 }  // namespace
 
 bool supported(const Variant& variant) {
@@ -42,29 +59,38 @@ bool supported(const Variant& variant) {
                                                        [](const std::string& f) { return cpu_has(f); });
 }
 
-Model::Model(MappedFile file, const uint8_t* data, size_t size, const char* isa)
-    : file_(std::move(file)),
-      artifact_(data, size),
+Model::Model(MappedFile file, const qg_static_model& artifact, const qg_load_options& options)
+    : log_(options.log, options.log_context),
+      file_(std::move(file)),
+      artifact_(static_cast<const uint8_t*>(artifact.data), artifact.size, code_segments(artifact)),
       plan_(parse_plan(artifact_)),
-      variant_(&choose(plan_.variants, isa)),
-      code_(variant_->code, variant_->code_size) {}
+      variant_(&choose(plan_.variants, options.isa)),
+      code_(make_executable(*variant_, artifact)) {
+  if (!log_) return;
+  for (const Variant& better : plan_.variants) {
+    if (&better == variant_) break;
+    if (!supported(better)) log_.write(QG_LOG_WARNING, "variant '", better.isa, "' ", obstacle(better));
+  }
+  log_.write(QG_LOG_INFO, "loaded ", artifact.size, " bytes, ", plan_.steps.size(), " steps, variant '",
+             variant_->isa, "'");
+}
 
-std::shared_ptr<const Model> Model::from_file(const char* path, const char* isa) {
+std::shared_ptr<const Model> Model::from_file(const char* path, const qg_load_options& options) {
   try {
     MappedFile file(path);
-    const uint8_t* data = file.data();
-    size_t size = file.size();
-    return std::make_shared<const Model>(std::move(file), data, size, isa);
+    const qg_static_model artifact{sizeof(artifact), file.data(), file.size(), nullptr, 0};
+    return std::make_shared<const Model>(std::move(file), artifact, options);
   } catch (const Error& e) {
     throw Error(e.status(), cat(path, ": ", e.what()));
   }
 }
 
-std::shared_ptr<const Model> Model::from_memory(const uint8_t* data, size_t size, const char* isa) {
-  if (reinterpret_cast<uintptr_t>(data) % 64 != 0) {
+std::shared_ptr<const Model> Model::from_memory(const qg_static_model& artifact,
+                                                const qg_load_options& options) {
+  if (reinterpret_cast<uintptr_t>(artifact.data) % 64 != 0) {
     fail(QG_INVALID_ARGUMENT, "an artifact in memory must be aligned to 64 bytes");
   }
-  return std::make_shared<const Model>(MappedFile(), data, size, isa);
+  return std::make_shared<const Model>(MappedFile(), artifact, options);
 }
 
 }  // namespace qg

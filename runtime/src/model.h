@@ -8,6 +8,7 @@
 
 #include "artifact.h"
 #include "code_image.h"
+#include "log.h"
 #include "mapped_file.h"
 #include "plan.h"
 
@@ -15,19 +16,21 @@ namespace qg {
 
 class Model {
  public:
-  // `isa` is the variant to use, nullptr for the first that the CPU supports.
-  static std::shared_ptr<const Model> from_file(const char* path, const char* isa);
-  // Keeps pointing into data[0, size).
-  static std::shared_ptr<const Model> from_memory(const uint8_t* data, size_t size, const char* isa);
+  static std::shared_ptr<const Model> from_file(const char* path, const qg_load_options& options);
+  // Keeps pointing into `artifact`, whose code, if it has any apart, is run where it is.
+  static std::shared_ptr<const Model> from_memory(const qg_static_model& artifact,
+                                                  const qg_load_options& options);
 
   const Artifact& artifact() const { return artifact_; }
   const Plan& plan() const { return plan_; }
   const Variant& variant() const { return *variant_; }
+  const Log& log() const { return log_; }
   const void* kernel(size_t index) const { return code_.at(variant_->entries[index]); }
 
-  Model(MappedFile file, const uint8_t* data, size_t size, const char* isa);
+  Model(MappedFile file, const qg_static_model& artifact, const qg_load_options& options);
 
  private:
+  Log log_;
   MappedFile file_;  // empty for a model from memory
   Artifact artifact_;
   Plan plan_;

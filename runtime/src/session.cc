@@ -31,6 +31,13 @@ int checked_threads(int32_t threads) {
   return threads == 0 ? available_cores() : threads;
 }
 
+Allocator allocator_of(const qg_session_options& options) {
+  if (!options.allocate != !options.deallocate) {
+    fail(QG_INVALID_ARGUMENT, "one of allocate and deallocate is NULL: give both or neither");
+  }
+  return {options.allocate, options.deallocate, options.allocator_context};
+}
+
 struct StepCall {
   const Step* step;
   const void* kernel;
@@ -55,13 +62,18 @@ class Session::Exclusive {
   std::atomic_flag& flag_;
 };
 
-Session::Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit, int64_t capacity)
-    : model_(std::move(model)), memory_limit_(memory_limit), pool_(new ThreadPool(checked_threads(threads))) {
+Session::Session(std::shared_ptr<const Model> model, const qg_session_options& options)
+    : model_(std::move(model)),
+      memory_limit_(options.memory_limit),
+      arena_(allocator_of(options)),
+      scratch_(arena_.allocator()),
+      pool_(new ThreadPool(checked_threads(options.threads),
+                           {options.parallel_for, options.parallel_context})) {
   const Plan& plan = model_->plan();
   if (plan.state) {
-    state_.emplace(plan, capacity);
-  } else if (capacity != 0) {
-    fail(QG_INVALID_ARGUMENT, "capacity is ", capacity, ", but the model has no state");
+    state_.emplace(plan, options.capacity, arena_.allocator());
+  } else if (options.capacity != 0) {
+    fail(QG_INVALID_ARGUMENT, "capacity is ", options.capacity, ", but the model has no state");
   }
   inputs_.resize(plan.inputs.size());
   outputs_.resize(plan.outputs.size());
@@ -396,6 +408,7 @@ void Session::resolve_memory() {
   std::optional<int64_t> state = state_ ? static_cast<int64_t>(state_->memory()) : 0;
   if (begins) state = state_->bytes(rows);
   make_room(arena, state);
+  const uint64_t before = memory();
   try {
     if (begins) {
       state_->reserve(rows);
@@ -407,6 +420,9 @@ void Session::resolve_memory() {
     std::string held =
         state_ ? cat(", ", *state, " for a state with room for ", state_->capacity(), " tokens") : "";
     fail(QG_OUT_OF_MEMORY, "out of memory: ", *arena, " bytes for temporaries", held, dims_text());
+  }
+  if (log() && memory() != before) {
+    log().write(QG_LOG_INFO, "memory: ", memory(), " bytes", dims_text());
   }
   for (size_t i = 0; i < plan.values.size(); ++i) {
     if (plan.values[i].kind != Value::Kind::kTemp) continue;
@@ -460,7 +476,7 @@ void Session::make_room(std::optional<int64_t> arena, std::optional<int64_t> sta
   uint64_t held = static_cast<uint64_t>(scratch) + std::max(arena_.size(), static_cast<size_t>(*arena)) +
                   std::max(state_ ? state_->memory() : 0, static_cast<size_t>(*state));
   if (held > memory_limit_) {
-    arena_ = AlignedBuffer();
+    arena_.release();
     layout_stale_ = true;
     if (state_ && state_->length() == 0) state_->release();
   }
@@ -536,6 +552,9 @@ void Session::check_overlaps() const {
 
 void Session::run() {
   Exclusive exclusive(this);
+  if (pool_->orphaned() && !std::exchange(orphan_told_, true)) {
+    log().write(QG_LOG_WARNING, "after fork() a session's threads are gone: this thread does all the work");
+  }
   resolve_steps();
   check_outputs();
   check_overlaps();

@@ -21,8 +21,7 @@ namespace qg {
 
 class Session {
  public:
-  // `threads` 0 means all cores, `memory_limit` 0 none, `capacity` 0 the model's default.
-  Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit, int64_t capacity);
+  Session(std::shared_ptr<const Model> model, const qg_session_options& options);
 
   // Each throws Error, QG_INVALID_ARGUMENT unless said otherwise in qgraph.h.
   void bind_input(size_t index, const qg_tensor& tensor);
@@ -39,6 +38,7 @@ class Session {
   void profile(bool enabled);
   int64_t step_time(size_t step) const { return step < step_times_.size() ? step_times_[step] : -1; }
   int threads() const { return pool_->threads(); }
+  const Log& log() const { return model_->log(); }
   uint64_t memory() const { return arena_.size() + scratch_.size() + (state_ ? state_->memory() : 0); }
 
  private:
@@ -113,6 +113,7 @@ class Session {
   int64_t scratch_stride_ = 0;
   int32_t status_ = 0;  // kernels write to it
   bool profile_ = false;
+  bool orphan_told_ = false;  // the log knows that the threads are gone
   std::vector<int64_t> step_times_;
 
   // Last: its threads end before what they use goes away.

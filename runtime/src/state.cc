@@ -9,7 +9,7 @@
 
 namespace qg {
 
-State::State(const Plan& plan, int64_t capacity) {
+State::State(const Plan& plan, int64_t capacity, const Allocator& allocator) : buffer_(allocator) {
   const StatePlan& state = *plan.state;
   const Dim& bounds = plan.dims[state.capacity];
   capacity_ = capacity == 0 ? state.default_capacity : capacity;
@@ -61,7 +61,7 @@ void State::reserve(int64_t rows) {
 void State::copy(const State& from, const int64_t* rows, int64_t count) {
   if (!rows) count = from.rows_;
   size_t size = static_cast<size_t>(bytes(count).value());
-  AlignedBuffer fresh;
+  AlignedBuffer fresh(buffer_.allocator());
   bool in_place = &from != this && size <= buffer_.size();
   if (!in_place) fresh.reserve(size);
   std::vector<Part> parts = parts_;

@@ -17,7 +17,7 @@ namespace qg {
 class State {
  public:
   // For a plan with a state. `capacity` 0 is the plan's default. Throws Error(QG_INVALID_ARGUMENT).
-  State(const Plan& plan, int64_t capacity);
+  State(const Plan& plan, int64_t capacity, const Allocator& allocator);
 
   int64_t capacity() const { return capacity_; }
   int64_t length() const { return length_; }
@@ -31,7 +31,7 @@ class State {
   void reserve(int64_t rows);
 
   // Gives all memory back. Only of an empty state.
-  void release() { buffer_ = AlignedBuffer(); }
+  void release() { buffer_.release(); }
 
   // 0 <= length <= capacity().
   void set_length(int64_t length) { length_ = length; }
