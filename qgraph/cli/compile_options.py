@@ -115,6 +115,11 @@ _THREADS = (click.option("--threads", type=int, metavar="N", help="Threads; 0 is
 _BUILD = (
     click.option("--target", help="The machine that the artifact is for.  [default: x86_64-linux]"),
     click.option(
+        "--format",
+        metavar="WHAT",
+        help="What the artifact becomes: qg, a file; or static-lib, a library and a header.  [default: qg]",
+    ),
+    click.option(
         "--verify/--no-verify",
         default=None,
         help="Compare with ONNX's reference evaluator.  [default: verify]",
