@@ -71,7 +71,8 @@ def _appearing(out: Path) -> Iterator[Path]:
             yield staging
             staging.replace(out)
     except OSError as error:
-        raise ResourceError(f"cannot write {out}: {error.strerror or error}") from error
+        where = f": {error.filename}" if error.filename not in (None, str(out)) else ""
+        raise ResourceError(f"cannot write {out}: {error.strerror or error}{where}") from error
 
 
 def _run(*command: str) -> None:
