@@ -49,7 +49,9 @@ void run(const std::vector<std::int64_t>& ids) {
   const std::vector<std::int64_t> ones(ids.size(), 1), zeros(ids.size(), 0),
       shape{1, static_cast<std::int64_t>(ids.size())};
   Stack stack;
-  const qgraph::Model model(model_artifact);
+  qg_load_options load = QG_LOAD_OPTIONS_INIT;
+  load.threads = 1;
+  const qgraph::Model model(model_artifact, load);
   qg_session_options options = QG_SESSION_OPTIONS_INIT;
   options.threads = 1;
   options.allocate = Stack::allocate;

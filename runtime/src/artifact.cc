@@ -110,7 +110,7 @@ struct Hashed {
 
 // Compares all hashes, in parallel when there is much to read. Throws for the first damaged segment in file
 // order, so that the message does not depend on timing.
-void verify(const std::vector<Hashed>& all) {
+void verify(const std::vector<Hashed>& all, unsigned threads) {
   constexpr size_t kParallelBytes = size_t{4} << 20;
   constexpr unsigned kMaxThreads = 16;
   std::atomic<size_t> next{0}, damaged{all.size()};
@@ -126,7 +126,7 @@ void verify(const std::vector<Hashed>& all) {
   for (const Hashed& h : all) bytes += h.segment->size;
   std::vector<std::thread> helpers;
   if (bytes >= kParallelBytes) {
-    unsigned threads = std::min(std::thread::hardware_concurrency(), kMaxThreads);
+    threads = std::min(threads > 0 ? threads : std::thread::hardware_concurrency(), kMaxThreads);
     helpers.reserve(threads);
     try {
       for (unsigned i = 1; i < threads; ++i) helpers.emplace_back(work);
@@ -143,7 +143,8 @@ void verify(const std::vector<Hashed>& all) {
 
 }  // namespace
 
-Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>& outside) {
+Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>& outside, int32_t threads) {
+  if (threads < 0) fail(QG_INVALID_ARGUMENT, "threads is ", threads, ", but must not be negative");
   uint64_t header_size = 0;
   if (size < sizeof(header_size) + kRootSize)
     fail(QG_INVALID_FILE, "too short for an artifact: ", size, " bytes");
@@ -197,7 +198,7 @@ Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>&
     add({t.name, bytes, count});
   }
   for (const Segment& segment : outside) add(segment);
-  verify(hashed);
+  verify(hashed, static_cast<unsigned>(threads));
   std::sort(segments_.begin(), segments_.end(),
             [](const Segment& a, const Segment& b) { return a.name < b.name; });
 }

@@ -62,7 +62,8 @@ bool supported(const Variant& variant) {
 Model::Model(MappedFile file, const qg_static_model& artifact, const qg_load_options& options)
     : log_(options.log, options.log_context),
       file_(std::move(file)),
-      artifact_(static_cast<const uint8_t*>(artifact.data), artifact.size, code_segments(artifact)),
+      artifact_(static_cast<const uint8_t*>(artifact.data), artifact.size, code_segments(artifact),
+                options.threads),
       plan_(parse_plan(artifact_)),
       variant_(&choose(plan_.variants, options.isa)),
       code_(make_executable(*variant_, artifact)) {

@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "aligned_file.h"
 #include "check.h"
 #include "qgraph/qgraph.h"
 #include "qgraph/qgraph.hpp"
@@ -305,6 +306,27 @@ void test_a_log_that_throws(const char* path) {
   CHECK(failed(qg_state_truncate(toy.session.get(), 1), QG_INVALID_ARGUMENT, "has no state"));
 }
 
+void test_threads_of_the_check(const char* path) {
+  qg_load_options options = QG_LOAD_OPTIONS_INIT;
+  qg_model* model = nullptr;
+  for (int32_t threads : {1, 2, 100}) {
+    options.threads = threads;
+    CHECK(qg_load(path, &options, &model) == QG_OK);
+    qg_model_free(model);
+  }
+  options.threads = -1;
+  CHECK(failed(qg_load(path, &options, &model), QG_INVALID_ARGUMENT, "threads is -1"));
+}
+
+void test_memory_of_the_caller(const char* path) {
+  const std::vector<uint8_t> bytes = read_bytes(path);
+  const AlignedBytes aligned = aligned_copy(bytes.data(), bytes.size());
+  const qgraph::Model model = qgraph::Model::from_memory(aligned.get(), bytes.size());
+  Toy toy(model, defaults());
+  toy.session.run();
+  CHECK(toy.same(expected(qgraph::Model(path))));
+}
+
 // ---- versions
 
 template <typename Options>
@@ -362,6 +384,8 @@ int main(int argc, char** argv) {
   test_allocator_of_a_state(qgraph::Model(argv[2]));
   test_log(argv[1]);
   test_a_log_that_throws(argv[1]);
+  test_threads_of_the_check(argv[1]);
+  test_memory_of_the_caller(argv[1]);
   test_a_newer_caller(argv[1]);
   test_an_older_caller(model);
   test_names(model);

@@ -12,6 +12,7 @@ import pytest
 from artifact_builder import Parts, toy_decoder_reference, toy_inputs, toy_reference
 from cmake_build import RUNTIME, run
 
+from qgraph.codegen.static_library import write_library
 from qgraph.pipeline import CompileResult
 
 SENTENCES = [[3, 14, 15, 9], [3, 14, 15], [26, 5]]
@@ -84,6 +85,29 @@ def test_static_needs_neither_files_nor_mappings(
     np.testing.assert_array_equal(first_numbers(output, "last_hidden_state"), want)
     build(RUNTIME / "examples" / "run.cc", tmp_path / "run")  # the guard is in force: this one opens a file
     assert subprocess.run([tmp_path / "run", encoder.artifact], capture_output=True).returncode < 0
+
+
+def test_a_large_model_loads_without_threads(toy_parts: Parts, prefix: Path, tmp_path: Path) -> None:
+    """Linked statically, so that the guard stands before every thread that is begun."""
+    parts = copy.deepcopy(toy_parts)
+    parts.weights["w/large"] = np.zeros(5 << 20, np.uint8)
+    (tmp_path / "large.qg").write_bytes(parts.to_bytes())
+    write_library(tmp_path / "large.qg", "large", tmp_path / "liblarge.a", tmp_path / "large.h")
+    (tmp_path / "main.cc").write_text(
+        '#include <cstdlib>\n#include "large.h"\n'
+        'extern "C" int __wrap_pthread_create() { std::abort(); }\n'
+        "int main(int, char** argv) {\n"
+        "  qg_load_options options = QG_LOAD_OPTIONS_INIT;\n"
+        "  options.threads = std::atoi(argv[1]);\n"
+        "  qg_model* model;\n"
+        "  return large_load(&options, &model);\n}\n"
+    )
+    options = ["-std=c++17", "-static", "-pthread", f"-I{prefix / 'include'}", f"-I{tmp_path}"]
+    libraries = [tmp_path / "liblarge.a", prefix / "lib" / "libqgraph.a", "-Wl,--wrap=pthread_create"]
+    compiler = os.environ.get("CXX", "c++").split()
+    run(*compiler, *options, tmp_path / "main.cc", *libraries, "-o", tmp_path / "main")
+    assert subprocess.run([tmp_path / "main", "1"], capture_output=True).returncode == 0
+    assert subprocess.run([tmp_path / "main", "2"], capture_output=True).returncode < 0
 
 
 def test_threads(examples: Path, toy_path: Path, encoder: CompileResult) -> None:

@@ -159,9 +159,10 @@ typedef struct qg_load_options {
   const char* isa; /* NULL: the first variant that this CPU supports; else this one, or QG_UNSUPPORTED */
   qg_log log;      /* of the model and its sessions; NULL: none */
   void* log_context;
+  int32_t threads; /* that verify a large artifact, the caller's included; 0: one a core, at most 16 */
 } qg_load_options;
 
-#define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL, NULL, NULL}
+#define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL, NULL, NULL, 0}
 
 /* Maps the file, verifies every byte of it, then parses the plan and maps the code. `options` may be NULL.
  * On failure *model is NULL. */

@@ -76,10 +76,13 @@ class Model {
     handle_.reset(raw);
   }
   // The artifact stays the caller's, and must outlive the model and its sessions.
-  Model(const void* data, std::size_t size, const qg_load_options& options = with_isa(nullptr)) {
+  static Model from_memory(const void* data, std::size_t size,
+                           const qg_load_options& options = with_isa(nullptr)) {
+    Model model;
     qg_model* raw = nullptr;
     check(qg_load_memory(data, size, &options, &raw));
-    handle_.reset(raw);
+    model.handle_.reset(raw);
+    return model;
   }
   // One that is linked into the program: `qgraph compile --format static-lib`.
   explicit Model(const qg_static_model& artifact, const qg_load_options& options = with_isa(nullptr)) {
@@ -104,6 +107,8 @@ class Model {
   }
 
  private:
+  Model() = default;
+
   struct Free {
     void operator()(qg_model* model) const noexcept { qg_model_free(model); }
   };
