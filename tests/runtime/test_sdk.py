@@ -179,6 +179,32 @@ def test_single_source_has_no_warnings(tmp_path: Path) -> None:
     assert '#include "qgraph/' not in "".join(path.read_text() for path in files)
 
 
+def test_a_library_with_the_runtime_inside_exports_none_of_it(prefix: Path, tmp_path: Path) -> None:
+    source = tmp_path / "mine.c"
+    source.write_text('#include "qgraph/qgraph.h"\nconst char* mine(void) { return qg_version(); }\n')
+    run(
+        os.environ.get("CC", "cc"),
+        "-fPIC",
+        f"-I{prefix / 'include'}",
+        "-c",
+        source,
+        "-o",
+        tmp_path / "mine.o",
+    )
+    single = tmp_path / "qgraph"
+    sdk.write_amalgamation(single)
+    hidden = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DQG_API=", "-c", single / "qgraph.cc"]
+    run(*CXX, *hidden, "-o", single / "qgraph.o")
+    for inside in (["-Wl,--exclude-libs,libqgraph.a", prefix / "lib" / "libqgraph.a"], [single / "qgraph.o"]):
+        library = tmp_path / "libmine.so"
+        run(*CXX, "-shared", "-pthread", tmp_path / "mine.o", *inside, "-o", library)
+        names = [line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()]
+        # Hidden visibility does not reach the C++ library's templates: these are the same everywhere.
+        assert "mine" in names and not [
+            name for name in names if name.startswith(("qg_", "_ZN2qg", "_ZNK2qg"))
+        ]
+
+
 # ---- static libraries
 
 

@@ -51,10 +51,14 @@ extern "C" {
 /* Highest rank of a tensor. */
 #define QG_MAX_RANK 8
 
+/* Defined by whom compiles the runtime into a library of their own, to nothing: then that exports none of
+ * it. */
+#ifndef QG_API
 #if defined(__GNUC__) || defined(__clang__)
 #define QG_API __attribute__((visibility("default")))
 #else
 #define QG_API
+#endif
 #endif
 
 typedef enum qg_status {
