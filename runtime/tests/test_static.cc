@@ -1,6 +1,8 @@
 // Two models that are part of the program, as `codegen/static_library.py` wrote them, and what is refused.
 #include <cstdint>
 #include <cstring>
+#include <fstream>
+#include <string>
 #include <vector>
 
 #include "aligned_file.h"
@@ -42,6 +44,21 @@ void test_both_run() {
   const std::vector<int64_t> history = text.make_output<int64_t>(1);
   text.run();
   CHECK(history == ids && text.length() == 3);
+}
+
+// Mappings of this process that are executable.
+int executable_mappings() {
+  int count = 0;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);)
+    count += line.find("x", line.find(' ')) == line.find(' ') + 3;
+  return count;
+}
+
+void test_code_is_run_where_it_is() {
+  const int before = executable_mappings();
+  const qgraph::Model toy(toy_artifact);
+  CHECK(before > 0 && executable_mappings() == before);
 }
 
 void test_c_face() {
@@ -103,6 +120,7 @@ void test_refusals() {
 }  // namespace
 
 int main() {
+  test_code_is_run_where_it_is();  // first: nothing else maps what it frees
   test_both_run();
   test_c_face();
   test_refusals();

@@ -56,3 +56,11 @@ def test_the_config_does_not_replace_the_library(compiled: Compiled, tmp_path: P
     result = qgraph("build", compiled.onnx, *options)
     assert result.code == 2 and "would overwrite" in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gpus_alone(compiled: Compiled, tmp_path: Path) -> None:
+    options = ["--format", "static-lib", "--target", "cuda", "-o", tmp_path / "m"]
+    result = qgraph("build", compiled.onnx, *options)
+    assert result.code == 2
+    assert "linked into a program, which runs on a CPU: give --target cpu,cuda" in result.err
+    assert list(tmp_path.iterdir()) == []
