@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,28 @@ def serialize(tensors: list[Tensor], metadata: Mapping[str, str]) -> Iterator[by
     for tensor in listed:
         yield tensor.raw
     yield hashlib.sha256(head).digest()
+
+
+def parse(data: memoryview) -> tuple[list[Tensor], dict[str, str]]:
+    """Tensors, in file order, and metadata that `serialize` gives `data` for. Tensors are views of it, hashes
+    are not compared."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(bytes(data[8:start]))
+    metadata = {
+        key: value
+        for key, value in entries.pop("__metadata__").items()
+        if key != "qgraph.format" and not key.startswith("sha256:")
+    }
+    dtypes = {container: ours for ours, container in _CONTAINER_DTYPE.items()}
+    tensors = []
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        if name == "qgraph.root" or name.startswith("qgraph.pad."):
+            continue
+        begin, end = entry["data_offsets"]
+        item = (end - begin) // max(1, math.prod(entry["shape"]))
+        raw = np.frombuffer(data, f"V{max(1, item)}", math.prod(entry["shape"]), start + begin)
+        tensors.append(Tensor(name, dtypes[entry["dtype"]], raw.reshape(entry["shape"])))
+    return tensors, metadata
 
 
 def write(file: IO[bytes], tensors: list[Tensor], metadata: Mapping[str, str]) -> None:

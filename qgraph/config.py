@@ -15,6 +15,7 @@ from qgraph.schemes import COMPUTES, PACKINGS, SCHEMES, Scheme, get_scheme
 ONNX_STYLES = ("function", "qdq")
 EMBEDDINGS = ("float", "tied", "nvfp4")
 KV_CACHE = ("float", "int8")
+FORMATS = ("qg", "static-lib")
 CALIBRATE_ON = ("float", "quantized", "corrected")
 ROTATE = (0, 16, 32, 64, 128)
 REORDER = ("off", "fold", "gather")
@@ -67,6 +68,8 @@ class CompileConfig:
             body in place.
         onnx: whether the low-bit ONNX file is written.
         target: the machines the artifact is for, as `qgraph.codegen.targets.parse_target` takes them.
+        format: what the artifact is written as: `qg`, a file to load, or `static-lib`, a library and a header
+            to link into a program.
         verify: whether the artifact is run and compared with ONNX's reference evaluator on the low-bit model.
         strict: whether a layer that was chosen but did not get a low-bit kernel is an error.
         threads: of calibration, solvers and verification, at most 1024; 0 is one a core. Results do not
@@ -98,6 +101,7 @@ class CompileConfig:
     onnx_style: str = "function"
     onnx: bool = True
     target: str = "x86_64-linux"
+    format: str = "qg"
     verify: bool = True
     strict: bool = False
     threads: int = 0
@@ -136,6 +140,7 @@ class CompileConfig:
         _one_of("packing", self.packing, PACKINGS)
         _one_of("compute", self.compute, COMPUTES)
         parse_target(self.target)
+        _one_of("format", self.format, FORMATS)
         self._check_compute(schemes)
         for name in ("threads", "seed", "samples", "length"):
             if getattr(self, name) < 0:

@@ -52,6 +52,8 @@ class CompileResult:
     report: CompileReport
     onnx: Path | None = None
     artifact: Path | None = None
+    library: Path | None = None
+    header: Path | None = None
 
     def load(self, threads: int = 0) -> Model:
         """The artifact, loaded. Raises UsageError when none was written."""
@@ -80,8 +82,9 @@ def compile(
         config: how; `options` are fields of CompileConfig that replace its own.
         calibration: data to calibrate on: a file (as the config's field), or an iterable of feeds, each a
             mapping of input names to arrays.
-        output: what is written is `<output>.onnx`, `.qg` and `.report.json`. A folder takes the model's name;
-            the default is beside the model: `model.nvfp4.*`.
+        output: what is written is `<output>.onnx`, `.qg` and `.report.json`; with `format` `static-lib`, in
+            place of `.qg`, `lib<output>.a` and `<output>.h` (characters that C has no use for are `_`). A
+            folder takes the model's name; the default is beside the model: `model.nvfp4.*`.
         dump: a folder for the graph after every phase of `prepare`.
         dry_run: decide, quantize and plan, but compile no kernel and write nothing.
         progress: hears of every phase.
@@ -94,12 +97,13 @@ def compile(
     On any error, what an earlier run wrote is as it was.
     """
     config, source = _config(config, options, calibration), _path("model", model)
-    with _Run(source, config, output, dry_run, progress, suffixes=(".onnx", ".qg")) as run:
+    with _Run(source, config, output, dry_run, progress, (".onnx", *_BUILT[config.format])) as run:
         lowbit = _quantize(run, calibration, dump)
         _build(run, run.staged(".onnx"))
         if config.onnx_style != "function":
             _restyle(run, lowbit)
         _verify(run, run.staged(".onnx"))
+        _make_library(run)
         if not config.onnx:
             run.drop(".onnx")
         return run.finish()
@@ -135,14 +139,15 @@ def build(
     progress: Progress | None = None,
     **options: Any,
 ) -> CompileResult:
-    """The second half of `compile`: a low-bit or float ONNX file to `<output>.qg` and `<output>.report.json`.
+    """The second half of `compile`: a low-bit or float ONNX file to an artifact and `<output>.report.json`.
 
     Arguments and errors as there; of the config only what says how to build an artifact matters.
     """
     config, source = _config(config, options), _path("lowbit", lowbit)
-    with _Run(source, config, output, dry_run, progress, suffixes=(".qg",)) as run:
+    with _Run(source, config, output, dry_run, progress, suffixes=_BUILT[config.format]) as run:
         run.report.recall(_build(run, source))
         _verify(run, source)
+        _make_library(run)
         return run.finish()
 
 
@@ -438,6 +443,20 @@ def _devices_here(wanted: Target) -> tuple[list[str], str]:
     return found, "; ".join(missing)
 
 
+def _make_library(run: _Run) -> None:
+    """Format `static-lib`: a library in place of the artifact, once that is verified."""
+    if run.config.format != "static-lib" or run.dry_run:
+        return
+    from qgraph.codegen.static_library import write_library
+
+    with run.phase("library"):
+        artifact, library, header = (run.staged(suffix) for suffix in (".qg", ".a", ".h"))
+        write_library(artifact, run.library_name, library, header)
+        artifact.unlink()
+        del run.report.sizes["artifact"]
+        run.report.sizes["library"] = library.stat().st_size
+
+
 def build_exposed(
     lowbit: Path, target: str, folder: Path, packing: str = "fast", compute: str = "f32"
 ) -> tuple[Path | None, list[Rounding]]:
@@ -458,6 +477,9 @@ def build_exposed(
 
 # ---- what the stages share ---------------------------------------------------------------------------------
 
+# What is written besides the low-bit file and the report, by the config's `format`; what counts comes last.
+_BUILT = {"qg": (".qg",), "static-lib": (".h", ".a")}
+_KINDS = {".onnx": "onnx", ".qg": "artifact", ".a": "library", ".h": "header", ".report.json": "report"}
 _PROVENANCE = ("qgraph.version", "qgraph.scheme", "qgraph.config", "qgraph.model_sha256")
 
 
@@ -479,6 +501,10 @@ class _Run:
     ) -> None:
         if not source.exists():
             raise InputError(f"{source}: no such file")
+        if ".a" in suffixes:
+            from qgraph.codegen.static_library import require_target
+
+            require_target(config.target)
         self.source, self.config, self.dry_run, self.suffixes = source, config, dry_run, suffixes
         self.prefix = _prefix(source, config.scheme if ".onnx" in suffixes else "", output)
         inputs = {file.resolve() for file in (source, *config.files())}
@@ -505,8 +531,18 @@ class _Run:
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
 
+    @property
+    def library_name(self) -> str:
+        """Of the static library."""
+        from qgraph.codegen.static_library import library_name
+
+        return library_name(self.prefix.name)
+
     def final(self, suffix: str) -> Path:
         """Where the file with this ending goes."""
+        if suffix in (".a", ".h"):
+            start = "lib" if suffix == ".a" else ""
+            return self.prefix.with_name(f"{start}{self.library_name}{suffix}")
         return self.prefix.with_name(self.prefix.name + suffix)
 
     def staged(self, suffix: str) -> Path:
@@ -542,11 +578,9 @@ class _Run:
         """Write the report to the staging folder, and say what there will be."""
         if self.dry_run:
             return CompileResult(self.report)
-        kinds = {".onnx": "onnx", ".qg": "artifact", ".report.json": "report"}
-        self.report.files = {kinds[s]: str(self.final(s)) for s in (*self.suffixes, ".report.json")}
+        self.report.files = {_KINDS[s]: str(self.final(s)) for s in (*self.suffixes, ".report.json")}
         self.staged(".report.json").write_text(json.dumps(self.report.to_json(), indent=1) + "\n")
-        onnx, artifact = (self.final(s) if s in self.suffixes else None for s in (".onnx", ".qg"))
-        return CompileResult(self.report, onnx, artifact)
+        return CompileResult(self.report, **{_KINDS[s]: self.final(s) for s in self.suffixes})
 
 
 def _config(
@@ -574,8 +608,13 @@ def _path(name: str, value: Any) -> Path:
 
 def output_files(source: Path, scheme: str, output: str | os.PathLike[str] | None) -> list[Path]:
     """All that a run may write; `scheme` is part of the default name, and empty for `build`."""
+    from qgraph.codegen.static_library import library_name
+
     prefix = _prefix(source, scheme, output)
-    return [prefix.with_name(prefix.name + end) for end in (".onnx", ".onnx.data", ".qg", ".report.json")]
+    name = library_name(prefix.name)
+    endings = (".onnx", ".onnx.data", ".qg", ".report.json")
+    names = [*(prefix.name + end for end in endings), f"lib{name}.a", f"{name}.h"]
+    return [prefix.with_name(name) for name in names]
 
 
 def _prefix(source: Path, scheme: str, output: str | os.PathLike[str] | None) -> Path:

@@ -241,12 +241,42 @@ def test_readme_cpp(compiled, tmp_path: Path) -> None:
     (tmp_path / "CMakeLists.txt").write_text(readme_block("cmake"))
     prefix = tmp_path / "prefix"
     for command in (
-        f"{CMAKE} -S {ROOT / 'runtime'} -B runtime -DCMAKE_BUILD_TYPE=Release",
-        f"{CMAKE} --build runtime --parallel 2",
-        f"{CMAKE} --install runtime --prefix {prefix}",
+        f"{sys.executable} -m qgraph sdk --out {prefix}",
         f"{CMAKE} -S . -B build -DCMAKE_PREFIX_PATH={prefix}",
         f"{CMAKE} --build build",
         "build/embed",
     ):
         done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+
+
+def test_sdk_program_prints_the_embedding(minilm, compiled, original: Path, tmp_path: Path) -> None:
+    """That of docs/sdk.md, with the artifact as a file and as a static library: Python's embedding."""
+    from qgraph.runtime.build import find_compiler
+    from qgraph.runtime.sdk import write_amalgamation
+
+    (program,) = re.findall(r"```cpp\n(.*?)```", (ROOT / "docs" / "sdk.md").read_text(), flags=re.S)
+    qgraph.build(compiled.onnx, format="static-lib", verify=False, output=tmp_path / "model")
+    write_amalgamation(tmp_path / "qgraph")
+    linked = program.replace("model(argv[1])", "model(model_artifact)")
+    linked = linked.replace("int main", '#include "model.h"\n\nint main', 1)
+    (tmp_path / "file.cc").write_text(program)
+    (tmp_path / "static.cc").write_text(linked)
+    ids = [101, 7592, 2088, 102]
+    row = np.array([ids])
+    with compiled.load() as model:
+        inputs = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
+        want = minilm.embed(model.run(inputs)["last_hidden_state"], inputs["attention_mask"])[0]
+    for name, libraries in (("file", []), ("static", ["libmodel.a"])):
+        command = [*find_compiler(), "-std=c++17", "-O1", "-pthread", "-Iinclude", "-I.", f"{name}.cc"]
+        (tmp_path / "include").mkdir(exist_ok=True)
+        if not (tmp_path / "include" / "qgraph").exists():
+            (tmp_path / "include" / "qgraph").symlink_to(ROOT / "runtime" / "include" / "qgraph")
+        subprocess.run([*command, "qgraph/qgraph.cc", *libraries, "-o", name], cwd=tmp_path, check=True)
+        output = subprocess.run(
+            [tmp_path / name, str(compiled.artifact), *map(str, ids)],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        got = np.array(output.split(), np.float32)
+        assert got.shape == (384,)
+        np.testing.assert_allclose(got / np.linalg.norm(got), want, rtol=0, atol=1e-6)

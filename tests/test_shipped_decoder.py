@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -96,3 +97,20 @@ def test_a_tied_table_is_stored_once(original: Path, small: CompileResult) -> No
     assert small.artifact.stat().st_size < weights + code
     assert original.stat().st_size > 6 * small.artifact.stat().st_size
     assert {layer.scheme for layer in small.report.layers} == {"nvfp4"}
+
+
+def test_c_example_writes_the_same_tokens(exact: CompileResult, tmp_path: Path) -> None:
+    """runtime/examples/generate.c, token for token as they come, the cache in its session."""
+    from qgraph.runtime.build import ROOT, library
+
+    built, program = library(), tmp_path / "generate"
+    options = ["-std=c99", "-pedantic", f"-I{ROOT / 'include'}", f"-Wl,-rpath,{built.parent}"]
+    compiler = os.environ.get("CC", "cc").split()
+    source = ROOT / "examples" / "generate.c"
+    subprocess.run([*compiler, *options, str(source), str(built), "-o", str(program)], check=True)
+    tokenizer = load_tokenizer(get_model("tinystories").tokenizer_path())
+    prompt = [str(token) for token in tokenizer.encode(PROMPT).ids]
+    assert exact.artifact is not None
+    command = [program, "--capacity", "256", exact.artifact, "64", *prompt]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    assert tuple(map(int, done.stdout.split())) == written(exact.artifact, 64)

@@ -28,6 +28,7 @@ VERBS = {
     "check": "Compare an artifact with its low-bit ONNX file and its original.",
     "eval": "Measure an artifact or an ONNX file on a task.",
     "view": "Open an ONNX file in Netron.",
+    "sdk": "Write what C and C++ programs are built against.",
     "schemes": "List the schemes.",
     "doctor": "Check this machine: versions, CPU, compiler, runtime.",
 }

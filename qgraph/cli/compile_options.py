@@ -119,6 +119,11 @@ _BUILD = (
         "the former and cuda with a comma between.  [default: x86_64-linux]",
     ),
     click.option(
+        "--format",
+        metavar="WHAT",
+        help="What the artifact becomes: qg, a file; or static-lib, a library and a header.  [default: qg]",
+    ),
+    click.option(
         "--verify/--no-verify",
         default=None,
         help="Compare with ONNX's reference evaluator.  [default: verify]",

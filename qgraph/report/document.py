@@ -26,12 +26,12 @@ class CompileReport:
         layers: every linear layer and embedding.
         sizes: bytes: `original`, `linear_float` and `linear_stored` (weights of the linear layers before and
             after), `embedding_float` and `embedding_stored` (tables that are no linear layer's weight, too),
-            `lowbit_onnx` and `artifact` where made, `artifact_weights` in a dry run.
+            `lowbit_onnx`, `artifact` and `library` where made, `artifact_weights` in a dry run.
         decisions: what passes left alone or assumed, and why: `pass: node: reason`.
         isas: code variants in the artifact.
         verification: None when no artifact was built.
         seconds: wall time by phase.
-        files: what was written, by kind: `onnx`, `artifact`, `report`.
+        files: what was written, by kind: `onnx`, `artifact`, `library`, `header`, `report`.
     """
 
     version: str

@@ -58,6 +58,8 @@ def _rows(report: CompileReport) -> Iterator[Row]:
         yield "ONNX file", _before_after(sizes["original"], sizes["lowbit_onnx"])
     if "artifact" in sizes:
         yield "artifact", _before_after(sizes["original"], sizes["artifact"])
+    if "library" in sizes:
+        yield "library", _before_after(sizes["original"], sizes["library"])
     if "artifact_weights" in sizes:
         yield "artifact", f"{size(sizes['artifact_weights'])} of weights, and the code of its kernels"
     check = report.verification

@@ -110,7 +110,7 @@ struct Hashed {
 
 // Compares all hashes, in parallel when there is much to read. Throws for the first damaged segment in file
 // order, so that the message does not depend on timing.
-void verify(const std::vector<Hashed>& all) {
+void verify(const std::vector<Hashed>& all, unsigned threads) {
   constexpr size_t kParallelBytes = size_t{4} << 20;
   constexpr unsigned kMaxThreads = 16;
   std::atomic<size_t> next{0}, damaged{all.size()};
@@ -126,7 +126,7 @@ void verify(const std::vector<Hashed>& all) {
   for (const Hashed& h : all) bytes += h.segment->size;
   std::vector<std::thread> helpers;
   if (bytes >= kParallelBytes) {
-    unsigned threads = std::min(std::thread::hardware_concurrency(), kMaxThreads);
+    threads = std::min(threads > 0 ? threads : std::thread::hardware_concurrency(), kMaxThreads);
     helpers.reserve(threads);
     try {
       for (unsigned i = 1; i < threads; ++i) helpers.emplace_back(work);
@@ -143,7 +143,8 @@ void verify(const std::vector<Hashed>& all) {
 
 }  // namespace
 
-Artifact::Artifact(const uint8_t* data, size_t size) {
+Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>& outside, int32_t threads) {
+  if (threads < 0) fail(QG_INVALID_ARGUMENT, "threads is ", threads, ", but must not be negative");
   uint64_t header_size = 0;
   if (size < sizeof(header_size) + kRootSize)
     fail(QG_INVALID_FILE, "too short for an artifact: ", size, " bytes");
@@ -176,8 +177,14 @@ Artifact::Artifact(const uint8_t* data, size_t size) {
 
   const std::vector<Tensor> tensors = read_tensors(header, static_cast<int64_t>(size - start));
   std::vector<Hashed> hashed;
-  segments_.reserve(tensors.size());  // `hashed` points into it
-  hashed.reserve(tensors.size());
+  segments_.reserve(tensors.size() + outside.size());  // `hashed` points into it
+  hashed.reserve(tensors.size() + outside.size());
+  auto add = [&](const Segment& segment) {
+    const std::string* hex = this->metadata(cat("sha256:", segment.name));
+    if (!hex) fail(QG_INVALID_FILE, "tensor '", segment.name, "' has no hash");
+    segments_.push_back(segment);
+    hashed.push_back({&segments_.back(), parse_digest(*hex, segment.name)});
+  };
   for (const Tensor& t : tensors) {
     const uint8_t* bytes = data + start + t.begin;
     size_t count = static_cast<size_t>(t.end - t.begin);
@@ -188,12 +195,10 @@ Artifact::Artifact(const uint8_t* data, size_t size) {
       }
       continue;
     }
-    const std::string* hex = this->metadata(cat("sha256:", t.name));
-    if (!hex) fail(QG_INVALID_FILE, "tensor '", t.name, "' has no hash");
-    segments_.push_back({t.name, bytes, count});
-    hashed.push_back({&segments_.back(), parse_digest(*hex, t.name)});
+    add({t.name, bytes, count});
   }
-  verify(hashed);
+  for (const Segment& segment : outside) add(segment);
+  verify(hashed, static_cast<unsigned>(threads));
   std::sort(segments_.begin(), segments_.end(),
             [](const Segment& a, const Segment& b) { return a.name < b.name; });
 }

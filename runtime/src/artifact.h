@@ -16,13 +16,16 @@ struct Segment {
   std::string name;
   const uint8_t* data;
   size_t size;
+  bool linked = false;  // part of the program, and code executable where it is
 };
 
 class Artifact {
  public:
   // Verifies all of data[0, size), which it does not copy: once constructed, no byte of it is in doubt.
-  // Throws Error: QG_INVALID_FILE, or QG_UNSUPPORTED for another format version.
-  Artifact(const uint8_t* data, size_t size);
+  // `outside`: tensors that lie elsewhere in memory, verified likewise by the hashes that the container has
+  // of them. Throws Error: QG_INVALID_FILE, or QG_UNSUPPORTED for another format version.
+  // `threads`: the most to read with, 0 for one a core.
+  Artifact(const uint8_t* data, size_t size, const std::vector<Segment>& outside = {}, int32_t threads = 0);
 
   // nullptr if there is no such tensor.
   const Segment* find(std::string_view name) const;

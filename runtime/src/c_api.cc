@@ -26,27 +26,28 @@ namespace {
 // A fixed buffer: reporting that memory ran out must not need memory. Longer messages are cut.
 thread_local char last_error[1024];
 
-qg_status report(qg_status status, const char* message) noexcept {
+qg_status report(const qg::Log& log, qg_status status, const char* message) noexcept {
   std::snprintf(last_error, sizeof(last_error), "%s", message);
+  log.write(QG_LOG_ERROR, qg_status_name(status), ": ", message);
   return status;
 }
 
 // Runs `body`; no exception leaves.
 template <typename Body>
-qg_status guarded(Body body) noexcept {
+qg_status guarded(const qg::Log& log, Body body) noexcept {
   try {
     body();
     return QG_OK;
   } catch (const qg::Error& e) {
-    return report(e.status(), e.what());
+    return report(log, e.status(), e.what());
   } catch (const std::bad_alloc& e) {
-    return report(QG_OUT_OF_MEMORY, qg::out_of_memory_text(e));
+    return report(log, QG_OUT_OF_MEMORY, qg::out_of_memory_text(e));
   } catch (const std::system_error& e) {  // of std::thread
-    return report(QG_OUT_OF_MEMORY, e.what());
+    return report(log, QG_OUT_OF_MEMORY, e.what());
   } catch (const std::exception& e) {
-    return report(QG_INTERNAL, e.what());
+    return report(log, QG_INTERNAL, e.what());
   } catch (...) {
-    return report(QG_INTERNAL, "unknown exception");
+    return report(log, QG_INTERNAL, "unknown exception");
   }
 }
 
@@ -60,24 +61,41 @@ Options merged(const Options* options, Options defaults) {
   if (!options) return defaults;
   size_t size = options->struct_size;
   if (size < sizeof(size)) qg::fail(QG_INVALID_ARGUMENT, "struct_size of the options is not set");
+  const char* bytes = reinterpret_cast<const char*>(options);
+  for (size_t i = sizeof(defaults); i < size; ++i) {
+    if (bytes[i] != 0) {
+      qg::fail(QG_UNSUPPORTED, "the caller sets options that this library (", QG_VERSION, ") does not know");
+    }
+  }
   std::memcpy(&defaults, options, size < sizeof(defaults) ? size : sizeof(defaults));
   return defaults;
 }
 
 template <typename Load>
 qg_status load(const qg_load_options* options, qg_model** model, Load load_model) noexcept {
-  return guarded([&] {
+  qg::Log log;
+  return guarded(log, [&] {
     require(model, "model");
     *model = nullptr;
     qg_load_options merged_options = merged(options, qg_load_options QG_LOAD_OPTIONS_INIT);
-    *model = new qg_model{load_model(qg::Model::Choice{merged_options.isa, merged_options.device})};
+    log = qg::Log(merged_options.log, merged_options.log_context);
+    *model = new qg_model{load_model(merged_options)};
+  });
+}
+
+// For functions of a session: its failures go to its log.
+template <typename Body>
+qg_status with(qg_session* session, Body body) noexcept {
+  return guarded(session ? session->impl.log() : qg::Log(), [&] {
+    require(session, "session");
+    body(session->impl);
   });
 }
 
 // NULL only if memory ran out.
 const qg::Devices* devices_or_null() noexcept {
   const qg::Devices* found = nullptr;
-  guarded([&] { found = &qg::devices(); });
+  guarded(qg::Log(), [&] { found = &qg::devices(); });
   return found;
 }
 
@@ -123,6 +141,8 @@ extern "C" {
 
 const char* qg_version(void) { return QG_VERSION; }
 
+int32_t qg_abi_version(void) { return QG_ABI_VERSION; }
+
 const char* qg_last_error(void) { return last_error; }
 
 const char* qg_status_name(int32_t status) {
@@ -156,16 +176,26 @@ const char* qg_dtype_name(int32_t dtype) { return qg::is_dtype(dtype) ? qg::kDTy
 size_t qg_dtype_size(int32_t dtype) { return qg::is_dtype(dtype) ? qg::kDTypes[dtype].size : 0; }
 
 qg_status qg_load(const char* path, const qg_load_options* options, qg_model** model) {
-  return load(options, model, [&](const qg::Model::Choice& choice) {
+  return load(options, model, [&](const qg_load_options& merged_options) {
     require(path, "path");
-    return qg::Model::from_file(path, choice);
+    return qg::Model::from_file(path, merged_options);
   });
 }
 
 qg_status qg_load_memory(const void* data, size_t size, const qg_load_options* options, qg_model** model) {
-  return load(options, model, [&](const qg::Model::Choice& choice) {
+  return load(options, model, [&](const qg_load_options& merged_options) {
     require(data, "data");
-    return qg::Model::from_memory(static_cast<const uint8_t*>(data), size, choice);
+    return qg::Model::from_memory({sizeof(qg_static_model), data, size, nullptr, 0}, merged_options);
+  });
+}
+
+qg_status qg_load_static(const qg_static_model* artifact, const qg_load_options* options, qg_model** model) {
+  return load(options, model, [&](const qg_load_options& merged_options) {
+    require(artifact, "artifact");
+    const qg_static_model whole = merged(artifact, qg_static_model{});
+    require(whole.data, "data");
+    if (whole.code_count > 0) require(whole.code, "code");
+    return qg::Model::from_memory(whole, merged_options);
   });
 }
 
@@ -256,12 +286,12 @@ const char* qg_model_step_kernel(const qg_model* model, size_t index) {
 }
 
 qg_status qg_session_create(qg_model* model, const qg_session_options* options, qg_session** session) {
-  return guarded([&] {
+  return guarded(model ? model->impl->log() : qg::Log(), [&] {
     require(session, "session");
     *session = nullptr;
     require(model, "model");
     qg_session_options o = merged(options, qg_session_options QG_SESSION_OPTIONS_INIT);
-    *session = new qg_session{qg::Session(model->impl, o.threads, o.memory_limit, o.capacity)};
+    *session = new qg_session{qg::Session(model->impl, o)};
   });
 }
 
@@ -272,43 +302,36 @@ int32_t qg_session_threads(const qg_session* session) { return session ? session
 uint64_t qg_session_memory(const qg_session* session) { return session ? session->impl.memory() : 0; }
 
 qg_status qg_bind_input(qg_session* session, size_t index, const qg_tensor* tensor) {
-  return guarded([&] {
-    require(session, "session");
+  return with(session, [&](qg::Session& self) {
     require(tensor, "tensor");
-    session->impl.bind_input(index, *tensor);
+    self.bind_input(index, *tensor);
   });
 }
 
 qg_status qg_output_shape(qg_session* session, size_t index, int32_t* ndim, int64_t* shape) {
-  return guarded([&] {
-    require(session, "session");
+  return with(session, [&](qg::Session& self) {
     require(ndim, "ndim");
     require(shape, "shape");
-    session->impl.output_shape(index, ndim, shape);
+    self.output_shape(index, ndim, shape);
   });
 }
 
 qg_status qg_bind_output(qg_session* session, size_t index, const qg_tensor* tensor) {
-  return guarded([&] {
-    require(session, "session");
+  return with(session, [&](qg::Session& self) {
     require(tensor, "tensor");
-    session->impl.bind_output(index, *tensor);
+    self.bind_output(index, *tensor);
   });
 }
 
 qg_status qg_set_dim(qg_session* session, const char* name, int64_t value) {
-  return guarded([&] {
-    require(session, "session");
+  return with(session, [&](qg::Session& self) {
     require(name, "name");
-    session->impl.set_dim(name, value);
+    self.set_dim(name, value);
   });
 }
 
 qg_status qg_run(qg_session* session) {
-  return guarded([&] {
-    require(session, "session");
-    session->impl.run();
-  });
+  return with(session, [&](qg::Session& self) { self.run(); });
 }
 
 int64_t qg_state_capacity(const qg_session* session) { return session ? session->impl.capacity() : 0; }
@@ -316,14 +339,11 @@ int64_t qg_state_capacity(const qg_session* session) { return session ? session-
 int64_t qg_state_length(const qg_session* session) { return session ? session->impl.length() : 0; }
 
 qg_status qg_state_truncate(qg_session* session, int64_t length) {
-  return guarded([&] {
-    require(session, "session");
-    session->impl.truncate(length);
-  });
+  return with(session, [&](qg::Session& self) { self.truncate(length); });
 }
 
 qg_status qg_state_copy(qg_session* to, const qg_session* from, const int64_t* rows, size_t count) {
-  return guarded([&] {
+  return guarded(to ? to->impl.log() : qg::Log(), [&] {
     require(to, "to");
     require(from, "from");
     to->impl.copy_state(from->impl, rows, count);
@@ -331,10 +351,7 @@ qg_status qg_state_copy(qg_session* to, const qg_session* from, const int64_t* r
 }
 
 qg_status qg_session_profile(qg_session* session, int enabled) {
-  return guarded([&] {
-    require(session, "session");
-    session->impl.profile(enabled != 0);
-  });
+  return with(session, [&](qg::Session& self) { self.profile(enabled != 0); });
 }
 
 int64_t qg_session_step_time(const qg_session* session, size_t step) {
@@ -368,10 +385,7 @@ const char* qg_model_device(const qg_model* model) {
 void* qg_session_stream(const qg_session* session) { return session ? session->impl.stream() : nullptr; }
 
 qg_status qg_session_wait(qg_session* session, void* stream) {
-  return guarded([&] {
-    require(session, "session");
-    session->impl.wait(stream);
-  });
+  return with(session, [&](qg::Session& self) { self.wait(stream); });
 }
 
 }  // extern "C"

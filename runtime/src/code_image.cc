@@ -17,7 +17,6 @@ CodeImage::CodeImage(const uint8_t* code, size_t size) {
   mapped_ = (size + page - 1) / page * page;
   address_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (address_ == MAP_FAILED) {
-    address_ = nullptr;
     fail(QG_OUT_OF_MEMORY, "no memory for ", mapped_, " bytes of code");
   }
   std::memcpy(address_, code, size);
@@ -33,7 +32,7 @@ CodeImage::CodeImage(const uint8_t* code, size_t size) {
 }
 
 CodeImage::~CodeImage() {
-  if (address_) munmap(address_, mapped_);
+  if (mapped_ > 0) munmap(address_, mapped_);
 }
 
 }  // namespace qg

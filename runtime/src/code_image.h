@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 namespace qg {
 
@@ -12,15 +13,18 @@ class CodeImage {
   // Copies the code to memory of its own, at a page boundary, and makes that read-execute: it is never
   // writable and executable at once. Throws Error(QG_IO_ERROR) where the system forbids it.
   CodeImage(const uint8_t* code, size_t size);
+  // Code that is part of the program, and executable where it is.
+  explicit CodeImage(const uint8_t* linked) : address_(const_cast<uint8_t*>(linked)) {}
   ~CodeImage();
-  CodeImage(const CodeImage&) = delete;
+  CodeImage(CodeImage&& other) noexcept
+      : address_(std::exchange(other.address_, nullptr)), mapped_(std::exchange(other.mapped_, 0)) {}
   CodeImage& operator=(const CodeImage&) = delete;
 
   const void* at(size_t offset) const { return static_cast<const uint8_t*>(address_) + offset; }
 
  private:
   void* address_ = nullptr;
-  size_t mapped_ = 0;
+  size_t mapped_ = 0;  // 0: not ours
 };
 
 }  // namespace qg

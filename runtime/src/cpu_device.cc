@@ -21,12 +21,14 @@ static_assert(kMaxPlanArgs + 2 == kMaxKernelArgs, "the plan's arguments, begin a
 class CpuProgram final : public Program {
  public:
   CpuProgram(const Plan& plan, const Variant& variant)
-      : plan_(plan), variant_(variant), code_(variant.code, variant.code_size) {}
+      : plan_(plan),
+        variant_(variant),
+        code_(variant.code_linked ? CodeImage(variant.code) : CodeImage(variant.code, variant.code_size)) {}
 
   int64_t weight(size_t value) const override {
     return reinterpret_cast<int64_t>(plan_.values[value].weight);
   }
-  std::unique_ptr<Executor> executor(int threads) const override;
+  std::unique_ptr<Executor> executor(const Host& host) const override;
 
   const Plan& plan() const { return plan_; }
   const void* kernel(size_t index) const { return code_.at(variant_.entries[index]); }
@@ -39,15 +41,20 @@ class CpuProgram final : public Program {
 
 class CpuExecutor final : public Executor {
  public:
-  CpuExecutor(const CpuProgram& program, int threads) : program_(program), pool_(new ThreadPool(threads)) {
+  CpuExecutor(const CpuProgram& program, const Host& host)
+      : program_(program),
+        allocator_(host.allocator),
+        scratch_(allocator_),
+        pool_(new ThreadPool(host.threads, host.pool)) {
     for (const Step& step : program.plan().steps) {
       scratch_stride_ = std::max(scratch_stride_, step.scratch_bytes);
     }
   }
 
   int threads() const override { return pool_->threads(); }
-  int64_t alignment() const override { return 64; }
-  std::unique_ptr<Buffer> buffer() const override { return std::make_unique<AlignedBuffer>(); }
+  bool orphaned() const override { return pool_->orphaned(); }
+  int64_t alignment() const override { return AlignedBuffer::kAlign; }
+  std::unique_ptr<Buffer> buffer() const override { return std::make_unique<AlignedBuffer>(allocator_); }
 
   void copy(const std::vector<RowCopy>& copies) override {
     for (const RowCopy& rows : copies) {
@@ -84,6 +91,7 @@ class CpuExecutor final : public Executor {
   static void run_blocks(const void* call, int worker, int64_t begin, int64_t end);
 
   const CpuProgram& program_;
+  Allocator allocator_;
   AlignedBuffer scratch_;  // scratch_stride_ bytes for each thread
   int64_t scratch_stride_ = 0;
   int32_t status_ = 0;  // kernels write to it
@@ -92,8 +100,8 @@ class CpuExecutor final : public Executor {
   std::unique_ptr<ThreadPool, ThreadPoolDeleter> pool_;
 };
 
-std::unique_ptr<Executor> CpuProgram::executor(int threads) const {
-  return std::make_unique<CpuExecutor>(*this, threads);
+std::unique_ptr<Executor> CpuProgram::executor(const Host& host) const {
+  return std::make_unique<CpuExecutor>(*this, host);
 }
 
 void CpuExecutor::run(const StepTable& table, const std::vector<Transfer>&, const std::vector<Transfer>&,

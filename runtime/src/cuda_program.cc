@@ -106,6 +106,8 @@ KernelParams CudaProgram::launch(size_t kernel) const {
   return params;
 }
 
-std::unique_ptr<Executor> CudaProgram::executor(int) const { return std::make_unique<CudaExecutor>(*this); }
+std::unique_ptr<Executor> CudaProgram::executor(const Host&) const {
+  return std::make_unique<CudaExecutor>(*this);
+}
 
 }  // namespace qg::cuda

@@ -32,7 +32,7 @@ class CudaProgram final : public Program {
   CudaProgram(const Driver& driver, Ordinal ordinal, const Plan& plan, const Variant& variant);
 
   int64_t weight(size_t value) const override { return weights_at_[value]; }
-  std::unique_ptr<Executor> executor(int threads) const override;
+  std::unique_ptr<Executor> executor(const Host& host) const override;
 
   const PrimaryContext& context() const { return context_; }
   const Plan& plan() const { return plan_; }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "binding.h"
+#include "host.h"
 #include "plan.h"
 
 namespace qg {
@@ -95,6 +96,8 @@ class Executor {
   virtual ~Executor() = default;
 
   virtual int threads() const = 0;
+  // fork() took its threads.
+  virtual bool orphaned() const { return false; }
   // Of temporaries and state, a power of two and at least 64.
   virtual int64_t alignment() const = 0;
   virtual std::unique_ptr<Buffer> buffer() const = 0;
@@ -131,8 +134,9 @@ class Program {
   virtual ~Program() = default;
   // Where kernels find a value of kind weight.
   virtual int64_t weight(size_t value) const = 0;
-  // `threads` >= 1, of the CPU.
-  virtual std::unique_ptr<Executor> executor(int threads) const = 0;
+  // What `host` lends is for the CPU: threads, and memory of temporaries, state and scratch. Throws
+  // std::system_error if the system has no threads left.
+  virtual std::unique_ptr<Executor> executor(const Host& host) const = 0;
 };
 
 // Lives as long as the process.

@@ -48,34 +48,57 @@ const Variant& choose_variant(const Device& device, const std::vector<Variant>& 
   fail(QG_UNSUPPORTED, "no code in the file fits ", device.text(), ": ", seen);
 }
 
+// The code images that are part of the program, as tensors of the container.
+std::vector<Segment> linked_code(const qg_static_model& artifact) {
+  std::vector<Segment> segments;
+  for (size_t i = 0; i < artifact.code_count; ++i) {
+    const qg_static_code& code = artifact.code[i];
+    segments.push_back(
+        {cat("qgraph.code.", code.isa), static_cast<const uint8_t*>(code.data), code.size, true});
+  }
+  return segments;
+}
+
 }  // namespace
 
-Model::Model(MappedFile file, const uint8_t* data, size_t size, const Choice& choice)
-    : file_(std::move(file)),
-      artifact_(data, size),
-      device_(choose_device(artifact_, choice.device)),
+Model::Model(MappedFile file, const qg_static_model& artifact, const qg_load_options& options)
+    : log_(options.log, options.log_context),
+      file_(std::move(file)),
+      artifact_(static_cast<const uint8_t*>(artifact.data), artifact.size, linked_code(artifact),
+                options.threads),
+      device_(choose_device(artifact_, options.device)),
       plan_(parse_plan(artifact_, device_.platform())),
-      variant_(&choose_variant(device_, plan_.variants, choice.isa)),
-      program_(device_.program(plan_, *variant_)) {}
+      variant_(&choose_variant(device_, plan_.variants, options.isa)),
+      program_(device_.program(plan_, *variant_)) {
+  if (!log_) return;
+  for (const Variant& better : plan_.variants) {
+    if (&better == variant_) break;
+    if (!supported(better)) {
+      log_.write(QG_LOG_WARNING, "variant '", better.isa, "' ", obstacle(device_, better));
+    }
+  }
+  log_.write(QG_LOG_INFO, "loaded ", artifact.size, " bytes, ", plan_.steps.size(), " steps, variant '",
+             variant_->isa, "' on ", device_.name());
+}
 
 bool Model::supported(const Variant& variant) const { return obstacle(device_, variant).empty(); }
 
-std::shared_ptr<const Model> Model::from_file(const char* path, const Choice& choice) {
+std::shared_ptr<const Model> Model::from_file(const char* path, const qg_load_options& options) {
   try {
     MappedFile file(path);
-    const uint8_t* data = file.data();
-    size_t size = file.size();
-    return std::make_shared<const Model>(std::move(file), data, size, choice);
+    const qg_static_model artifact{sizeof(artifact), file.data(), file.size(), nullptr, 0};
+    return std::make_shared<const Model>(std::move(file), artifact, options);
   } catch (const Error& e) {
     throw Error(e.status(), cat(path, ": ", e.what()));
   }
 }
 
-std::shared_ptr<const Model> Model::from_memory(const uint8_t* data, size_t size, const Choice& choice) {
-  if (reinterpret_cast<uintptr_t>(data) % 64 != 0) {
+std::shared_ptr<const Model> Model::from_memory(const qg_static_model& artifact,
+                                                const qg_load_options& options) {
+  if (reinterpret_cast<uintptr_t>(artifact.data) % 64 != 0) {
     fail(QG_INVALID_ARGUMENT, "an artifact in memory must be aligned to 64 bytes");
   }
-  return std::make_shared<const Model>(MappedFile(), data, size, choice);
+  return std::make_shared<const Model>(MappedFile(), artifact, options);
 }
 
 }  // namespace qg

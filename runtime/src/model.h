@@ -8,6 +8,7 @@
 
 #include "artifact.h"
 #include "device.h"
+#include "log.h"
 #include "mapped_file.h"
 #include "plan.h"
 
@@ -15,27 +16,24 @@ namespace qg {
 
 class Model {
  public:
-  // What to load of an artifact, each nullptr for its default.
-  struct Choice {
-    const char* isa;     // the variant; the first that the device supports
-    const char* device;  // the CPU if there is code for it, else the first GPU
-  };
-
-  static std::shared_ptr<const Model> from_file(const char* path, const Choice& choice);
-  // Keeps pointing into data[0, size).
-  static std::shared_ptr<const Model> from_memory(const uint8_t* data, size_t size, const Choice& choice);
+  static std::shared_ptr<const Model> from_file(const char* path, const qg_load_options& options);
+  // Keeps pointing into `artifact`, whose code, if it has any apart, is run where it is.
+  static std::shared_ptr<const Model> from_memory(const qg_static_model& artifact,
+                                                  const qg_load_options& options);
 
   const Artifact& artifact() const { return artifact_; }
   const Plan& plan() const { return plan_; }
   const Variant& variant() const { return *variant_; }
   const Device& device() const { return device_; }
   const Program& program() const { return *program_; }
+  const Log& log() const { return log_; }
   // Whether the device can run a variant.
   bool supported(const Variant& variant) const;
 
-  Model(MappedFile file, const uint8_t* data, size_t size, const Choice& choice);
+  Model(MappedFile file, const qg_static_model& artifact, const qg_load_options& options);
 
  private:
+  Log log_;
   MappedFile file_;  // empty for a model from memory
   Artifact artifact_;
   const Device& device_;

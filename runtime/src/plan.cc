@@ -309,6 +309,7 @@ class PlanParser {
     const Segment& code = segment(json.member("code"));
     variant.code = code.data;
     variant.code_size = code.size;
+    variant.code_linked = code.linked;
     // In the order of `kernels`: where each begins, or how it is launched.
     const JsonCursor kernels = json.member(platform_ == Platform::kCpu ? "entries" : "functions");
     if (kernels.size() != plan_.kernels.size()) kernels.invalid("does not have one entry for each kernel");

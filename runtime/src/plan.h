@@ -86,6 +86,7 @@ struct Variant {
   std::vector<std::string> features;
   const uint8_t* code = nullptr;
   size_t code_size = 0;
+  bool code_linked = false;     // part of the program, and executable where it is
   std::vector<size_t> entries;  // of each kernel, offsets into the code; for the CPU
 
   struct Function {

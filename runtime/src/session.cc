@@ -25,6 +25,15 @@ int checked_threads(int32_t threads) {
   return threads == 0 ? available_cores() : threads;
 }
 
+Host host_of(const qg_session_options& options) {
+  if (!options.allocate != !options.deallocate) {
+    fail(QG_INVALID_ARGUMENT, "one of allocate and deallocate is NULL: give both or neither");
+  }
+  return {checked_threads(options.threads),
+          {options.parallel_for, options.parallel_context},
+          {options.allocate, options.deallocate, options.allocator_context}};
+}
+
 }  // namespace
 
 class Session::Exclusive {
@@ -41,16 +50,16 @@ class Session::Exclusive {
   std::atomic_flag& flag_;
 };
 
-Session::Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit, int64_t capacity)
+Session::Session(std::shared_ptr<const Model> model, const qg_session_options& options)
     : model_(std::move(model)),
-      memory_limit_(memory_limit),
-      executor_(model_->program().executor(checked_threads(threads))),
+      memory_limit_(options.memory_limit),
+      executor_(model_->program().executor(host_of(options))),
       arena_(executor_->buffer()) {
   const Plan& plan = model_->plan();
   if (plan.state) {
-    state_.emplace(plan, capacity, *executor_);
-  } else if (capacity != 0) {
-    fail(QG_INVALID_ARGUMENT, "capacity is ", capacity, ", but the model has no state");
+    state_.emplace(plan, options.capacity, *executor_);
+  } else if (options.capacity != 0) {
+    fail(QG_INVALID_ARGUMENT, "capacity is ", options.capacity, ", but the model has no state");
   }
   inputs_.resize(plan.inputs.size());
   outputs_.resize(plan.outputs.size());
@@ -403,6 +412,7 @@ void Session::resolve_memory() {
   std::optional<int64_t> state = state_ ? static_cast<int64_t>(state_->memory()) : 0;
   if (begins) state = state_->bytes(rows);
   make_room(arena, state);
+  const uint64_t before = memory();
   try {
     if (begins) {
       state_->reserve(rows);
@@ -414,6 +424,9 @@ void Session::resolve_memory() {
     std::string held =
         state_ ? cat(", ", *state, " for a state with room for ", state_->capacity(), " tokens") : "";
     fail(QG_OUT_OF_MEMORY, out_of_memory_text(e), ": ", *arena, " bytes for temporaries", held, dims_text());
+  }
+  if (log() && memory() != before) {
+    log().write(QG_LOG_INFO, "memory: ", memory(), " bytes", dims_text());
   }
   for (size_t i = 0; i < plan.values.size(); ++i) {
     if (slot_of_[i] == kNoSlot) continue;
@@ -561,6 +574,9 @@ void Session::list_transfers() {
 
 void Session::run() {
   Exclusive exclusive(this);
+  if (executor_->orphaned() && !std::exchange(orphan_told_, true)) {
+    log().write(QG_LOG_WARNING, "after fork() a session's threads are gone: this thread does all the work");
+  }
   resolve_steps();
   check_outputs();
   check_overlaps();

@@ -20,8 +20,7 @@ namespace qg {
 
 class Session {
  public:
-  // `threads` 0 means all cores, `memory_limit` 0 none, `capacity` 0 the model's default.
-  Session(std::shared_ptr<const Model> model, int32_t threads, uint64_t memory_limit, int64_t capacity);
+  Session(std::shared_ptr<const Model> model, const qg_session_options& options);
 
   // Each throws Error, QG_INVALID_ARGUMENT unless said otherwise in qgraph.h.
   void bind_input(size_t index, const qg_tensor& tensor);
@@ -40,6 +39,7 @@ class Session {
   void wait(void* stream);
   int64_t step_time(size_t step) const { return step < step_times_.size() ? step_times_[step] : -1; }
   int threads() const { return executor_->threads(); }
+  const Log& log() const { return model_->log(); }
   uint64_t memory() const {
     return arena_->size() + static_cast<uint64_t>(executor_->held()) + (state_ ? state_->memory() : 0);
   }
@@ -108,6 +108,7 @@ class Session {
   std::vector<Transfer> uploads_, downloads_;
   std::unique_ptr<Buffer> arena_;
   bool profile_ = false;
+  bool orphan_told_ = false;  // the log knows that the threads are gone
   std::vector<int64_t> step_times_;
 };
 

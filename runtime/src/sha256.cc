@@ -21,15 +21,15 @@ alignas(16) constexpr uint32_t kRound[64] = {
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-using State = std::array<uint32_t, 8>;
-using Compress = void (*)(State&, const uint8_t*, size_t);
+using HashState = std::array<uint32_t, 8>;
+using Compress = void (*)(HashState&, const uint8_t*, size_t);
 
-constexpr State kInitial = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                            0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+constexpr HashState kInitial = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
 
 uint32_t rotr(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
-void compress_portable(State& state, const uint8_t* data, size_t blocks) {
+void compress_portable(HashState& state, const uint8_t* data, size_t blocks) {
   for (; blocks > 0; --blocks, data += 64) {
     uint32_t w[64];
     for (int i = 0; i < 16; ++i) {
@@ -41,7 +41,7 @@ void compress_portable(State& state, const uint8_t* data, size_t blocks) {
       uint32_t s1 = rotr(w[i - 2], 17) ^ rotr(w[i - 2], 19) ^ w[i - 2] >> 10;
       w[i] = w[i - 16] + s0 + w[i - 7] + s1;
     }
-    State v = state;
+    HashState v = state;
     auto& [a, b, c, d, e, f, g, h] = v;
     for (int i = 0; i < 64; ++i) {
       uint32_t t1 = h + (rotr(e, 6) ^ rotr(e, 11) ^ rotr(e, 25)) + ((e & f) ^ (~e & g)) + kRound[i] + w[i];
@@ -62,7 +62,7 @@ void compress_portable(State& state, const uint8_t* data, size_t blocks) {
 #if defined(__x86_64__)
 // The instructions hold the state as (a, b, e, f) and (c, d, g, h), highest lane first, and do two rounds
 // each.
-__attribute__((target("sha,sse4.1,ssse3"))) void compress_sha_ni(State& state, const uint8_t* data,
+__attribute__((target("sha,sse4.1,ssse3"))) void compress_sha_ni(HashState& state, const uint8_t* data,
                                                                  size_t blocks) {
   const __m128i big_endian = _mm_set_epi8(12, 13, 14, 15, 8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3);
   __m128i* h = reinterpret_cast<__m128i*>(state.data());
@@ -108,7 +108,7 @@ Compress best_compress() {
 }
 
 Digest digest(const uint8_t* data, size_t size, Compress compress) {
-  State state = kInitial;
+  HashState state = kInitial;
   compress(state, data, size / 64);
   // The tail, a one bit, zeros, and the length in bits, big-endian, at the end of the last block.
   uint8_t last[128] = {};

@@ -12,7 +12,7 @@
 namespace qg {
 namespace {
 
-void pause() {
+void spin_pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -48,7 +48,9 @@ int available_cores() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-ThreadPool::ThreadPool(int threads) : generation_(count_forks()) {
+ThreadPool::ThreadPool(int threads, HostPool host)
+    : threads_(threads), host_(host), generation_(count_forks()) {
+  if (host_.parallel_for) return;
   SignalsBlocked blocked;
   workers_.reserve(static_cast<size_t>(threads) - 1);
   try {
@@ -69,11 +71,11 @@ ThreadPool::~ThreadPool() {
   for (std::thread& thread : workers_) thread.join();
 }
 
-bool ThreadPool::orphaned() const { return generation_ != fork_generation; }
+bool ThreadPool::orphaned() const { return !workers_.empty() && generation_ != fork_generation; }
 
 void ThreadPool::run(int64_t blocks, int64_t grain, Work work, const void* context) {
   if (blocks <= 0) return;
-  if (workers_.empty() || blocks <= grain || orphaned()) {
+  if (threads_ == 1 || blocks <= grain || orphaned()) {
     work(context, 0, 0, blocks);
     return;
   }
@@ -82,12 +84,27 @@ void ThreadPool::run(int64_t blocks, int64_t grain, Work work, const void* conte
   int64_t chunk = std::max(grain, (blocks - 1) / (kChunksPerThread * threads()) + 1);
   job_ = {work, context, blocks, chunk, (blocks - 1) / chunk + 1};
   next_chunk_ = 0;
+  if (host_.parallel_for) return run_on_host();
   uint64_t number = ((gate_ >> kNumberShift) + 1) & kMaxNumber;
   gate_ = std::max<uint64_t>(number, 1) << kNumberShift | kOpen;  // 0 is no job's number
   wake();
   take_chunks(0);
   gate_ &= ~kOpen;
   wait([this] { return (gate_ & kInside) == 0; });
+}
+
+// An index is a worker's number and so names its scratch memory: one that no task has is refused. The chunks
+// that the host's threads left, as worker 0: all tasks have returned.
+void ThreadPool::run_on_host() {
+  auto task = [](void* data, int32_t index) {
+    ThreadPool& pool = *static_cast<ThreadPool*>(data);
+    if (index < 0 || index >= pool.threads_) return;
+    DefaultFloatEnvironment environment;
+    pool.take_chunks(index);
+  };
+  int64_t count = std::min<int64_t>(threads_, job_.chunks);
+  host_.parallel_for(host_.context, static_cast<int32_t>(count), task, this);
+  take_chunks(0);
 }
 
 void ThreadPool::take_chunks(int worker) {
@@ -129,7 +146,7 @@ void ThreadPool::wait(Ready ready) {
   constexpr int kSpins = 500, kYields = 1000;
   for (int i = 0; i < kSpins; ++i) {
     if (ready()) return;
-    pause();
+    spin_pause();
   }
   for (int i = 0; i < kYields; ++i) {
     if (ready()) return;

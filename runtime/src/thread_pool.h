@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "host.h"
+
 namespace qg {
 
 // Cores that this process may use: at least 1.
@@ -23,8 +25,9 @@ class ThreadPool {
   // Does blocks [begin, end) as the given worker, 0 <= worker < threads().
   using Work = void (*)(const void* context, int worker, int64_t begin, int64_t end);
 
-  // `threads` >= 1 counts the caller. Throws std::system_error if the system has no threads left.
-  explicit ThreadPool(int threads);
+  // `threads` >= 1 counts the caller. Throws std::system_error if the system has no threads left. With a
+  // host's pool it makes none: then `threads` is the most tasks that the host is given at once.
+  explicit ThreadPool(int threads, HostPool host = {});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -34,7 +37,7 @@ class ThreadPool {
   // destroyed.
   bool orphaned() const;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return threads_; }
 
   // Covers [0, blocks) by calls of work, each for at least `grain` blocks but for the last; returns when all
   // are done. `work` must not throw. One caller at a time.
@@ -47,6 +50,7 @@ class ThreadPool {
     int64_t blocks, chunk, chunks;
   };
 
+  void run_on_host();
   void worker_main(int worker);
   // Waits for a job newer than `seen` and enters it; 0 when the pool ends, else the job's number.
   uint64_t enter(uint64_t seen);
@@ -64,6 +68,8 @@ class ThreadPool {
   static constexpr int kNumberShift = 33;
   static constexpr uint64_t kMaxNumber = ~uint64_t{0} >> kNumberShift;
 
+  const int threads_;
+  const HostPool host_;
   std::vector<std::thread> workers_;
   Job job_{};
   std::atomic<int64_t> next_chunk_{0};

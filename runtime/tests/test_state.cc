@@ -95,7 +95,7 @@ void test_pieces_equal_the_whole(const qgraph::Model& model) {
 }
 
 void test_option_dim(const qgraph::Model& model) {
-  Decoder all(model, 2, 6), some(model, 2, 6);
+  Decoder all(model, 2, 6), some(model, 2, 7);
   all.feed(6);
   some.choose(2);
   some.feed(6);

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from artifact_builder import Parts, header_of, padded, returning_code, sign
-from cmake_build import sanitizers
+from cmake_build import sanitizer
 
 PLANS, TEXTS, HEADERS = 2000, 400, 400
 DECODER_PLANS = 1000
@@ -128,7 +128,7 @@ def fuzz(cpp_tests: Path, files: list[bytes], tmp_path: Path) -> dict[str, int]:
     path.write_bytes(b"".join(struct.pack("<Q", len(data)) + data for data in files))
     program = cpp_tests / "tests" / "fuzz_plans"
     done = subprocess.run([program, path], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{done.stderr[-4000:]}\n(sanitizers: {sanitizers() or 'none'})"
+    assert done.returncode == 0, f"{done.stderr[-4000:]}\n(sanitizers: {sanitizer() or 'none'})"
     counts: dict[str, int] = json.loads(done.stdout)
     print(counts)
     assert counts["refused"] + counts["loaded"] == len(files)

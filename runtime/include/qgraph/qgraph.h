@@ -45,13 +45,22 @@ extern "C" {
 
 #define QG_VERSION "0.1.0"
 
+/* Number of the ABI, part of the shared library's name (libqgraph.so.1). Within one number functions, members
+ * at the end of option structs and values of enums are only added, so a program runs with any library of its
+ * number that is not older than the header it was compiled with. docs/sdk.md has the whole promise. */
+#define QG_ABI_VERSION 1
+
 /* Highest rank of a tensor. */
 #define QG_MAX_RANK 8
 
+/* Defined by whom compiles the runtime into a library of their own, to nothing: then that exports none of
+ * it. */
+#ifndef QG_API
 #if defined(__GNUC__) || defined(__clang__)
 #define QG_API __attribute__((visibility("default")))
 #else
 #define QG_API
+#endif
 #endif
 
 typedef enum qg_status {
@@ -109,6 +118,8 @@ typedef struct qg_tensor {
 
 /* Version of the library, "major.minor.patch". */
 QG_API const char* qg_version(void);
+/* QG_ABI_VERSION of the library. */
+QG_API int32_t qg_abi_version(void);
 /* Message of the last failure on this thread, "" if there was none. Valid until the next failure on this
  * thread. */
 QG_API const char* qg_last_error(void);
@@ -119,17 +130,48 @@ QG_API const char* qg_dtype_name(int32_t dtype);
 /* Bytes of an element; 0 for any other number. */
 QG_API size_t qg_dtype_size(int32_t dtype);
 
+/* ---- hooks: the log, threads and memory of the host ----
+ *
+ * All are called with the `context` that was given beside them, on threads that are inside a function of this
+ * library or inside a qg_task, by several at once where several are. They must not call back into the model
+ * or session that called them. */
+
+typedef enum qg_log_level { QG_LOG_INFO = 0, QG_LOG_WARNING = 1, QG_LOG_ERROR = 2 } qg_log_level;
+
+/* A line without its end, alive during the call: what was loaded (info), what is not as fast as it could be
+ * (warning), every failure that a function returns (error). A run that succeeds with the memory it has says
+ * nothing. */
+typedef void (*qg_log)(void* context, int32_t level, const char* message);
+
+typedef void (*qg_task)(void* data, int32_t index);
+/* Calls task(data, index) for each index of [0, count), at most once each and on any threads, and returns
+ * when all that were called have returned. What they wrote must be visible to the caller then. Tasks share
+ * the work among themselves: they may run at the same time or one after another, and whatever is left, as
+ * when the pool ran none of them, is done by the thread that called qg_run. */
+typedef void (*qg_parallel_for)(void* context, int32_t count, qg_task task, void* data);
+
+/* Memory of `size` bytes, a multiple of `alignment`, at an address that is one, too; NULL if there is none.
+ */
+typedef void* (*qg_allocate)(void* context, size_t size, size_t alignment);
+/* Takes back what qg_allocate gave, with the size that was asked for. */
+typedef void (*qg_deallocate)(void* context, void* memory, size_t size);
+
 /* ---- models ---- */
 
-/* `struct_size` is sizeof the struct the caller was compiled with; members beyond it take their defaults. */
+/* `struct_size` is sizeof the struct the caller was compiled with; members beyond it take their defaults,
+ * which are zero. A library that is older than its caller refuses members that it does not know, unless they
+ * are zero: QG_UNSUPPORTED. So it is with all structs that begin like this. */
 typedef struct qg_load_options {
   size_t struct_size;
   const char* isa;    /* NULL: the first variant that the device supports; else this one, or QG_UNSUPPORTED */
   const char* device; /* "cpu", "cuda" (the first GPU), "cuda:1"; NULL: the CPU if the file has code for it,
                          else the first GPU */
+  qg_log log;         /* of the model and its sessions; NULL: none */
+  void* log_context;
+  int32_t threads; /* that verify a large artifact, the caller's included; 0: one a core, at most 16 */
 } qg_load_options;
 
-#define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL, NULL}
+#define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL, NULL, NULL, NULL, 0}
 
 /* Maps the file, verifies every byte of it, then parses the plan and maps the code; for a GPU it uploads code
  * and weights. `options` may be NULL.
@@ -139,6 +181,29 @@ QG_API qg_status qg_load(const char* path, const qg_load_options* options, qg_mo
 /* The same for an artifact in memory, which is not copied: keep it alive and unchanged until the model and
  * all of its sessions are freed. `data` must be aligned to 64 bytes, as the kernels expect weights to be. */
 QG_API qg_status qg_load_memory(const void* data, size_t size, const qg_load_options* options,
+                                qg_model** model);
+
+/* Code that is part of the program, in a section that may be executed: the image that the container would
+ * call `qgraph.code.<isa>`, of that variant and any that share it. */
+typedef struct qg_static_code {
+  const char* isa;
+  const void* data;
+  size_t size;
+} qg_static_code;
+
+/* An artifact that is part of the program, as `qgraph compile --format static-lib` makes it: the container
+ * without its code for CPUs, and that code. The header beside the library declares it. */
+typedef struct qg_static_model {
+  size_t struct_size;
+  const void* data; /* aligned to 64 bytes */
+  size_t size;
+  const qg_static_code* code;
+  size_t code_count;
+} qg_static_model;
+
+/* Verifies all of it and copies nothing: needs no file system, and no memory that could be made executable.
+ */
+QG_API qg_status qg_load_static(const qg_static_model* artifact, const qg_load_options* options,
                                 qg_model** model);
 
 /* Releases the handle; sessions keep what they need. NULL is allowed. */
@@ -183,12 +248,18 @@ typedef struct qg_session_options {
   size_t struct_size;
   int32_t threads; /* the thread that calls qg_run included; 0: every core this process may use. On a GPU
                       of no effect */
-  uint64_t memory_limit; /* of temporaries, scratch memory and state, in bytes; 0: none. More is
-                            QG_OUT_OF_MEMORY */
-  int64_t capacity;      /* tokens that the state has room for; 0: the model's default */
+  uint64_t memory_limit;        /* of temporaries, scratch memory and state, in bytes; 0: none. More is
+                                   QG_OUT_OF_MEMORY */
+  int64_t capacity;             /* tokens that the state has room for; 0: the model's default */
+  qg_parallel_for parallel_for; /* NULL: `threads` - 1 threads of the session's own; else none of its own,
+                                   and at most `threads` tasks at once. On a GPU of no effect */
+  void* parallel_context;
+  qg_allocate allocate;     /* of all that qg_session_memory counts; on a GPU of none of it, it is memory */
+  qg_deallocate deallocate; /* of the GPU. NULL: aligned_alloc and free; else both of them */
+  void* allocator_context;
 } qg_session_options;
 
-#define QG_SESSION_OPTIONS_INIT {sizeof(qg_session_options), 0, 0, 0}
+#define QG_SESSION_OPTIONS_INIT {sizeof(qg_session_options), 0, 0, 0, NULL, NULL, NULL, NULL, NULL}
 
 /* `options` may be NULL. On failure *session is NULL. Results are bit-equal for any number of threads. */
 QG_API qg_status qg_session_create(qg_model* model, const qg_session_options* options, qg_session** session);

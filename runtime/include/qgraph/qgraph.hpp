@@ -70,12 +70,26 @@ struct TensorInfo {
 class Model {
  public:
   // `device` is "cpu", "cuda", "cuda:1"; nullptr the CPU if the file has code for it, else the first GPU.
-  explicit Model(const std::string& path, const char* isa = nullptr, const char* device = nullptr) {
-    qg_load_options options = QG_LOAD_OPTIONS_INIT;
-    options.isa = isa;
-    options.device = device;
+  explicit Model(const std::string& path, const char* isa = nullptr, const char* device = nullptr)
+      : Model(path, with(isa, device)) {}
+  Model(const std::string& path, const qg_load_options& options) {
     qg_model* raw = nullptr;
     check(qg_load(path.c_str(), &options, &raw));
+    handle_.reset(raw);
+  }
+  // The artifact stays the caller's, and must outlive the model and its sessions.
+  static Model from_memory(const void* data, std::size_t size,
+                           const qg_load_options& options = with(nullptr, nullptr)) {
+    Model model;
+    qg_model* raw = nullptr;
+    check(qg_load_memory(data, size, &options, &raw));
+    model.handle_.reset(raw);
+    return model;
+  }
+  // One that is linked into the program: `qgraph compile --format static-lib`.
+  explicit Model(const qg_static_model& artifact, const qg_load_options& options = with(nullptr, nullptr)) {
+    qg_model* raw = nullptr;
+    check(qg_load_static(&artifact, &options, &raw));
     handle_.reset(raw);
   }
 
@@ -85,6 +99,10 @@ class Model {
   std::vector<TensorInfo> inputs() const { return tensors(QG_INPUT); }
   std::vector<TensorInfo> outputs() const { return tensors(QG_OUTPUT); }
 
+  // Index of an input or output by its name.
+  std::size_t input(const std::string& name) const { return index(QG_INPUT, name); }
+  std::size_t output(const std::string& name) const { return index(QG_OUTPUT, name); }
+
   // Value of a metadata key, "" if the file has none.
   std::string metadata(const std::string& key) const {
     const char* value = qg_model_metadata(get(), key.c_str());
@@ -92,9 +110,27 @@ class Model {
   }
 
  private:
+  Model() = default;
+
   struct Free {
     void operator()(qg_model* model) const noexcept { qg_model_free(model); }
   };
+
+  static qg_load_options with(const char* isa, const char* device) {
+    qg_load_options options = QG_LOAD_OPTIONS_INIT;
+    options.isa = isa;
+    options.device = device;
+    return options;
+  }
+
+  std::size_t index(qg_side side, const std::string& name) const {
+    std::size_t count = qg_model_tensor_count(get(), side), i = 0;
+    while (i < count && name != qg_model_tensor_name(get(), side, i)) ++i;
+    if (i < count) return i;
+    std::string message =
+        (side == QG_INPUT ? "the model has no input '" : "the model has no output '") + name;
+    throw Error(QG_INVALID_ARGUMENT, (message + "'").c_str());
+  }
 
   std::vector<TensorInfo> tensors(qg_side side) const {
     std::vector<TensorInfo> result;
@@ -116,11 +152,9 @@ class Model {
 class Session {
  public:
   explicit Session(const Model& model, int threads = 0, std::uint64_t memory_limit = 0,
-                   std::int64_t capacity = 0) {
-    qg_session_options options = QG_SESSION_OPTIONS_INIT;
-    options.threads = threads;
-    options.memory_limit = memory_limit;
-    options.capacity = capacity;
+                   std::int64_t capacity = 0)
+      : Session(model, with(threads, memory_limit, capacity)) {}
+  Session(const Model& model, const qg_session_options& options) {
     qg_session* raw = nullptr;
     check(qg_session_create(model.get(), &options, &raw));
     handle_.reset(raw);
@@ -146,6 +180,18 @@ class Session {
   template <typename T>
   void bind_output(std::size_t index, T* data, const std::vector<std::int64_t>& shape) {
     bind_output(index, static_cast<void*>(data), dtype_of<T>::value, shape);
+  }
+
+  // Once all inputs are bound: memory of the right size for an output of the next run, bound to it. For a
+  // later run with another shape bind anew.
+  template <typename T>
+  std::vector<T> make_output(std::size_t index) {
+    const std::vector<std::int64_t> shape = output_shape(index);
+    std::size_t size = 1;
+    for (std::int64_t extent : shape) size *= static_cast<std::size_t>(extent);
+    std::vector<T> data(size);
+    bind_output(index, data.data(), shape);
+    return data;
   }
 
   std::vector<std::int64_t> output_shape(std::size_t index) const {
@@ -174,6 +220,14 @@ class Session {
   struct Free {
     void operator()(qg_session* session) const noexcept { qg_session_free(session); }
   };
+
+  static qg_session_options with(int threads, std::uint64_t memory_limit, std::int64_t capacity) {
+    qg_session_options options = QG_SESSION_OPTIONS_INIT;
+    options.threads = threads;
+    options.memory_limit = memory_limit;
+    options.capacity = capacity;
+    return options;
+  }
 
   static qg_tensor view(void* data, qg_dtype dtype, const std::vector<std::int64_t>& shape) {
     return qg_tensor{data, dtype, static_cast<std::int32_t>(shape.size()), shape.data(), nullptr};

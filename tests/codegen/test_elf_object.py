@@ -1,0 +1,65 @@
+"""Object files and archives of our own, read back by pyelftools and by hand."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from elftools.elf.elffile import ELFFile
+
+from qgraph.codegen.elf_object import ALLOC, EXECUTE, MACHINES, WRITE, Section, write_archive, write_object
+
+
+def sections() -> list[Section]:
+    pointers = Section(".data.rel.ro", ALLOC | WRITE, 8, [bytes(24)], {0: (0, 5), 16: (1, 0)})
+    return [
+        Section(".rodata.x", ALLOC, 64, [b"abc", memoryview(b"defg")]),
+        Section(".text.x", ALLOC | EXECUTE, 4096, [b"\xc3" * 9]),
+        pointers,
+    ]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_object(machine: str) -> None:
+    data = b"".join(write_object(machine, sections(), {"first": (2, 0, 24), "second": (0, 3, 4)}))
+    elf = ELFFile(io.BytesIO(data))
+    assert elf["e_type"] == "ET_REL"
+    assert elf["e_machine"] == {"x86_64": "EM_X86_64", "aarch64": "EM_AARCH64"}[machine]
+    assert elf.get_section_by_name(".rodata.x").data() == b"abcdefg"
+    text = elf.get_section_by_name(".text.x")
+    assert text.data() == b"\xc3" * 9 and text["sh_flags"] == 6
+    for section in elf.iter_sections():
+        assert section["sh_offset"] % max(1, section["sh_addralign"]) == 0
+    table = elf.get_section_by_name(".symtab")
+    found = {s.name: (s["st_shndx"], s["st_value"], s["st_size"]) for s in table.iter_symbols() if s.name}
+    assert found == {"first": (3, 0, 24), "second": (1, 3, 4)}
+    # sh_info of a symbol table: the first symbol that is not local.
+    bindings = [s["st_info"]["bind"] for s in table.iter_symbols()]
+    assert bindings.index("STB_GLOBAL") == table["sh_info"] == 4
+    relocations = elf.get_section_by_name(".rela.data.rel.ro")
+    assert relocations["sh_info"] == 3 and elf.get_section(relocations["sh_link"]).name == ".symtab"
+    places = [
+        (r["r_offset"], table.get_symbol(r["r_info_sym"])["st_shndx"], r["r_addend"])
+        for r in relocations.iter_relocations()
+    ]
+    assert places == [(0, 1, 5), (16, 2, 0)]
+    assert {r["r_info_type"] for r in relocations.iter_relocations()} == {MACHINES[machine][1]}
+
+
+@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("symbol", ["even_name_", "odd_name_"])
+def test_archive(size: int, symbol: str) -> None:
+    content = bytes(range(size))
+    data = b"".join(write_archive("model.o", [content[:2], content[2:]], [symbol]))
+    assert data[:8] == b"!<arch>\n"
+    members, at = [], 8
+    while at < len(data):
+        name, length = data[at : at + 16].rstrip(), int(data[at + 48 : at + 58])
+        assert data[at + 58 : at + 60] == b"`\n"
+        members.append((name, at, data[at + 60 : at + 60 + length]))
+        at += 60 + length + length % 2
+    assert at == len(data)
+    (index_name, _, index), (name, offset, found) = members
+    assert (index_name, name, found) == (b"/", b"model.o/", content)
+    assert int.from_bytes(index[:4], "big") == 1 and int.from_bytes(index[4:8], "big") == offset
+    assert index[8:].rstrip(b"\0").decode() == symbol
