@@ -1,4 +1,5 @@
-// Runs CUDA C++ of qgraph's kernels on a CPU: each thread of a block is a fiber, blocks run one after another.
+// Runs CUDA C++ of qgraph's kernels on a CPU: each thread of a block is a fiber, blocks run one after
+// another.
 //
 // Compiled before the text of codegen/cuda/text.py; then, for each kernel, QG_EMULATE(kernel) exports
 //   void <kernel>__launch(void** params, uint32_t grid, uint32_t threads, uint32_t shared)
@@ -139,8 +140,10 @@ inline void run(uint32_t grid, uint32_t threads, uint32_t shared, const std::fun
       Fiber& fiber = fibers[i];
       if (!fiber.stack) fiber.stack.reset(new char[kStack]);
       fiber.done = false;
-      // As qg_emulation_switch leaves a stack: six registers and where to go on; the stack aligned as at a call.
-      void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStack) & ~uintptr_t{15});
+      // As qg_emulation_switch leaves a stack: six registers and where to go on; the stack aligned as at a
+      // call.
+      void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStack) &
+                                            ~uintptr_t{15});
       *--top = nullptr;
       *--top = reinterpret_cast<void*>(&enter);
       for (int k = 0; k < 6; ++k) *--top = nullptr;
@@ -223,12 +226,14 @@ inline int __float2int_rz(float x) {
 }
 inline long long __float2ll_rz(float x) {
   if (x != x) return INT64_MIN;
-  return x >= 9223372036854775808.0f    ? INT64_MAX
+  return x >= 9223372036854775808.0f   ? INT64_MAX
          : x < -9223372036854775808.0f ? INT64_MIN
                                        : static_cast<long long>(x);
 }
 
-inline uint32_t qg_bf16x2(float lo, float hi) { return emulation::to_bf16(lo) | emulation::to_bf16(hi) << 16; }
+inline uint32_t qg_bf16x2(float lo, float hi) {
+  return emulation::to_bf16(lo) | emulation::to_bf16(hi) << 16;
+}
 
 inline float qg_f16_to_float(uint16_t bits) {
   _Float16 value;
@@ -244,10 +249,12 @@ inline uint32_t to_f16(float value) {
 }
 inline uint32_t qg_f16x2(float lo, float hi) { return to_f16(lo) | to_f16(hi) << 16; }
 inline uint32_t qg_f16x2_mul(uint32_t a, uint32_t b) {
-  return qg_f16x2(qg_f16_to_float(a) * qg_f16_to_float(b), qg_f16_to_float(a >> 16) * qg_f16_to_float(b >> 16));
+  return qg_f16x2(qg_f16_to_float(a) * qg_f16_to_float(b),
+                  qg_f16_to_float(a >> 16) * qg_f16_to_float(b >> 16));
 }
 inline uint32_t qg_f16x2_sub(uint32_t a, uint32_t b) {
-  return qg_f16x2(qg_f16_to_float(a) - qg_f16_to_float(b), qg_f16_to_float(a >> 16) - qg_f16_to_float(b >> 16));
+  return qg_f16x2(qg_f16_to_float(a) - qg_f16_to_float(b),
+                  qg_f16_to_float(a >> 16) - qg_f16_to_float(b >> 16));
 }
 
 // Products exact, sums in float32; the hardware's order of these is its own.
@@ -255,7 +262,7 @@ template <class Half>
 void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Half half_of) {
   using namespace emulation;
   int warp = thread_index.x / 32, lane = thread_index.x % 32;
-  auto& regs = reinterpret_cast<uint32_t(&)[32][16]>(exchanged[warp]);
+  auto& regs = reinterpret_cast<uint32_t (&)[32][16]>(exchanged[warp]);
   for (int i = 0; i < 4; ++i) regs[lane][i] = a[i];
   regs[lane][4] = b0;
   regs[lane][5] = b1;
@@ -279,8 +286,8 @@ inline void qg_mma_f16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
   mma(d, a, b0, b1, [](uint32_t bits) { return qg_f16_to_float(static_cast<uint16_t>(bits)); });
 }
 
-#define QG_EMULATE(kernel)                                                                                  \
-  extern "C" void kernel##__launch(void** params, uint32_t grid, uint32_t threads, uint32_t shared) {       \
-    emulation::launch(kernel, params, grid, threads, shared);                                               \
-  }                                                                                                         \
+#define QG_EMULATE(kernel)                                                                            \
+  extern "C" void kernel##__launch(void** params, uint32_t grid, uint32_t threads, uint32_t shared) { \
+    emulation::launch(kernel, params, grid, threads, shared);                                         \
+  }                                                                                                   \
   extern "C" const int32_t kernel##__params = emulation::count(kernel);

@@ -33,10 +33,11 @@ def _hot() -> list[KernelSpec]:
 
     specs = []
     # Not those of int3, whose codes take a detour through float32: its product of many rows spills 8 bytes on
-    # Blackwell.
+    # Blackwell. What differs in products of many rows is in three of the formats.
     for name in (NVFP4.name, *(f.name for f in GROUP_FORMATS if f.name != "int3")):
-        specs += [matmul(name, "one"), matmul(name, "few"), matmul(name, "many", parts=1)]
-        specs += [matmul(name, "many", parts=2)]
+        specs += [matmul(name, "one"), matmul(name, "few")]
+    for name in (NVFP4.name, "ternary", "int4"):
+        specs += [matmul(name, "many", parts=parts) for parts in (1, 2)]
     heads = {"head_dim": 128, "value_dim": 128}
     specs.append(KernelSpec.make("attention", q_block=32, causal=True, **heads, **_ATTENTION))
     for cache_ in ("f32", "i8"):
