@@ -11,7 +11,6 @@ namespace qg::cuda {
 namespace {
 
 constexpr int64_t kAlignment = 256;  // of a weight
-constexpr int kSharedWithoutAsking = 49152;
 
 bool is_elf(const Variant& variant) {
   return variant.code_size >= 4 && std::memcmp(variant.code,
@@ -60,7 +59,9 @@ void CudaProgram::find_functions() {
     check(context_.driver().module_function(&function, module_.get(), name.c_str()), "variant '",
           variant_.isa, "' has no kernel '", name, "'");
     int shared = variant_.functions[i].shared;
-    if (shared > kSharedWithoutAsking) {
+    // What is free without asking is 48 KiB less the kernel's static shared memory, which only the driver
+    // knows.
+    if (shared > 0) {
       check(context_.driver().function_set(function, kMaxDynamicSharedBytes, shared), context_.name(),
             " does not give kernel '", name, "' ", shared, " bytes of shared memory");
     }

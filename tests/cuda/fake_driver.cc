@@ -84,7 +84,8 @@ const std::map<Result, const char*> kNames = {{1, "CUDA_ERROR_INVALID_VALUE"},
 constexpr int kFirstDevice = 7;  // a CUdevice is not an ordinal
 constexpr size_t kPage = 4096, kAlignment = 256;
 constexpr size_t kHeap = size_t{1} << 38;
-constexpr unsigned kFreeShared = 49152, kMostShared = 232448;
+constexpr unsigned kFreeShared = 0;  // as of a kernel with 48 KiB of static shared memory
+constexpr unsigned kMostShared = 232448;
 
 long long setting(const char* name, long long otherwise) {
   const char* text = std::getenv(name);
