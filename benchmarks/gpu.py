@@ -1,31 +1,33 @@
 """Kernels and whole models on an NVIDIA GPU, beside its limits and every peer that is installed, in one run.
 
     python benchmarks/gpu_prepare.py FOLDER      where qgraph is installed in full
-    python benchmarks/gpu.py FOLDER              where the GPU is: [--json FILE] [--only limits,models,layers,llama]
-        [--match TEXT] [--rows 1,8,512] [--cold MB] [--turns 20] [--repeats 2] [--seconds 520] [--sanitize]
+    python benchmarks/gpu.py FOLDER              where the GPU is
+        [--json FILE] [--only limits,models,layers,llama] [--match TEXT] [--rows 1,8,512] [--cold MB]
+        [--passes 8] [--turns 20] [--repeats 2] [--prompt 512] [--steps 32] [--seconds 520] [--work FOLDER]
+        [--sanitize]
 
-The second needs numpy, ml_dtypes and a C++ compiler, and neither ONNX nor TVM. torch brings the limits and the
-peers; what is missing is named, and left out.
+The second needs numpy, ml_dtypes and a C++ compiler, and neither ONNX nor TVM. torch brings the limits and
+the peers; what is missing is named, and left out.
 
 * limits: copies on the device (bytes read and written), cuBLAS in bfloat16 on square matrices of 8192.
 * models: CPU code and CUDA code of one artifact on the same inputs, outputs full of NaN before; relative
   Frobenius error of the logits for prompts and steps behind them, and what each writes by itself.
-* layers: 1 to 2048 rows through so many layers that no cache holds their weights (`--cold`), eight times over in
-  one CUDA graph; outputs also against float64 products with the weights as runtime/FORMAT.md defines them. Peers
-  take turns with qgraph: cuBLAS bf16 and tinygemm int4 of torch, Humming if installed. They take bfloat16
-  activations and write such, qgraph float32. `share`: up to 8 rows of the copy bandwidth, by the bytes of
+* layers: 1 to 2048 rows through so many layers that no cache holds their weights (`--cold`), `--passes` times over
+  in one CUDA graph; outputs also against float64 products with the weights as runtime/FORMAT.md defines them.
+  Peers take turns with qgraph: cuBLAS bf16 and tinygemm int4 of torch, Humming if installed. They read and
+  write bfloat16 activations, qgraph float32. `share`: up to 8 rows of the copy bandwidth, by the bytes of
   weights; above of cuBLAS on the same shape and rows, in the same turns.
 * llama: layers of 7B shape with random weights: a prompt, and token by token behind it with logits read by
   nobody, beside a Llama written in torch (bfloat16, static cache, one CUDA graph for a prompt or step). Then
   where the time of a step goes, by kernel.
 
-All times are the wall's, from the call to the result. `us` is the median, `best` the best decile, `repeats` by
-how much the medians of the repeats differ. Jobs run in a process of their own: one that fails, or takes too
-long, is named, and the rest goes on. The status is 1 if a job failed, or an error was above its limit; a
+All times are the wall's, from the call to the result. `us` is the median, `best` the best decile, `repeats`
+by how much the medians of the repeats differ. Jobs run in a process of their own: one that fails, or takes
+too long, is named, and the rest goes on. The status is 1 if a job failed, or an error was above its limit; a
 target of speed that was missed is only printed.
 
-`--sanitize` is for `compute-sanitizer python benchmarks/gpu.py FOLDER --sanitize`: every kernel, little data, no
-times.
+`--sanitize` compares only, with little data: for
+`compute-sanitizer --target-processes all --error-exitcode 9 python benchmarks/gpu.py FOLDER --sanitize`.
 """
 
 from __future__ import annotations
@@ -331,9 +333,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cold", type=float, default=480, help="million bytes of weights in a pass, at least"
     )
+    parser.add_argument("--passes", type=int, default=8, help="over all layers, in one run")
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512, help="tokens that the Llama reads first")
+    parser.add_argument("--steps", type=int, default=32, help="that it takes behind them, in a turn")
     parser.add_argument("--seconds", type=float, default=520, help="for all of it")
     parser.add_argument("--work", type=Path, help="a folder with room for a gigabyte (default: temporary)")
     parser.add_argument("--sanitize", action="store_true")
@@ -357,6 +361,7 @@ def settings_of(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     yield "work", str(options.work) if options.work else None
     yield "small", options.sanitize
     yield "prompt", options.prompt
+    yield "steps", options.steps
     yield "turns", max(2, options.turns // 4)
     yield (
         "sizes",
@@ -366,6 +371,7 @@ def settings_of(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
             "cold": round(options.cold * 1e6),
             "turns": options.turns,
             "repeats": options.repeats,
+            "passes": options.passes,
         },
     )
 

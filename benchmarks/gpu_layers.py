@@ -1,10 +1,10 @@
 """Linear layers of one shape on the GPU, for benchmarks/gpu.py: right or not, and how fast beside the peers.
 
-What is timed is a pass over so many layers that their weights do not fit into any cache, done PASSES times
-over, each layer with an output of its own; by the wall's clock, from the call to the result, so that nothing
-is left out. Inputs and outputs lie on the device and are bound once (all outputs to the same memory: a pass is
-one CUDA graph, in order). Without torch they lie in memory of the host and are copied, which is good for tests
-of this program alone.
+What is timed goes over so many layers that their weights do not fit into any cache, several times over,
+each layer with an output of its own; by the wall's clock, from the call to the result, so that nothing is
+left out. Inputs and outputs lie on the device and are bound once (all outputs to the same memory: it is one
+CUDA graph, in order). Without torch they lie in memory of the host and are copied, which is good for tests of
+this program alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from qgraph import runtime
 from qgraph.codegen import package
 from qgraph.runtime import _native
 
-PASSES = 8
 MOST = 4000  # outputs of a plan
 WARM = 3
 LEAST = 3  # turns, however long they take
@@ -43,7 +42,7 @@ class Sizes:
     cold: int
     turns: int
     repeats: int
-    passes: int = PASSES
+    passes: int
 
 
 class Layers:
@@ -87,8 +86,8 @@ class Layers:
         return run, len(self._outputs)
 
     def error(self, rows: int) -> float:
-        """The relative Frobenius error of the first layer's output, which held NaN before, to float64 products
-        with the weights as FORMAT.md has them. Infinite where the output is not finite."""
+        """The relative Frobenius error of the first layer's output, which held NaN before, to float64
+        products with the weights as FORMAT.md has them. Infinite where the output is not finite."""
         if self._weight is None:
             self._weight = matrix(self._weights, (self.K, self.N), self.scheme)
         x = np.random.default_rng(rows).standard_normal((rows, self.K), np.float32)
@@ -193,7 +192,7 @@ def _measure_rows(
 
 
 def time_turns(runs: Sequence[Run], turns: int, seconds: float = SECONDS) -> list[list[float]]:
-    """Seconds of each run, in turns: `turns` of them, or as many as fit into `seconds` each, at least LEAST."""
+    """Seconds of each run, in turns: `turns`, or as many as fit into `seconds` each, at least LEAST."""
     for run in runs:
         for _ in range(WARM):
             run()

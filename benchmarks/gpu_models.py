@@ -25,9 +25,8 @@ LOGITS = "logits"
 TEXTS = ((1, (17, 1, 1, 5)), (3, (64, 1, 9, 1)), (8, (130, 1, 1, 1)))
 SMALL_TEXTS = ((2, (5, 1)),)
 BATCHES = ((1, 16), (3, 37), (8, 128))
-GREEDY = 32  # tokens, behind a prompt of
+GREEDY, SMALL_GREEDY = 32, 3  # tokens, behind a prompt of
 PROMPT = 12
-STEPS = 32  # of a turn of decoding
 
 
 def unpack(entry: Row, folder: Path, work: Path) -> Path:
@@ -73,27 +72,26 @@ def check_decoder(entry: Row, folder: Path, work: Path, emit: Emit, small: bool 
             error = relative_error(gpu.read(ids), cpu.read(ids))
             case = f"{batch} x {length} behind {cpu.session.length - length}"
             emit({"kind": "error", "name": name, "case": case, "error": error})
-    if not small:
-        emit({"kind": "greedy", "name": name, **_greedy(cpu, gpu, rng)})
+    emit({"kind": "greedy", "name": name, **_greedy(cpu, gpu, SMALL_GREEDY if small else GREEDY, rng)})
     for text in (cpu, gpu):
         text.close()
     path.unlink()
 
 
-def _greedy(cpu: Text, gpu: Text, rng: np.random.Generator) -> Row:
-    """How many tokens of GREEDY the two write alike; where they part, by how much the CPU preferred its own."""
+def _greedy(cpu: Text, gpu: Text, count: int, rng: np.random.Generator) -> Row:
+    """How many of `count` tokens the two write alike; where they part, how far ahead the CPU's own was."""
     for text in (cpu, gpu):
         text.session.reset()
     ids = rng.integers(0, cpu.vocabulary, (1, PROMPT))
     logits = [text.read(ids)[0, -1] for text in (cpu, gpu)]
-    for i in range(GREEDY):
+    for i in range(count):
         ours, theirs = (int(np.argmax(one)) for one in logits)
         if ours != theirs:
             lead = float(logits[0][ours] - logits[0][theirs])
             off = float(np.abs(logits[0] - logits[1]).max())
-            return {"equal": i, "of": GREEDY, "lead": lead, "largest_difference": off}
+            return {"equal": i, "of": count, "lead": lead, "largest_difference": off}
         logits = [text.read(np.array([[ours]]))[0, -1] for text in (cpu, gpu)]
-    return {"equal": GREEDY, "of": GREEDY}
+    return {"equal": count, "of": count}
 
 
 def check_encoder(entry: Row, folder: Path, work: Path, emit: Emit, small: bool = False) -> None:
@@ -129,7 +127,7 @@ def _padded(
 
 
 def measure_llama(
-    entry: Row, folder: Path, work: Path, prompt: int, turns: int, emit: Emit, steps: int = STEPS
+    entry: Row, folder: Path, work: Path, prompt: int, steps: int, turns: int, emit: Emit
 ) -> None:
     """Prompts and steps of a Llama in turns with torch's; then where the time of a step goes."""
     path, name = unpack(entry, folder, work), _name(entry)

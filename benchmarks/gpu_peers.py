@@ -1,8 +1,8 @@
 """What benchmarks/gpu.py measures qgraph beside, all in torch: the GPU's limits, products of linear layers by
 cuBLAS, tinygemm and Humming, and a Llama in bfloat16. `AbsentError` says why one is not there.
 
-A peer runs as fast as torch lets it: weights on the device, one CUDA graph for all that is timed. It gets what
-it multiplies best, bfloat16 activations, where qgraph takes float32.
+A peer runs as fast as torch lets it: weights on the device, one CUDA graph for all that is timed. It gets
+what it multiplies best, bfloat16 activations, where qgraph takes float32.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 Run = Callable[[], object]
@@ -57,7 +58,7 @@ def captured(run: Callable[[], Any]) -> Run:
 class Peer:
     """Layers of one shape with cold weights.
 
-    nbytes: of the weights of a layer, scales counted. bind: rows to (what does all of them, how many it does).
+    nbytes: of the weights of a layer, scales counted. bind: rows to (what does all of them, how many).
     """
 
     name: str
@@ -168,7 +169,7 @@ def _decile(torch: Any, run: Run, runs: int, which: float = 0.1) -> float:
         run()
         mark.record()
     torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False))
+    times = sorted(a.elapsed_time(b) / 1e3 for a, b in pairwise(marks))
     return float(times[int(which * (len(times) - 1))])
 
 
@@ -205,7 +206,7 @@ class TorchLlama:
         self._places = torch.arange(tokens, device="cuda")
 
     def forward(self, ids: Any, at: Any) -> Any:
-        """Logits [1, 1, V] of the last of ids [1, n], int64, at positions `at` [n]; all in memory of the device."""
+        """Logits [1, 1, V] of the last of ids [1, n], int64, at positions `at` [n]: all on the device."""
         torch = self._torch
         functional = torch.nn.functional
         x = functional.embedding(ids, self._table)
@@ -245,7 +246,7 @@ class TorchLlama:
         return captured(lambda: self.forward(ids, at))
 
     def step(self, start: int) -> Run:
-        """Reads one token behind those before, in one CUDA graph that moves on by itself, at most `tokens`."""
+        """Reads one token, at first at position `start`, in one CUDA graph that moves on by itself."""
         torch = self._torch
         ids = torch.randint(0, self.vocabulary, (1, 1), device="cuda")
         at = torch.full((1,), start, device="cuda")

@@ -1,7 +1,8 @@
 """Compiles what benchmarks/gpu.py measures, into a folder to carry to a machine with a GPU.
 
     python benchmarks/gpu_prepare.py FOLDER [--minilm minilm.onnx] [--layers 4] [--only models,layers,llama]
-        [--shapes 4096x4096,..] [--schemes nvfp4,..] [--isas cuda-sm_90a,.. | --isas all] [--limit 48] [--work FOLDER]
+        [--shapes 4096x4096,..] [--schemes nvfp4,..] [--isas cuda-sm_90a,.. | --isas all] [--limit 48]
+        [--work FOLDER]
 
 That machine needs neither the compiler nor a network: python3 with numpy and ml_dtypes, a C++ compiler (the
 runtime is built on first use), and this repository's files. Three kinds of artifacts are made, all gzipped:
@@ -10,8 +11,8 @@ runtime is built on first use), and this repository's files. Three kinds of arti
   `--minilm` (`python -m qgraph.models export minilm minilm.onnx`) the encoder.
 * layers: a linear layer of each shape and scheme; the other machine makes as many of them as it takes for
   weights to be cold (gpu_skeleton.side_by_side).
-* llama: some layers of a Llama of 7B shape, with embedding and head. Its float32 weights (1 GB for each layer)
-  are made, exported and quantized here, so it needs twice as much memory as they take.
+* llama: some layers of a Llama of 7B shape, with embedding and head. Its float32 weights (0.8 GB a layer, and
+  1 GB) are made, exported and quantized here.
 
 Of the last two the weights are left out, and made up where they are measured. `manifest.json` says what each
 file is. Fails where the folder would hold more than `--limit` MiB.

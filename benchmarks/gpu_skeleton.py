@@ -1,8 +1,8 @@
 """Artifacts that travel light: compressed, and without the weights that can be made up where they are run.
 
-A skeleton is the container of runtime/FORMAT.md, gzipped, in which a tensor that was left out has a first axis
-of 0 before its shape: dtype, shape, name and place remain. `fill` makes a full artifact of it, with seeded
-content (gpu_weights.py): as fast as the original, and worth nothing else. numpy only.
+A skeleton is the container of runtime/FORMAT.md, gzipped, in which a tensor that was left out has a first
+axis of 0 before its shape: dtype, shape, name and place remain. `fill` makes a full artifact of it, with
+seeded content (gpu_weights.py): as fast as the original, and worth nothing else. numpy only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Content = tuple[list[Tensor], dict[str, str]]
 
 
 def read(data: bytes | np.ndarray) -> Content:
-    """Tensors in file order and metadata of a container, without pads, root and hashes, which are not looked at."""
+    """Tensors in file order and metadata of a container, without pads, root and hashes; verifies nothing."""
     view = memoryview(data).cast("B")
     base = 8 + int.from_bytes(view[:8], "little")
     header = json.loads(bytes(view[8:base]))

@@ -1,4 +1,4 @@
-"""Weights made up: for the tensors that a skeleton leaves out (gpu_skeleton.py), and back to the matrix they mean.
+"""Weights made up, where a skeleton leaves them out (gpu_skeleton.py); and the matrix that tensors mean.
 
 Layouts are those of runtime/FORMAT.md, by the packers of codegen; a tensor's name ends with its layout.
 """
@@ -28,7 +28,7 @@ SCHEMES_OF_TWO_BITS = ("ternary", "int2")
 
 
 def weight_format(layout: str, scheme: str, zero_points: bool) -> str:
-    """The format of codes in a layout, key of `qgraph.formats.FORMATS`; zero_points: whether there are any."""
+    """The format of codes in a layout, a key of `FORMATS`; zero_points: whether there are any."""
     if layout == "n16b2":
         return next((name for name in SCHEMES_OF_TWO_BITS if scheme.startswith(name)), "ternary")
     if layout == "n16b4" and not zero_points:
@@ -39,7 +39,7 @@ def weight_format(layout: str, scheme: str, zero_points: bool) -> str:
 def made_up(
     name: str, shape: tuple[int, ...], like: np.dtype, scheme: str, names: frozenset[str]
 ) -> np.ndarray:
-    """Seeded content for a weight tensor of an artifact: valid codes, and scales which keep activations near 1.
+    """Seeded content for a weight tensor: valid codes, and scales with which W is near 1 / sqrt(K).
 
     Args:
         name, shape, like: the tensor; names: of all tensors, for what belongs together.

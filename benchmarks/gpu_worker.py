@@ -1,9 +1,10 @@
-"""The jobs of benchmarks/gpu.py, in a process of their own: a GPU that fails, or a kernel that does not end, takes
-no more than the job with it.
+"""The jobs of benchmarks/gpu.py, in a process of their own: a GPU that fails, or a kernel that does not end,
+takes no more than the job with it.
 
     python benchmarks/gpu_worker.py '{"folder": "...", "jobs": ["limits", "layers 4096x14336"], ...}'
 
-A line of standard output that begins with MARK is a result, as JSON. After a job that failed the process ends.
+A line of standard output that begins with MARK is a result, as JSON. After a job that failed the process
+ends.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class Worker:
     def _llama(self, which: str) -> None:
         for entry in self._of("llama"):
             if entry["file"] == which:
-                prompt, turns = self._settings["prompt"], self._settings["turns"]
-                measure_llama(entry, self._folder, self._work, prompt, turns, emit)
+                sizes = [self._settings[name] for name in ("prompt", "steps", "turns")]
+                measure_llama(entry, self._folder, self._work, *sizes, emit)
 
     def _of(self, *kinds: str) -> list[Row]:
         return [entry for entry in self._entries if entry["kind"] in kinds]

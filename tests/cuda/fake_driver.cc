@@ -104,7 +104,6 @@ struct Block {
 
 struct Module {
   void* library;
-  int file;  // open as long as the library is: by its path, two libraries are one to dlopen()
 };
 
 struct Function {
@@ -469,6 +468,8 @@ Result cuModuleLoadDataEx(Module** module, const void* image, unsigned count, in
     }
     return kInvalidPtx;
   }
+  // Never closed: its number is the path, by which two libraries are one to dlopen(), and one with unique
+  // symbols stays after dlclose().
   int file = memfd_create("module", 0);
   auto size = static_cast<ssize_t>(elf_size(image));
   std::string path = "/proc/self/fd/" + std::to_string(file);
@@ -476,7 +477,7 @@ Result cuModuleLoadDataEx(Module** module, const void* image, unsigned count, in
       write(file, image, elf_size(image)) == size ? dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL) : nullptr;
   if (!library) close(file);
   if (!library) return static_cast<const Elf64_Ehdr*>(image)->e_machine == 190 ? kNoBinary : kInvalidImage;
-  *module = *f.modules.insert(new Module{library, file}).first;
+  *module = *f.modules.insert(new Module{library}).first;
   return kSuccess;
 }
 
@@ -487,7 +488,6 @@ Result cuModuleUnload(Module* module) {
   for (const auto& [name, function] : f.functions[module]) delete function;
   f.functions.erase(module);
   dlclose(module->library);
-  close(module->file);
   delete module;
   return kSuccess;
 }
