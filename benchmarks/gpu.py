@@ -12,11 +12,11 @@ the peers; what is missing is named, and left out.
 * limits: copies on the device (bytes read and written), cuBLAS in bfloat16 on square matrices of 8192.
 * models: CPU code and CUDA code of one artifact on the same inputs, outputs full of NaN before; relative
   Frobenius error of the logits for prompts and steps behind them, and what each writes by itself.
-* layers: 1 to 2048 rows through so many layers that no cache holds their weights (`--cold`), `--passes` times over
-  in one CUDA graph; outputs also against float64 products with the weights as runtime/FORMAT.md defines them.
-  Peers take turns with qgraph: cuBLAS bf16 and tinygemm int4 of torch, Humming if installed. They read and
-  write bfloat16 activations, qgraph float32. `share`: up to 8 rows of the copy bandwidth, by the bytes of
-  weights; above of cuBLAS on the same shape and rows, in the same turns.
+* layers: 1 to 2048 rows through so many layers that no cache holds their weights (`--cold`), `--passes` times
+  over in one CUDA graph; outputs also against float64 products with the weights as runtime/FORMAT.md defines
+  them. Peers take turns with qgraph: cuBLAS bf16 and tinygemm int4 (up to 64 rows) of torch, Humming if
+  installed. They read and write bfloat16 activations, qgraph float32. `share`: up to 8 rows of the copy
+  bandwidth, by the bytes of weights; above of cuBLAS on the same shape and rows, in the same turns.
 * llama: layers of 7B shape with random weights: a prompt, and token by token behind it with logits read by
   nobody, beside a Llama written in torch (bfloat16, static cache, one CUDA graph for a prompt or step). Then
   where the time of a step goes, by kernel.
@@ -46,7 +46,7 @@ from typing import Any
 
 from gpu_worker import MARK, Row
 
-JOB_SECONDS = 150.0  # that a job may take
+JOB_SECONDS = 200.0  # that a job may take
 PARTS = ("limits", "models", "layers", "llama")
 FEW = 8  # rows up to which reading weights is the limit
 FIRST = "4096x14336"  # the shape that targets are set for

@@ -92,11 +92,17 @@ class Layers:
             self._weight = matrix(self._weights, (self.K, self.N), self.scheme)
         x = np.random.default_rng(rows).standard_normal((rows, self.K), np.float32)
         first, *others = self._outputs
-        y = np.full((rows, self.N), np.nan, np.float32)
-        rest = np.empty_like(y)
+        y: Any = np.full((rows, self.N), np.nan, np.float32)
+        rest: Any = np.empty_like(y)
+        try:
+            torch = torch_on_gpu()
+            y, rest = (torch.from_numpy(array).cuda() for array in (y, rest))
+        except AbsentError:
+            pass
         with self.model.session() as session:
             session.run({self._input: x}, outputs={first: y, **dict.fromkeys(others, rest)})
-        return relative_error(y, _product(x, self._weight))
+        found = y if isinstance(y, np.ndarray) else y.cpu().numpy()
+        return relative_error(found, _product(x, self._weight))
 
     def close(self) -> None:
         self.model.close()
@@ -166,6 +172,8 @@ def _measure_rows(
     names: list[tuple[str, int]] = [(about["name"], layers.nbytes)]
     runs = [layers.bind(rows)]
     for peer in peers:
+        if rows > peer.most:
+            continue
         try:
             runs.append(peer.bind(rows))
             names.append((peer.name, peer.nbytes))
@@ -194,8 +202,11 @@ def _measure_rows(
 def time_turns(runs: Sequence[Run], turns: int, seconds: float = SECONDS) -> list[list[float]]:
     """Seconds of each run, in turns: `turns`, or as many as fit into `seconds` each, at least LEAST."""
     for run in runs:
+        start = time.perf_counter()
         for _ in range(WARM):
             run()
+            if time.perf_counter() - start > seconds / LEAST:
+                break
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(max(turns, LEAST)):
         for run, own in zip(runs, times, strict=True):

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+DEVICE = "cuda"
 Run = Callable[[], object]
 TINYGEMM_GROUP = 128
+TINYGEMM_ROWS = 64  # at most: it is made for generation
 TINYGEMM_TILES = 8  # of 16 inputs, side by side in its layout: the most it has
 
 
@@ -58,12 +60,14 @@ def captured(run: Callable[[], Any]) -> Run:
 class Peer:
     """Layers of one shape with cold weights.
 
-    nbytes: of the weights of a layer, scales counted. bind: rows to (what does all of them, how many).
+    nbytes: of the weights of a layer, scales counted. bind: rows to (what does all of them, how many). most:
+    rows that it is meant for.
     """
 
     name: str
     nbytes: int
     bind: Callable[[int], tuple[Run, int]]
+    most: int = 1 << 20
 
 
 def bound(
@@ -72,7 +76,7 @@ def bound(
     """`bind` of a peer whose layers take x [rows, K] in bfloat16."""
 
     def bind(rows: int) -> tuple[Run, int]:
-        x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(rows, K, device=DEVICE, dtype=torch.bfloat16)
 
         def run() -> None:
             for _ in range(passes):
@@ -100,15 +104,15 @@ def tinygemm(K: int, N: int, cold: int, passes: int) -> Peer:
     nbytes = K * N // 2 + groups * N * 4
     layers = []
     for _ in range(-(-cold // nbytes)):
-        codes = torch.randint(0, 256, (N, K // 2), device="cuda", dtype=torch.uint8)
+        codes = torch.randint(0, 256, (N, K // 2), device=DEVICE, dtype=torch.uint8)
         packed = torch.ops.aten._convert_weight_to_int4pack(codes, TINYGEMM_TILES)
-        scales = torch.rand(groups, N, 2, device="cuda", dtype=torch.bfloat16) / K**0.5
+        scales = torch.rand(groups, N, 2, device=DEVICE, dtype=torch.bfloat16) / K**0.5
         layers.append(
             lambda x, packed=packed, scales=scales: torch.ops.aten._weight_int4pack_mm(
                 x, packed, TINYGEMM_GROUP, scales
             )
         )
-    return Peer("tinygemm int4", nbytes, bound(torch, K, layers, passes))
+    return Peer("tinygemm int4", nbytes, bound(torch, K, layers, passes), TINYGEMM_ROWS)
 
 
 HUMMING = {
@@ -141,13 +145,13 @@ PEERS: dict[str, Callable[[int, int, int, int], Peer]] = {
 
 
 def _normal(torch: Any, N: int, K: int) -> Any:
-    return torch.randn(N, K, device="cuda", dtype=torch.bfloat16) / K**0.5
+    return torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) / K**0.5
 
 
 def copy_bandwidth(nbytes: int = 2 << 30, runs: int = 20) -> float:
     """Bytes a second, read and written, of copies on the device: the best decile of `runs`."""
     torch = torch_on_gpu()
-    source = torch.empty(nbytes, device="cuda", dtype=torch.uint8).random_()
+    source = torch.empty(nbytes, device=DEVICE, dtype=torch.uint8).random_()
     target = torch.empty_like(source)
     return 2 * nbytes / _decile(torch, lambda: target.copy_(source), runs)
 
@@ -186,7 +190,7 @@ class TorchLlama:
         self._kv = kv_heads * self._size
         self._tokens, self.vocabulary = tokens, shape["vocabulary"]
         self._table, self._head = (_normal(torch, shape["vocabulary"], width) for _ in range(2))
-        self._gain = torch.ones(width, device="cuda", dtype=torch.bfloat16)
+        self._gain = torch.ones(width, device=DEVICE, dtype=torch.bfloat16)
         cache = (1, kv_heads, tokens, self._size)
         self._layers = [
             {
@@ -194,16 +198,16 @@ class TorchLlama:
                 "out": _normal(torch, width, width),
                 "up": _normal(torch, 2 * inner, width),
                 "down": _normal(torch, width, inner),
-                "keys": torch.zeros(cache, device="cuda", dtype=torch.bfloat16),
-                "values": torch.zeros(cache, device="cuda", dtype=torch.bfloat16),
+                "keys": torch.zeros(cache, device=DEVICE, dtype=torch.bfloat16),
+                "values": torch.zeros(cache, device=DEVICE, dtype=torch.bfloat16),
             }
             for _ in range(shape["layers"])
         ]
-        places = torch.arange(tokens, device="cuda", dtype=torch.float32)
-        rates = 10000.0 ** -(torch.arange(0, self._size, 2, device="cuda") / self._size)
+        places = torch.arange(tokens, device=DEVICE, dtype=torch.float32)
+        rates = 10000.0 ** -(torch.arange(0, self._size, 2, device=DEVICE) / self._size)
         angles = torch.outer(places, rates).repeat(1, 2)
         self._cos, self._sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-        self._places = torch.arange(tokens, device="cuda")
+        self._places = torch.arange(tokens, device=DEVICE)
 
     def forward(self, ids: Any, at: Any) -> Any:
         """Logits [1, 1, V] of the last of ids [1, n], int64, at positions `at` [n]: all on the device."""
@@ -241,15 +245,15 @@ class TorchLlama:
     def prompt(self, tokens: int) -> Run:
         """Reads a prompt of so many tokens, in one CUDA graph."""
         torch = self._torch
-        ids = torch.randint(0, self.vocabulary, (1, tokens), device="cuda")
-        at = torch.arange(tokens, device="cuda")
+        ids = torch.randint(0, self.vocabulary, (1, tokens), device=DEVICE)
+        at = torch.arange(tokens, device=DEVICE)
         return captured(lambda: self.forward(ids, at))
 
     def step(self, start: int) -> Run:
         """Reads one token, at first at position `start`, in one CUDA graph that moves on by itself."""
         torch = self._torch
-        ids = torch.randint(0, self.vocabulary, (1, 1), device="cuda")
-        at = torch.full((1,), start, device="cuda")
+        ids = torch.randint(0, self.vocabulary, (1, 1), device=DEVICE)
+        at = torch.full((1,), start, device=DEVICE)
 
         def run() -> Any:
             logits = self.forward(ids, at)

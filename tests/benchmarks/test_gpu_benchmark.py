@@ -22,6 +22,7 @@ for folder in (BENCHMARKS, TESTS / "cuda"):
 
 import fake_cuda  # noqa: E402
 import gpu  # noqa: E402
+import gpu_peers  # noqa: E402
 import gpu_prepare  # noqa: E402
 import gpu_skeleton  # noqa: E402
 import onnx  # noqa: E402
@@ -29,7 +30,6 @@ from emulated_artifact import emulated  # noqa: E402
 from gpu_weights import matrix  # noqa: E402
 from llama_shapes import LlamaShape, export  # noqa: E402
 from matmul_chain import one_layer  # noqa: E402
-from onnx import numpy_helper  # noqa: E402
 
 import qgraph  # noqa: E402
 from qgraph.codegen import package  # noqa: E402
@@ -126,7 +126,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(
 def test_side_by_side_is_what_is_compiled(scheme: str, tmp_path: Path) -> None:
     """Of one layer's artifact `side_by_side` makes that of the ONNX model which has the layers."""
     source = one_layer(K, N, tmp_path / "one.onnx")
-    one = qgraph.compile(source, scheme=scheme, output=tmp_path / "one", solver="rtn", verify=False)
+    one = qgraph.compile(source, scheme=scheme, output=tmp_path / "low", solver="rtn", verify=False)
     assert one.onnx and one.artifact
     tensors, metadata = gpu_skeleton.read_artifact(one.artifact)
     made = tmp_path / "made.qg"
@@ -156,10 +156,11 @@ def _side_by_side(layer: Path, path: Path, layers: int, passes: int) -> Path:
         del field[:]
     for i in range(layers):
         for tensor in weights:
-            graph.initializer.append(
-                numpy_helper.from_array(numpy_helper.to_array(tensor), f"{i}/{tensor.name}")
-            )
-            graph.initializer[-1].data_type = tensor.data_type
+            copy = graph.initializer.add()
+            copy.CopyFrom(tensor)
+            copy.name = f"{i}/{tensor.name}"
+            if len(tensor.raw_data) > 8:  # else all layers would share the weights of one
+                copy.raw_data = tensor.raw_data[8 * i :] + tensor.raw_data[: 8 * i]
     for turn in range(passes):
         for i in range(layers):
             for node in nodes:
@@ -179,7 +180,7 @@ def test_a_skeleton_is_filled(folder: Path, tmp_path: Path) -> None:
     """Everything small is as it was; what was left out comes back as large as it was, the same every time."""
     with emulated():
         source = one_layer(K, N, tmp_path / "one.onnx")
-        made = qgraph.compile(source, scheme="ternary", target="cuda", output=tmp_path / "one", verify=False)
+        made = qgraph.compile(source, scheme="ternary", target="cuda", output=tmp_path / "low", verify=False)
     assert made.artifact
     real, metadata = gpu_skeleton.read_artifact(made.artifact)
     filled, again = (gpu_skeleton.fill(folder / f"layer-{K}x{N}-ternary.gz") for _ in range(2))
@@ -193,6 +194,29 @@ def test_a_skeleton_is_filled(folder: Path, tmp_path: Path) -> None:
     assert not (codes >> 1 & ~codes & 0x55555555).any()  # -1, 0, 1
     W = matrix({t.name: t.data for t in filled[0] if t.name.startswith("w/")}, (K, N), "ternary")
     assert 0.3 < W.std() * K**0.5 < 3
+
+
+def test_the_torch_llama_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt and a step behind it are the same as the whole text; on the CPU, where there are no graphs."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(gpu_peers, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_peers, "torch_on_gpu", lambda: torch)
+    monkeypatch.setattr(gpu_peers, "captured", lambda run: run)
+    torch.manual_seed(0)
+    llama = gpu_peers.TorchLlama(vars(TINY), 16)
+    ids = torch.arange(9)[None]
+    whole = llama.forward(ids, torch.arange(9))
+    llama.forward(ids[:, :8], torch.arange(8))
+    step = llama.forward(ids[:, 8:], torch.arange(8, 9))
+    assert (whole - step).norm() < 0.02 * whole.norm()
+    other = llama.forward(ids[:, :1], torch.arange(8, 9))
+    assert (whole - other).norm() > 0.1 * whole.norm()
+    for run in (llama.prompt(5), llama.step(5)):
+        assert run().shape == (1, 1, TINY.vocabulary)
+    peer = gpu_peers.cublas(K, N, cold=5 * K * N, passes=2)
+    run, count = peer.bind(3)
+    run()
+    assert (peer.nbytes, count) == (2 * K * N, 2 * 3)
 
 
 def test_too_much_is_refused(folder: Path) -> None:
