@@ -6,8 +6,8 @@
         [--passes 8] [--turns 20] [--repeats 2] [--prompt 512] [--steps 32] [--seconds 520] [--work FOLDER]
         [--sanitize]
 
-The second needs numpy, ml_dtypes and a C++ compiler, and neither ONNX nor TVM. torch brings the limits and
-the peers; what is missing is named, and left out.
+The second needs numpy, ml_dtypes and a C++ compiler, neither ONNX nor TVM, and this repository on PYTHONPATH.
+torch brings the limits and the peers; what is missing is named, and left out.
 
 * limits: copies on the device (bytes read and written), cuBLAS in bfloat16 on square matrices of 8192.
 * models: CPU code and CUDA code of one artifact on the same inputs, outputs full of NaN before; relative
@@ -46,7 +46,7 @@ from typing import Any
 
 from gpu_worker import MARK, Row
 
-JOB_SECONDS = 200.0  # that a job may take
+JOB_SECONDS = 90.0  # that a job may take
 PARTS = ("limits", "models", "layers", "llama")
 FEW = 8  # rows up to which reading weights is the limit
 FIRST = "4096x14336"  # the shape that targets are set for
@@ -62,12 +62,17 @@ LLAMA_RATIO = 2.5  # steps, to torch bf16
 
 def jobs_of(entries: Sequence[Row], parts: Sequence[str]) -> list[str]:
     """What there is to do, what targets are set for first."""
-    shapes = dict.fromkeys(f"{e['K']}x{e['N']}" for e in entries if e["kind"] == "layer")
-    layers = [f"layers {shape}" for shape in sorted(shapes, key=lambda shape: shape != FIRST)]
-    llamas = [f"llama {e['file']}" for e in entries if e["kind"] == "llama"]
-    models = ["models"] * any(e["kind"] in ("decoder", "encoder") for e in entries)
-    order = ["limits", *models, *layers[:1], *llamas, *layers[1:]]
-    return [job for job in order if job.split()[0] in parts]
+    first = [e for e in entries if _shape(e) == FIRST]
+    others = [e for e in entries if e["kind"] == "layer" and e not in first]
+    models = [e for e in entries if e["kind"] in ("decoder", "encoder")]
+    llamas = [e for e in entries if e["kind"] == "llama"]
+    order = (("models", models), ("layers", first), ("llama", llamas), ("layers", others))
+    jobs = ["limits", *(f"{part} {entry['file']}" for part, group in order for entry in group)]
+    return [job for job in jobs if job.split()[0] in parts]
+
+
+def _shape(entry: Row) -> str:
+    return f"{entry['K']}x{entry['N']}" if entry["kind"] == "layer" else ""
 
 
 class Supervisor:

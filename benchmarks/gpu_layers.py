@@ -1,4 +1,4 @@
-"""Linear layers of one shape on the GPU, for benchmarks/gpu.py: right or not, and how fast beside the peers.
+"""Linear layers on the GPU, for benchmarks/gpu.py: right or not, and how fast beside the peers.
 
 What is timed goes over so many layers that their weights do not fit into any cache, several times over,
 each layer with an output of its own; by the wall's clock, from the call to the result, so that nothing is
@@ -135,21 +135,19 @@ def check_layers(entry: Row, folder: Path, work: Path, sizes: Sizes, emit: Emit)
     layers.close()
 
 
-def measure_shape(
-    entries: Sequence[Row], folder: Path, work: Path, sizes: Sizes, emit: Emit, left: Callable[[], float]
+def measure_layers(
+    entry: Row, folder: Path, work: Path, sizes: Sizes, emit: Emit, left: Callable[[], float]
 ) -> None:
-    """All entries, of one shape, each in turns with all peers."""
-    K, N = entries[0]["K"], entries[0]["N"]
-    peers = list(_open_peers(K, N, sizes, emit))
-    for entry in entries:
-        check_layers(entry, folder, work, sizes, emit)
-        layers = Layers(entry, folder, work, sizes)
-        for rows in sizes.rows:
-            if left() < 2 * sizes.repeats * SECONDS * (1 + len(peers)):
-                emit({"kind": "note", "text": f"no time left for {entry['file']}, {rows} rows"})
-                break
-            _measure_rows(entry, layers, peers, rows, sizes, emit)
-        layers.close()
+    """Errors, then times of all `rows`, in turns with all peers; as far as the time that is `left` goes."""
+    check_layers(entry, folder, work, sizes, emit)
+    peers = list(_open_peers(entry["K"], entry["N"], sizes, emit))
+    layers = Layers(entry, folder, work, sizes)
+    for rows in sizes.rows:
+        if left() < 2 * sizes.repeats * SECONDS * (1 + len(peers)):
+            emit({"kind": "note", "text": f"no time left for {entry['file']}, {rows} rows"})
+            break
+        _measure_rows(entry, layers, peers, rows, sizes, emit)
+    layers.close()
 
 
 def _open_peers(K: int, N: int, sizes: Sizes, emit: Emit) -> Iterator[Peer]:

@@ -1,7 +1,7 @@
 """The jobs of benchmarks/gpu.py, in a process of their own: a GPU that fails, or a kernel that does not end,
 takes no more than the job with it.
 
-    python benchmarks/gpu_worker.py '{"folder": "...", "jobs": ["limits", "layers 4096x14336"], ...}'
+    python benchmarks/gpu_worker.py '{"folder": "...", "jobs": ["limits", "models minilm-nvfp4.gz"], ...}'
 
 A line of standard output that begins with MARK is a result, as JSON. After a job that failed the process
 ends.
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_layers import Row, Sizes, check_layers, measure_shape
+from gpu_layers import Row, Sizes, check_layers, measure_layers
 from gpu_models import check_decoder, check_encoder, measure_llama
 from gpu_peers import AbsentError, copy_bandwidth, gemm_rate, torch_on_gpu
 
@@ -62,36 +62,30 @@ class Worker:
         self._end = time.monotonic() + settings["seconds"]
 
     def run(self, job: str) -> None:
-        what, _, which = job.partition(" ")
-        getattr(self, f"_{what}")(which)
+        what, _, file = job.partition(" ")
+        getattr(self, f"_{what}")(file)
 
-    def _limits(self, which: str) -> None:
+    def _limits(self, file: str) -> None:
         limits()
 
-    def _models(self, which: str) -> None:
-        for entry in self._of("decoder", "encoder"):
-            check: Callable[..., None] = check_decoder if entry["kind"] == "decoder" else check_encoder
-            if self._left() < 10:
-                note(f"no time left for {entry['file']}")
-                continue
-            check(entry, self._folder, self._work, emit, self._settings["small"])
+    def _models(self, file: str) -> None:
+        entry = self._entry(file)
+        check: Callable[..., None] = check_decoder if entry["kind"] == "decoder" else check_encoder
+        check(entry, self._folder, self._work, emit, self._settings["small"])
 
-    def _layers(self, which: str) -> None:
-        entries = [entry for entry in self._of("layer") if f"{entry['K']}x{entry['N']}" == which]
-        if not self._settings["small"]:
-            measure_shape(entries, self._folder, self._work, self._sizes, emit, self._left)
-            return
-        for entry in entries:
-            check_layers(entry, self._folder, self._work, self._sizes, emit)
+    def _layers(self, file: str) -> None:
+        about = self._entry(file), self._folder, self._work, self._sizes, emit
+        if self._settings["small"]:
+            check_layers(*about)
+        else:
+            measure_layers(*about, self._left)
 
-    def _llama(self, which: str) -> None:
-        for entry in self._of("llama"):
-            if entry["file"] == which:
-                sizes = [self._settings[name] for name in ("prompt", "steps", "turns")]
-                measure_llama(entry, self._folder, self._work, *sizes, emit)
+    def _llama(self, file: str) -> None:
+        sizes = [self._settings[name] for name in ("prompt", "steps", "turns")]
+        measure_llama(self._entry(file), self._folder, self._work, *sizes, emit)
 
-    def _of(self, *kinds: str) -> list[Row]:
-        return [entry for entry in self._entries if entry["kind"] in kinds]
+    def _entry(self, file: str) -> Row:
+        return next(entry for entry in self._entries if entry["file"] == file)
 
     def _left(self) -> float:
         return self._end - time.monotonic()

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,7 +119,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(
     (tmp_path / "copy" / "tinystories-nvfp4.gz").write_bytes(b"nothing")
     done = run(tmp_path / "copy", driver, "--sanitize")
     assert done.returncode == 1
-    assert "FAILED models: BadGzipFile: Not a gzipped file" in done.stdout
+    assert "FAILED models tinystories-nvfp4.gz: BadGzipFile: Not a gzipped file" in done.stdout
     assert "qgraph ternary, 128x160 16 rows: error" in done.stdout
 
 
@@ -225,7 +226,38 @@ def test_too_much_is_refused(folder: Path) -> None:
 
 
 def test_order() -> None:
-    entries = json.loads('[{"kind": "llama", "file": "llama-nvfp4.gz"}]')
-    entries += [{"kind": "layer", "K": k, "N": n} for k, n in ((4096, 4096), (4096, 14336))]
+    """What targets are set for comes before the rest of its kind, correctness before speed."""
+    entries = [{"kind": "layer", "K": K, "N": N, "file": f"{K}"} for K, N in ((14336, 4096), (4096, 14336))]
+    entries += [{"kind": kind, "file": kind} for kind in ("llama", "decoder")]
     jobs = gpu.jobs_of(entries, gpu.PARTS)
-    assert jobs == ["limits", "layers 4096x14336", "llama llama-nvfp4.gz", "layers 4096x4096"]
+    assert jobs == ["limits", "models decoder", "layers 4096", "llama llama", "layers 14336"]
+    assert gpu.jobs_of(entries, ["llama"]) == ["llama llama"]
+
+
+def test_what_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A worker that says nothing more is killed; another does the next job, as one after a crash does."""
+    script = tmp_path / "gpu_worker.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        "job = json.loads(sys.argv[1])['jobs'][0]\n"
+        "def emit(**row): print('\\x1e' + json.dumps({**row, 'job': job}), flush=True)\n"
+        "emit(kind='job')\n"
+        "if job == 'hangs': time.sleep(60)\n"
+        "if job == 'crashes': os._exit(7)\n"
+        "emit(kind='done')\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
+    monkeypatch.setattr(gpu, "JOB_SECONDS", 1.0)
+    supervisor = gpu.Supervisor({}, time.monotonic() + 60)
+    supervisor.run(["works", "hangs", "crashes", "ends"])
+    assert [
+        (row["kind"], row["job"], row.get("text")) for row in supervisor.rows if row["kind"] != "job"
+    ] == [
+        ("done", "works", None),
+        ("failure", "hangs", "took too long, and was ended"),
+        ("failure", "crashes", "the process ended with 7"),
+        ("done", "ends", None),
+    ]
+    late = gpu.Supervisor({}, time.monotonic())
+    late.run(["works"])
+    assert [row["text"] for row in late.rows] == ["no time left"]
