@@ -18,7 +18,7 @@ from qgraph import runtime
 from qgraph.codegen import package
 from qgraph.evaluate.samples import input_specs
 from qgraph.evaluate.text_ports import TextPorts, text_ports
-from qgraph.runtime import Model
+from qgraph.runtime import Model, _native
 
 LOGITS = "logits"
 # (texts, tokens) that one session reads one after another, for each: whole prompts, then behind them.
@@ -181,7 +181,11 @@ def bytes_of_a_step(path: Path) -> int:
 
 
 def _on_device(text: Text, prompt: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(a prompt from the start, one token more), token ids and logits in memory of the GPU where torch is."""
+    """(a prompt from the start, one token more), token ids and logits in memory of the GPU where torch is.
+
+    The first step behind a prompt binds them, the others only run, as a loop in C would: the next token is
+    written where the last one was. (Where positions or a mask are inputs, each step binds.)
+    """
     rng = np.random.default_rng(0)
     held = text.session
 
@@ -205,11 +209,23 @@ def _on_device(text: Text, prompt: int) -> tuple[Callable[[], object], Callable[
 
     whole, one = prepared(prompt), prepared(1)
 
+    bound = False
+
     def read() -> None:
+        nonlocal bound
         held.reset()
         whole()
+        bound = False
 
-    return read, one
+    def advance() -> None:
+        nonlocal bound
+        if bound:
+            _native.check(_native.library().qg_run(held._open_handle()))
+        else:
+            one()
+            bound = len(text.ports.tokens) == 1
+
+    return read, advance
 
 
 def _timed(run: Callable[[], object], count: int, warm: int = 0) -> list[float]:

@@ -15,7 +15,7 @@ runtime is built on first use), and this repository's files. Three kinds of arti
   1 GB) are made, exported and quantized here.
 
 Of the last two the weights are left out, and made up where they are measured. `manifest.json` says what each
-file is. Fails where the folder would hold more than `--limit` MiB.
+file is; a folder can be prepared in several runs. Fails where it holds more than `--limit` MiB.
 """
 
 from __future__ import annotations
@@ -94,8 +94,13 @@ class Folder:
         print(f"{name}: {skeleton.stat().st_size / 2**20:.2f} MiB, {seconds:.0f} s", flush=True)
 
     def close(self, limit: float) -> None:
-        """Write the manifest. Raises UsageError where the files are more than `limit` MiB."""
-        (self.path / "manifest.json").write_text(json.dumps(self.entries, indent=1) + "\n")
+        """Write the manifest, with what earlier runs prepared. Raises UsageError where the files are more than
+        `limit` MiB."""
+        manifest = self.path / "manifest.json"
+        earlier = json.loads(manifest.read_text()) if manifest.is_file() else []
+        made = {entry["file"] for entry in self.entries}
+        self.entries += [entry for entry in earlier if entry["file"] not in made]
+        manifest.write_text(json.dumps(self.entries, indent=1) + "\n")
         size = sum(path.stat().st_size for path in self.path.iterdir()) / 2**20
         print(f"{self.path}: {size:.1f} MiB in {len(self.entries)} artifacts")
         if size > limit:

@@ -220,6 +220,19 @@ def test_the_torch_llama_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (peer.nbytes, count) == (2 * K * N, 2 * 3)
 
 
+def test_a_folder_is_prepared_in_several_runs(tmp_path: Path) -> None:
+    for files in (["a", "b"], ["b", "c"]):
+        folder = gpu_prepare.Folder(tmp_path, tmp_path, ())
+        folder.entries = [{"file": file, "in": files} for file in files]
+        folder.close(1)
+    found = json.loads((tmp_path / "manifest.json").read_text())
+    assert {entry["file"]: entry["in"] for entry in found} == {
+        "b": ["b", "c"],
+        "c": ["b", "c"],
+        "a": ["a", "b"],
+    }
+
+
 def test_too_much_is_refused(folder: Path) -> None:
     with pytest.raises(gpu_prepare.UsageError, match=r"is more than 0.001 MiB"):
         gpu_prepare.Folder(folder, folder, ()).close(0.001)
