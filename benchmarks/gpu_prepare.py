@@ -94,7 +94,7 @@ class Folder:
         print(f"{name}: {skeleton.stat().st_size / 2**20:.2f} MiB, {seconds:.0f} s", flush=True)
 
     def close(self, limit: float) -> None:
-        """Write the manifest, with what earlier runs prepared. Raises UsageError where the files are more than
+        """Write the manifest, with what earlier runs prepared. Raises UsageError where files are more than
         `limit` MiB."""
         manifest = self.path / "manifest.json"
         earlier = json.loads(manifest.read_text()) if manifest.is_file() else []
