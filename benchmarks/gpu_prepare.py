@@ -52,7 +52,7 @@ DECODERS = (
     ("int4", "int8"),
 )
 KINDS = ("models", "layers", "llama")
-TENSOR_CORES = "bf16"  # of `--compute`, where qgraph has it: one bfloat16 number an activation, not two
+TENSOR_CORES = "bf16"  # of `--compute`: one bfloat16 number an activation, not two
 
 
 def llama_shape(layers: int) -> LlamaShape:
@@ -64,7 +64,7 @@ def recipes(schemes: list[str]) -> Iterator[tuple[str, str]]:
     """(scheme, compute): each as it is by default, and where there is one with the faster products."""
     for scheme in schemes:
         yield scheme, COMPUTES[0]
-        if TENSOR_CORES in COMPUTES and SCHEMES[scheme].solvers:
+        if SCHEMES[scheme].solvers:
             yield scheme, TENSOR_CORES
 
 
@@ -180,8 +180,6 @@ def main(given: list[str] | None = None) -> None:
     options = arguments().parse_args(given)
     if unknown := [name for name in options.only if name not in KINDS]:
         raise UsageError(f"--only: unknown {unknown[0]}; known: {', '.join(KINDS)}")
-    if TENSOR_CORES not in COMPUTES:
-        print(f"without --compute {TENSOR_CORES}: this qgraph has {', '.join(COMPUTES)}")
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         folder = Folder(options.folder, Path(work), options.isas)
         for kind in options.only:

@@ -91,10 +91,11 @@ def test_layers_and_a_llama(folder: Path, driver: dict[str, str], tmp_path: Path
     rows = json.loads(found.read_text())["rows"]
     of = {kind: [row for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}}
     assert "failure" not in of
-    assert {row["name"] for row in of["error"]} == {"qgraph nvfp4", "qgraph ternary"}
+    names = {f"qgraph {scheme}{compute}" for scheme in ("nvfp4", "ternary") for compute in ("", "/bf16")}
+    assert {row["name"] for row in of["error"]} == names
     assert all(0 < row["error"] < gpu.LAYER_ERROR for row in of["error"])
     assert {(row["name"], row["rows"]) for row in of["time"]} == {
-        (f"qgraph {scheme}", count) for scheme in ("nvfp4", "ternary") for count in (1, 9)
+        (name, count) for name in names for count in (1, 9)
     }
     nvfp4 = next(row for row in of["time"] if row["scheme"] == "nvfp4")
     assert nvfp4["nbytes"] == K * N // 2 + K // 16 * N + 4
