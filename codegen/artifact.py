@@ -266,9 +266,9 @@ def build_artifact(
         on_kernel: called with (done, total, symbol) before each kernel is compiled.
 
     Raises:
-        UnsupportedError: an operator, data type or shape that has no kernel, named with its node; for CUDA,
-            no compiler.
+        UnsupportedError: an operator, data type or shape that has no kernel, named with its node.
         UsageError: an unknown target, packing or compute.
+        ResourceError: for CUDA, no compiler.
     """
     wanted = parse_target(target)
     checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]
