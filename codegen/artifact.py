@@ -144,7 +144,7 @@ def _compute(node: ir.Node, spec: KernelSpec, target: Target, compute: str) -> s
         what = f"activations of {8 * digits} bits" if digits else "bfloat16 activations"
         more = f"; of more than {FEW_ROWS} rows {what}" + (f" ({others}: float32)" if others else "")
     if target.cuda and kernel in _WEIGHTS:
-        what = "bfloat16" if compute == "bf16" else "sums of two bfloat16 numbers"
+        what = "bfloat16" if compute == "bf16" and not rounded else "sums of two bfloat16 numbers"
         more += _ON_GPU.format(rows=FEW_ROWS, what=what)
     return (rounded or _COMPUTE.get(kernel, "float32")) + more
 

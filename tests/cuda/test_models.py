@@ -15,11 +15,13 @@ from emulated_artifact import emulated
 from fake_cuda import Report
 
 import qgraph
+from qgraph.cli import doctor
 from qgraph.codegen import build_artifact
 from qgraph.codegen.cuda import toolkit
 from qgraph.codegen.cuda.arch import ARCHS
 from qgraph.codegen.targets import parse_target
 from qgraph.errors import QGraphError, ResourceError, UsageError
+from qgraph.evaluate.verify import REL_ERROR_LIMIT, ROUNDED_LIMITS, rounded_limit
 from qgraph.passes import prepare_model
 
 Run = Callable[..., Report]
@@ -82,6 +84,23 @@ def test_weights_are_in_the_file_once() -> None:
     assert both.metadata["qgraph.target"] == f"{alone.metadata['qgraph.target']},cuda"
 
 
+@pytest.mark.parametrize("scheme", ["none", "nvfp4-w4a8"])
+def test_bf16_is_for_float_activations_and_packed_weights(scheme: str, tmp_path: Path) -> None:
+    onnx.save(Decoder(4, 2, 64).model, tmp_path / "model.onnx")
+    lowbit = qgraph.quantize(tmp_path / "model.onnx", output=tmp_path / "lowbit", scheme=scheme).onnx
+    assert lowbit is not None
+    for target in ("cuda", "cpu,cuda"):
+        with emulated(), pytest.raises(UsageError, match="compute 'bf16' changes nothing here"):
+            qgraph.build(lowbit, output=tmp_path / "out", target=target, compute="bf16")
+    assert not (tmp_path / "out.qg").exists()
+
+
+def test_a_gpu_that_does_not_round_is_held_to_the_limit_of_float32() -> None:
+    assert rounded_limit("int8", "cuda:0") == rounded_limit("f32", "cuda:0") == REL_ERROR_LIMIT
+    assert rounded_limit("bf16", "cuda:0") == rounded_limit("bf16", "cpu") == ROUNDED_LIMITS["bf16"]
+    assert rounded_limit("int8", "cpu") == ROUNDED_LIMITS["int8"]
+
+
 def test_targets() -> None:
     cpu = f"{platform.machine()}-linux"
     assert (parse_target("cuda,cpu").name, parse_target("cuda").isas) == (f"{cpu},cuda", ())
@@ -105,6 +124,7 @@ def test_without_a_compiler(
     monkeypatch.setattr(toolkit, "_nvrtc", lambda: None)
     with pytest.raises(ResourceError, match=r"pip install 'qgraph\[cuda\]'"):
         find_compiler()
+    assert doctor._cuda_compiler().startswith("none: target cuda needs a compiler")
     (tmp_path / "none.onnx").write_bytes(b"")  # before anything is read, not behind hours of calibration
     with pytest.raises(ResourceError, match="a compiler of CUDA"):
         qgraph.compile(tmp_path / "none.onnx", target="cuda", output=tmp_path / "out")
