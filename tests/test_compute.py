@@ -116,6 +116,7 @@ def test_check_allows_what_the_artifact_was_made_to_do(tiny: Path, tmp_path: Pat
         ({"compute": "bf16", "target": "aarch64-linux"}, "aarch64-linux has no kernels for it"),
         ({"compute": "int8", "scheme": "nvfp4-w4a8"}, "scheme 'nvfp4-w4a8' rounds them itself"),
         ({"compute": "int8", "target": "aarch64-linux"}, "aarch64-linux has no kernels for it"),
+        ({"compute": "int8", "target": "cuda"}, "cuda has no kernels for it; choose f32 or bf16"),
         ({"compute": "int8", "scheme": "int3"}, "compute 'int8' changes nothing here"),
         ({"compute": "int16", "scheme": "ternary", "packing": "small"}, "'int16' changes nothing here"),
         ({"compute": "int8", "scheme": "none"}, "compute 'int8' changes nothing here"),
