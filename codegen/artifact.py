@@ -146,6 +146,8 @@ def _compute(node: ir.Node, spec: KernelSpec, target: Target, compute: str) -> s
     if target.cuda and kernel in _WEIGHTS:
         what = "bfloat16" if compute == "bf16" and not rounded else "sums of two bfloat16 numbers"
         more += _ON_GPU.format(rows=FEW_ROWS, what=what)
+    if target.cuda and kernel.endswith("_a8"):
+        more += "; emulated on a GPU: float32 products"
     return (rounded or _COMPUTE.get(kernel, "float32")) + more
 
 
