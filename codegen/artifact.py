@@ -144,8 +144,10 @@ def _compute(node: ir.Node, spec: KernelSpec, target: Target, compute: str) -> s
         what = f"activations of {8 * digits} bits" if digits else "bfloat16 activations"
         more = f"; of more than {FEW_ROWS} rows {what}" + (f" ({others}: float32)" if others else "")
     if target.cuda and kernel in _WEIGHTS:
-        what = "bfloat16" if compute == "bf16" else "sums of two bfloat16 numbers"
+        what = "bfloat16" if compute == "bf16" and not rounded else "sums of two bfloat16 numbers"
         more += _ON_GPU.format(rows=FEW_ROWS, what=what)
+    if target.cuda and kernel.endswith("_a8"):
+        more += "; emulated on a GPU: float32 products"
     return (rounded or _COMPUTE.get(kernel, "float32")) + more
 
 
@@ -266,9 +268,9 @@ def build_artifact(
         on_kernel: called with (done, total, symbol) before each kernel is compiled.
 
     Raises:
-        UnsupportedError: an operator, data type or shape that has no kernel, named with its node; for CUDA,
-            no compiler.
+        UnsupportedError: an operator, data type or shape that has no kernel, named with its node.
         UsageError: an unknown target, packing or compute.
+        ResourceError: for CUDA, no compiler.
     """
     wanted = parse_target(target)
     checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]

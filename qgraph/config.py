@@ -120,7 +120,7 @@ class CompileConfig:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not type(default):
                 raise UsageError(f"{field.name}: expected {type(default).__name__}, got {value!r}")
-        from qgraph.codegen.targets import parse_target
+        from qgraph.codegen.targets import NAMES, parse_target
 
         scheme = get_scheme(self.scheme)
         if self.solver and not scheme.solvers:
@@ -139,6 +139,8 @@ class CompileConfig:
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
         _one_of("packing", self.packing, PACKINGS)
         _one_of("compute", self.compute, COMPUTES)
+        for part in self.target.split(","):
+            _one_of("target", part.strip(), NAMES)
         parse_target(self.target)
         _one_of("format", self.format, FORMATS)
         self._check_compute(schemes)
@@ -198,8 +200,12 @@ class CompileConfig:
                 f"compute '{self.compute}' is for float activations, and scheme '{schemes[0].name}' rounds "
                 "them itself"
             )
-        if self.compute not in parse_target(self.target).computes:
-            raise UsageError(f"compute '{self.compute}': {self.target} has no kernels for it; choose f32")
+        here = {"f32"} | parse_target(self.target).computes
+        if self.compute not in here:
+            choices = " or ".join(compute for compute in COMPUTES if compute in here)
+            raise UsageError(
+                f"compute '{self.compute}': {self.target} has no kernels for it; choose {choices}"
+            )
 
     def _check_transforms(self, schemes: list[Scheme]) -> None:
         """`smooth`, `rotate`, `reorder`, `dual_scale` and `mean_shift`; not whether they have data."""

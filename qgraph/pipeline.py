@@ -98,6 +98,7 @@ def compile(
     """
     config, source = _config(config, options, calibration), _path("model", model)
     with _Run(source, config, output, dry_run, progress, (".onnx", *_BUILT[config.format])) as run:
+        _check_tools(run)
         lowbit = _quantize(run, calibration, dump)
         _build(run, run.staged(".onnx"))
         if config.onnx_style != "function":
@@ -152,6 +153,15 @@ def build(
 
 
 # ---- stages ------------------------------------------------------------------------------------------------
+
+
+def _check_tools(run: _Run) -> None:
+    """What code generation will need, before hours of calibration."""
+    from qgraph.codegen.cuda import toolkit
+    from qgraph.codegen.targets import parse_target
+
+    if parse_target(run.config.target).cuda and not run.dry_run:
+        toolkit.find_compiler()
 
 
 def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] | None) -> ir.Model:

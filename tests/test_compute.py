@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
 import qgraph
@@ -116,6 +118,7 @@ def test_check_allows_what_the_artifact_was_made_to_do(tiny: Path, tmp_path: Pat
         ({"compute": "bf16", "target": "aarch64-linux"}, "aarch64-linux has no kernels for it"),
         ({"compute": "int8", "scheme": "nvfp4-w4a8"}, "scheme 'nvfp4-w4a8' rounds them itself"),
         ({"compute": "int8", "target": "aarch64-linux"}, "aarch64-linux has no kernels for it"),
+        ({"compute": "int8", "target": "cuda"}, "cuda has no kernels for it; choose f32 or bf16"),
         ({"compute": "int8", "scheme": "int3"}, "compute 'int8' changes nothing here"),
         ({"compute": "int16", "scheme": "ternary", "packing": "small"}, "'int16' changes nothing here"),
         ({"compute": "int8", "scheme": "none"}, "compute 'int8' changes nothing here"),
@@ -133,3 +136,14 @@ def test_rounded_activations_are_not_rounded_once_more(tiny: Path, tmp_path: Pat
     assert lowbit is not None
     with pytest.raises(UsageError, match="compute 'int8' changes nothing here"):
         qgraph.build(lowbit, output=tmp_path / "again", compute="int8")
+
+
+def test_one_dim_alone_reaches_the_kernels_of_many_rows(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    graph = onnx.parser.parse_graph("g (float[rows, 64] x) => (float[rows, 64] y) { y = MatMul(x, W) }")
+    graph.initializer.append(onnx.numpy_helper.from_array(weight, "W"))
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    found = compiled(tmp_path / "model.onnx", tmp_path, compute="int8", include=["W"]).report.verification
+    assert found is not None
+    assert max(case.dims["rows"] for case in found.comparisons) > FEW_ROWS
+    assert found.worst_by_limit()[ROUNDED_LIMITS["int8"]] > REL_ERROR_LIMIT  # so the rounding did happen

@@ -63,7 +63,8 @@ def compile_cuda(
             made.
 
     Raises:
-        UnsupportedError: there is no compiler of CUDA C++, or it knows none of the architectures.
+        ResourceError: there is no compiler of CUDA C++, or it does not work.
+        UnsupportedError: it knows none of the architectures.
     """
     from qgraph.codegen.cuda.kernels import build_kernel
     from qgraph.codegen.cuda.text import cuda_text

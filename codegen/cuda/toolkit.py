@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from qgraph.codegen.cuda.arch import CudaArch
-from qgraph.errors import QGraphError, UnsupportedError
+from qgraph.errors import QGraphError, ResourceError
 
 # Multiplications and additions are fused where a kernel says so, and nowhere else: results are those that the
 # tests see on a CPU.
@@ -36,7 +36,8 @@ class Compiler(ABC):
 
     @abstractmethod
     def compile(self, text: str, arch: CudaArch) -> bytes:
-        """A cubin, or PTX ending in a NUL. Raises QGraphError with what the compiler says."""
+        """A cubin, or PTX ending in a NUL. Raises QGraphError with what the compiler says, ResourceError if
+        it is the compiler that does not work."""
 
 
 class _Nvcc(Compiler):
@@ -49,10 +50,14 @@ class _Nvcc(Compiler):
             self._run(["--list-gpu-arch"]).split()
         )
 
-    def _run(self, args: list[str]) -> str:
-        done = subprocess.run([self._path, *args], capture_output=True, text=True, check=False)
+    def _run(self, args: list[str], error: type[QGraphError] = ResourceError) -> str:
+        try:
+            done = subprocess.run([self._path, *args], capture_output=True, text=True, check=False)
+        except OSError as refused:
+            raise ResourceError(f"{self._path} does not run: {refused.strerror}; {_HINT}") from refused
         if done.returncode:
-            raise QGraphError(f"{self._path}: {(done.stderr or done.stdout).strip()[-2000:]}")
+            said = "; ".join((done.stderr or done.stdout).split("\n"))
+            raise error(f"{self._path}: {said.strip('; ')[-2000:]}")
         return done.stdout
 
     def supports(self, arch: CudaArch) -> bool:
@@ -60,11 +65,19 @@ class _Nvcc(Compiler):
         return arch.real.removesuffix("a") in self._known
 
     def compile(self, text: str, arch: CudaArch) -> bytes:
+        try:
+            return self._compile(text, arch, QGraphError)
+        except QGraphError:
+            # It needs a C++ compiler of a version that it knows: no defect of the text where that is missing.
+            self._compile("", arch, ResourceError)
+            raise
+
+    def _compile(self, text: str, arch: CudaArch, error: type[QGraphError]) -> bytes:
         with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
             source, out = Path(folder) / "kernels.cu", Path(folder) / "kernels.out"
             source.write_text(text)
             kind = "-ptx" if arch.is_ptx else "-cubin"
-            self._run(["-w", f"-arch={arch.real}", kind, *_FLAGS, "-o", str(out), str(source)])
+            self._run(["-w", f"-arch={arch.real}", kind, *_FLAGS, "-o", str(out), str(source)], error)
             return out.read_bytes() + (b"\0" if arch.is_ptx else b"")
 
 
@@ -126,11 +139,11 @@ def _nvrtc() -> _Nvrtc | None:
 
 @cache
 def find_compiler() -> Compiler:
-    """The compiler to use. Raises UnsupportedError where there is none."""
+    """The compiler to use. Raises ResourceError where there is none, or nvcc does not run."""
     path = shutil.which("nvcc")
     if path is not None:
         return _Nvcc(path)
     found = _nvrtc()
     if found is None:
-        raise UnsupportedError(f"target cuda needs a compiler of CUDA C++: {_HINT}")
+        raise ResourceError(f"target cuda needs a compiler of CUDA C++: {_HINT}")
     return found

@@ -137,11 +137,13 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: 
         HANDLERS[node.domain, node.op_type](low, node)
     for value in low.outputs:
         low.deliver(value)
-    kinds = low.fewer_digits if low.device.integers else {}
-    if not all(any(name in dict(step.spec.params) for step in low.steps) for name in kinds):
+    kinds = low.fewer_digits if low.device.integers or compute == "bf16" else {}
+    if not all(any(kind in step.spec.params for step in low.steps) for kind in kinds.items()):
         without = "those of int3, and ternary ones with packing 'small', do not"
+        if compute == "bf16":
+            without = "only NVFP4 does" if low.device.integers else "all that are not float do"
         raise UsageError(
             f"compute '{compute}' changes nothing here: no layer multiplies float activations by weights "
-            f"that have such a kernel ({'only NVFP4 does' if compute == 'bf16' else without})"
+            f"that have such a kernel ({without})"
         )
     return low

@@ -27,6 +27,7 @@ from qgraph.codegen.spec import (
 if TYPE_CHECKING:
     from qgraph.codegen.lowering.context import Linear, Lowering, Step
 
+_ROUNDINGS = ("DynamicQDQInt8", "DynamicQDQNVFP4")
 _VECTOR = 16  # bytes that GPU kernels read at once
 
 
@@ -113,7 +114,10 @@ class Cuda(Device):
         height, width = (CUDA_MANY_ROWS, CUDA_MANY_COLUMNS) if packed else self.tile
         tiles = ceildiv(rows, height) * ceildiv(linear.n, width)
         columns = ceildiv(linear.n, CUDA_FEW_COLUMNS if packed else 16)
-        parts = {"parts": 1 if low.compute == "bf16" else 2} if packed else {}
+        source = linear.node.inputs[0].producer() if linear.node.inputs[0] is not None else None
+        # What a model rounds is not rounded once more.
+        exact = low.compute != "bf16" or (source is not None and source.op_type in _ROUNDINGS)
+        parts = {"parts": 2 if exact else 1} if packed else {}
         kinds: tuple[tuple[str, Dim, Dim | int, dict[str, int]], ...] = (
             ("many", many, tiles, parts),
             ("few", 1 - many - one, columns, {}),

@@ -13,7 +13,7 @@ from qgraph.cli.console import print_json, table
 from qgraph.cli.options import device_option, json_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
 from qgraph.errors import BudgetError, UsageError
-from qgraph.evaluate.verify import REL_ERROR_LIMIT, ROUNDED_LIMITS
+from qgraph.evaluate.verify import REL_ERROR_LIMIT, rounded_limit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,15 +71,15 @@ def command(
     from qgraph.report.artifact import read_artifact
     from qgraph.runtime import load
 
-    if max_rel_error is None:
-        compute = read_artifact(artifact).metadata.get("qgraph.compute", "f32")
-        max_rel_error = ROUNDED_LIMITS.get(compute, REL_ERROR_LIMIT)
     if lowbit is None and original is None:
         raise UsageError("nothing to compare with: give --lowbit, --original or both")
     with load(artifact, threads=threads, device=device) as model:
         feeds = make_feeds(model, inputs, dims, seed)
         got = run_once(model, feeds)
         cache, capacity = artifact_cache(model), run_capacity(model, feeds)
+        if max_rel_error is None:
+            compute = read_artifact(artifact).metadata.get("qgraph.compute", "f32")
+            max_rel_error = rounded_limit(compute, model.device)
     rows: list[Row] = []
     faults: list[str] = []
     roundings = 0

@@ -35,7 +35,8 @@ class Check:
 @standard_options
 def command(ops: bool, as_json: bool) -> None:
     """Check this machine: versions, CPU features, C++ compiler, cache folder, whether the runtime builds and
-    loads, and which GPUs it sees. Exits with 6 when something that qgraph needs is missing or broken."""
+    loads, which GPUs it sees, and what compiles for them. Exits with 6 when something that qgraph needs is
+    missing or broken."""
     if ops:
         from qgraph.codegen.lowering import supported_ops
 
@@ -164,6 +165,16 @@ def _gpu() -> str:
     return "; ".join(gpus) or f"none: {device_problem()}"
 
 
+def _cuda_compiler() -> str:
+    """What compiles for GPUs, or why nothing does; only `--target cuda` needs it."""
+    from qgraph.codegen.cuda.toolkit import find_compiler
+
+    try:
+        return find_compiler().name
+    except QGraphError as error:
+        return f"none: {error}"
+
+
 def _tvm() -> str:
     from qgraph.codegen.tvm_backend import load_tvm
 
@@ -179,5 +190,6 @@ _PROBES: dict[str, Callable[[], str]] = {
     "cache folder": _cache,
     "runtime library": _runtime,
     "GPU": _gpu,
+    "CUDA compiler": _cuda_compiler,
     "kernel compiler": _tvm,
 }

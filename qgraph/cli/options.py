@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +23,18 @@ threads_option = click.option(
     metavar="N",
     help="Threads to compute with; 0 is one a core.  [default: 0]",
 )
+
+
+def _device(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise UsageError(f"unknown device '{name}': give cpu, cuda, or cuda:1 and so on")
+    return name
+
+
 device_option = click.option(
     "--device",
     metavar="NAME",
+    callback=_device,
     help="Where an artifact runs: cpu, cuda (the first GPU), cuda:1.  [default: cpu if there is code for it]",
 )
 seed_option = click.option(

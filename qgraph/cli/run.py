@@ -41,12 +41,14 @@ def command(
     trust."""
     import numpy as np
 
+    from qgraph.codegen.cuda.arch import ARCHS
     from qgraph.codegen.isa import ISAS
     from qgraph.evaluate.runners import run_once
     from qgraph.runtime import load
 
-    if isa is not None and isa not in ISAS:
-        raise UsageError(f"unknown isa '{isa}'{did_you_mean(isa, ISAS)}")
+    known = [*ISAS, *(arch.name for arch in ARCHS)]
+    if isa is not None and isa not in known:
+        raise UsageError(f"unknown isa '{isa}'{did_you_mean(isa, known)}")
     if output is not None:
         refuse_overwrite("--output", output, [artifact, *input_files(inputs)])
     with load(artifact, threads=threads, isa=isa, device=device) as model:

@@ -29,5 +29,8 @@ def compile_emulated(
 @contextmanager
 def emulated() -> Iterator[None]:
     """Within it, target cuda has one variant: the emulation."""
-    with mock.patch("qgraph.codegen.artifact.compile_cuda", compile_emulated):
+    with (
+        mock.patch("qgraph.codegen.artifact.compile_cuda", compile_emulated),
+        mock.patch("qgraph.codegen.cuda.toolkit.find_compiler"),
+    ):
         yield

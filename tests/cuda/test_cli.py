@@ -38,6 +38,12 @@ def test_run(cli: Cli, toy: Path) -> None:
         assert (found["device"], found["isa"]) == (device, "wide")
     done = cli("run", toy, "--device", "cuda:1", code=4)
     assert done.stderr == f"error: {toy}: there is no device 'cuda:1': the last one is cuda:0\n"
+    for wrong in ("tpu", "cuda:", "cuda:-1", "CUDA", ""):
+        done = cli("run", toy, "--device", wrong, code=2)
+        assert done.stderr == f"error: unknown device '{wrong}': give cpu, cuda, or cuda:1 and so on\n"
+    assert json.loads(cli("run", toy, "--device", "cuda", "--json").stdout)["isa"] == "wide"
+    done = cli("run", toy, "--isa", "cuda-sm_80", code=4)  # a variant that there is, though not in this file
+    assert done.stderr.startswith(f"error: {toy}: ")
     done = cli("run", toy, code=4, devices=0)
     assert "CUDA is not available: the NVIDIA driver is for CUDA 12.4, but sees no GPU" in done.stderr
 

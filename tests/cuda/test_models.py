@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
@@ -14,10 +15,13 @@ from emulated_artifact import emulated
 from fake_cuda import Report
 
 import qgraph
+from qgraph.cli import doctor
 from qgraph.codegen import build_artifact
 from qgraph.codegen.cuda import toolkit
+from qgraph.codegen.cuda.arch import ARCHS
 from qgraph.codegen.targets import parse_target
-from qgraph.errors import UnsupportedError, UsageError
+from qgraph.errors import QGraphError, ResourceError, UsageError
+from qgraph.evaluate.verify import REL_ERROR_LIMIT, ROUNDED_LIMITS, rounded_limit
 from qgraph.passes import prepare_model
 
 Run = Callable[..., Report]
@@ -80,6 +84,23 @@ def test_weights_are_in_the_file_once() -> None:
     assert both.metadata["qgraph.target"] == f"{alone.metadata['qgraph.target']},cuda"
 
 
+@pytest.mark.parametrize("scheme", ["none", "nvfp4-w4a8"])
+def test_bf16_is_for_float_activations_and_packed_weights(scheme: str, tmp_path: Path) -> None:
+    onnx.save(Decoder(4, 2, 64).model, tmp_path / "model.onnx")
+    lowbit = qgraph.quantize(tmp_path / "model.onnx", output=tmp_path / "lowbit", scheme=scheme).onnx
+    assert lowbit is not None
+    for target in ("cuda", "cpu,cuda"):
+        with emulated(), pytest.raises(UsageError, match="compute 'bf16' changes nothing here"):
+            qgraph.build(lowbit, output=tmp_path / "out", target=target, compute="bf16")
+    assert not (tmp_path / "out.qg").exists()
+
+
+def test_a_gpu_that_does_not_round_is_held_to_the_limit_of_float32() -> None:
+    assert rounded_limit("int8", "cuda:0") == rounded_limit("f32", "cuda:0") == REL_ERROR_LIMIT
+    assert rounded_limit("bf16", "cuda:0") == rounded_limit("bf16", "cpu") == ROUNDED_LIMITS["bf16"]
+    assert rounded_limit("int8", "cpu") == ROUNDED_LIMITS["int8"]
+
+
 def test_targets() -> None:
     cpu = f"{platform.machine()}-linux"
     assert (parse_target("cuda,cpu").name, parse_target("cuda").isas) == (f"{cpu},cuda", ())
@@ -89,10 +110,70 @@ def test_targets() -> None:
         parse_target("x86_64-linux,aarch64-linux")
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def find_compiler() -> Iterator[Callable[[], toolkit.Compiler]]:
+    toolkit.find_compiler.cache_clear()
+    yield toolkit.find_compiler
+    toolkit.find_compiler.cache_clear()
+
+
+def test_without_a_compiler(
+    find_compiler: Callable[[], toolkit.Compiler], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(toolkit.shutil, "which", lambda name: None)
     monkeypatch.setattr(toolkit, "_nvrtc", lambda: None)
-    toolkit.find_compiler.cache_clear()
-    with pytest.raises(UnsupportedError, match=r"pip install 'qgraph\[cuda\]'"):
-        toolkit.find_compiler()
-    toolkit.find_compiler.cache_clear()
+    with pytest.raises(ResourceError, match=r"pip install 'qgraph\[cuda\]'"):
+        find_compiler()
+    assert doctor._cuda_compiler().startswith("none: target cuda needs a compiler")
+    (tmp_path / "none.onnx").write_bytes(b"")  # before anything is read, not behind hours of calibration
+    with pytest.raises(ResourceError, match="a compiler of CUDA"):
+        qgraph.compile(tmp_path / "none.onnx", target="cuda", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("#!/bin/sh\necho first >&2; echo second >&2; exit 1\n", "nvcc: first; second$"),
+        ("no program", r"nvcc does not run: Exec format error; install .*"),
+    ],
+)
+def test_an_nvcc_that_does_not_run(
+    script: str,
+    message: str,
+    find_compiler: Callable[[], toolkit.Compiler],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    _nvcc(tmp_path, script, monkeypatch)
+    with pytest.raises(ResourceError, match=message):
+        find_compiler()
+
+
+@pytest.mark.parametrize(
+    ("works", "error"),
+    # Without the C++ compiler that it needs it fails for any text: nothing that is wrong with this one.
+    [("false", ResourceError), ("test ! -s $source", QGraphError)],
+)
+def test_an_nvcc_that_fails(
+    works: str,
+    error: type[QGraphError],
+    find_compiler: Callable[[], toolkit.Compiler],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    script = """#!/bin/sh
+case $1 in --*) echo "release 13.0, V13.0.1 sm_80"; exit; esac
+for source; do test "$before" = -o && out=$source; before=$source; done
+{ WORKS; } && : > $out || { echo "gcc: not found" >&2; echo "nvcc fatal" >&2; exit 1; }
+"""
+    _nvcc(tmp_path, script.replace("WORKS", works), monkeypatch)
+    with pytest.raises(QGraphError, match=r"gcc: not found; nvcc fatal$") as caught:
+        find_compiler().compile("text", ARCHS[-1])
+    assert type(caught.value) is error
+
+
+def _nvcc(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a script the nvcc on the PATH."""
+    (folder / "nvcc").write_text(script)
+    (folder / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
