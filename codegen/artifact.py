@@ -59,6 +59,10 @@ _COMPUTE_ROUNDED = {
     ("matmul_f32", "DynamicQDQInt8"): "float32 of activations rounded to int8",
 }
 
+_FP4_ON_GPU = (
+    f"; on a GPU, more than {FEW_ROWS} rows as W4A4: FP4 products where it has them (sm_120), else exactly "
+    "in float16"
+)
 _ON_GPU = "; on a GPU, more than {rows} rows as {what} on tensor cores"
 
 
@@ -143,7 +147,14 @@ def _compute(node: ir.Node, spec: KernelSpec, target: Target, compute: str) -> s
         others = ", ".join(isa.name for isa in target.isas if isa.name not in uses)
         what = f"activations of {8 * digits} bits" if digits else "bfloat16 activations"
         more = f"; of more than {FEW_ROWS} rows {what}" + (f" ({others}: float32)" if others else "")
-    if target.cuda and kernel in _WEIGHTS:
+    if (
+        target.cuda
+        and kernel == "matmul_nvfp4"
+        and source is not None
+        and source.op_type == "DynamicQDQNVFP4"
+    ):
+        more += _FP4_ON_GPU
+    elif target.cuda and kernel in _WEIGHTS:
         what = "bfloat16" if compute == "bf16" and not rounded else "sums of two bfloat16 numbers"
         more += _ON_GPU.format(rows=FEW_ROWS, what=what)
     if target.cuda and kernel.endswith("_a8"):

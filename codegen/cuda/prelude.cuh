@@ -99,6 +99,62 @@ QG_DEVICE uint qg_e4m3_pair(uchar bits) {
   return qg_f16x2_mul(half << 16 | half, 0x74007400u);    // 2^14
 }
 
+// The codes of E2M1 and positive E4M3 numbers; of a NaN, of E4M3, its NaN.
+QG_DEVICE uint qg_e2m1_code(float x) {
+  float small = x * 1.17549435e-38f;  // 2^-126: E2M1's exponents begin where float32's do
+  uint bits = *(uint*)&small;
+  return (bits >> 22 & 7) | (bits >> 28 & 8);
+}
+QG_DEVICE uchar qg_e4m3_code(float x) {
+  if (x != x) return 0x7f;
+  float small = x * 7.52316385e-37f;  // 2^-120
+  return (uchar)(*(uint*)&small >> 20);
+}
+
+// qg_e4m3_pair of byte `at` of four, for scales that may be NaN.
+QG_DEVICE uint qg_e4m3_pair_of(uint bytes, int at) {
+  uchar bits = (uchar)(bytes >> (8 * at));
+  return bits == 0x7f ? 0x7fff7fffu : qg_e4m3_pair(bits);
+}
+
+// d += a b for a 16 x 64 and b 64 x 8 of E2M1 with a scale of E4M3 for every 16 inputs. Lane (g, t) has the codes of
+// inputs 8 t .. and 32 + 8 t .. of rows g and g + 8 (a: row g, row g + 8, and the same of the second 32) and of column
+// g (b), and the four scales of each of them.
+QG_DEVICE void qg_mma_fp4(float* d, const uint* a, uint b0, uint b1, uint scales, uint scales8, uint scales_b) {
+#if defined(__CUDA_ARCH_FEAT_SM120_ALL)
+  // Lanes 0 and 1 of four give the scales of rows g and g + 8, lane 0 those of column g.
+  uint scales_a = threadIdx.x & 1 ? scales8 : scales;
+  asm volatile(
+      "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, {%10}, {%11,%12}, {%13}, {%14,%15};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(scales_a), "h"((ushort)0),
+        "h"((ushort)0), "r"(scales_b), "h"((ushort)0), "h"((ushort)0));
+#else
+  // Numbers times scales are exact in float16 over 2^8.
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  int own = (threadIdx.x & 3) >> 1;  // of the two blocks of 32 inputs
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int block = 2 * half + own;
+    uint low = qg_e4m3_pair_of(scales, block), high = qg_e4m3_pair_of(scales8, block);
+    uint right = qg_e4m3_pair_of(scales_b, block), b = half ? b1 : b0;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      uint left[4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        left[2 * j] = qg_e2m1_pair(a[2 * half] << (12 - 4 * (i + j)), low);
+        left[2 * j + 1] = qg_e2m1_pair(a[2 * half + 1] << (12 - 4 * (i + j)), high);
+      }
+      uint first = qg_e2m1_pair(b << (12 - 4 * i), right), second = qg_e2m1_pair(b << (8 - 4 * i), right);
+      qg_mma_f16(sum, left, first, second);
+    }
+  }
+  for (int r = 0; r < 4; ++r) d[r] = fmaf(sum[r], 65536.0f, d[r]);
+#endif
+}
+
 // Two fields of up to 10 bits, where `mask` has them, less what `less` has above 1024: exact in float16.
 QG_DEVICE uint qg_field_pair(uint fields, uint mask, uint flip, uint less) {
   return qg_f16x2_sub(((fields & mask) ^ flip) | 0x64006400u, less);

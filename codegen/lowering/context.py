@@ -151,15 +151,14 @@ class Lowering:
     """Turns a prepared graph into steps over buffers, node by node.
 
     Attributes:
-        steps: in order of execution.
-        layers: (node, step) of every node that became a step of its own kernel, for the report.
-        packing: `fast` | `small`, where a weight can be stored in more than one way.
-        compute: `f32` | `bf16` | `int16` | `int8`, what products of many rows round float activations to.
-        device: whose kernels the steps are of.
-        positions: how many positions the logits have, where a run may ask for fewer (last_positions.py).
-        cache: that of the graph, if it has one.
-        states: the memory of the session that stands for an input of the graph, and the output it becomes.
-        places: the states that new keys and values are computed in (`allocate` with `strided`).
+        steps: in order of execution. layers: (node, step) of every node that became a step of its own kernel,
+            for the report. packing: `fast` | `small`, where a weight can be stored in more than one way.
+            compute: `f32` | `bf16` | `int16` | `int8`, what products of many rows round float activations to.
+            device: whose kernels the steps are of. positions: how many positions the logits have, where a run
+            may ask for fewer (last_positions.py). cache: that of the graph, if it has one. states: the memory
+            of the session that stands for an input of the graph, and the output it becomes. rounded_to_nvfp4:
+            of values that a DynamicQDQNVFP4 rounds: what is rounded, dense, and the global scale. places: the
+            states that new keys and values are computed in (`allocate` with `strided`).
     """
 
     graph: ir.Graph
@@ -177,10 +176,12 @@ class Lowering:
     cache: Cache | None = None
     states: dict[ir.Value, State] = field(default_factory=dict)
     places: dict[ir.Value, State] = field(default_factory=dict)
+    rounded_to_nvfp4: dict[ir.Value, tuple[View, View]] = field(default_factory=dict)
     _dense: dict[ir.Value, View] = field(default_factory=dict)
     _block_sums: dict[tuple[ir.Value, int], View] = field(default_factory=dict)
     _digits: dict[tuple[ir.Value, Int8Input], View] = field(default_factory=dict)
     _rounded: dict[ir.Value, Rounded] = field(default_factory=dict)
+    _nvfp4: dict[ir.Value, tuple[View, View]] = field(default_factory=dict)
     _int8: dict[tuple[ir.Value, Int8Input], tuple[View, View, View]] = field(default_factory=dict)
 
     # Values
@@ -301,6 +302,21 @@ class Lowering:
             self.layers.append((rounded.node, step))
             self._int8[key] = out
         return self._int8[key]
+
+    def nvfp4(self, value: ir.Value, k: int, runs: Dim) -> tuple[View, View, View] | None:
+        """Codes, block scales and the global scale of a value that is rounded to NVFP4 along its last axis,
+        of size k; computed once for all readers, in runs where `runs` is 1 and not 0. None for one that is
+        not."""
+        if value not in self.rounded_to_nvfp4:
+            return None
+        source, scale = self.rounded_to_nvfp4[value]
+        if value not in self._nvfp4:
+            lead, blocks = source.shape[:-1], sympy.Integer(-(-k // 16))
+            out = self.temp("i32", (*lead, 2 * blocks)), self.temp("u8", (*lead, blocks))
+            spec = KernelSpec.make("quantize_nvfp4", k=k)
+            self.emit(f"{value.name}/codes", spec, [*out, source, scale], product(lead) * runs)
+            self._nvfp4[value] = out
+        return *self._nvfp4[value], scale
 
     @property
     def fewer_digits(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ from qgraph.codegen.spec import (
     ELEMENTWISE_BLOCK,
     KernelSpec,
 )
+from qgraph.formats.nvfp4 import NVFP4
 
 if TYPE_CHECKING:
     from qgraph.codegen.lowering.context import Linear, Lowering, Step
@@ -118,18 +119,30 @@ class Cuda(Device):
         # What a model rounds is not rounded once more.
         exact = low.compute != "bf16" or (source is not None and source.op_type in _ROUNDINGS)
         parts = {"parts": 2 if exact else 1} if packed else {}
-        kinds: tuple[tuple[str, Dim, Dim | int, dict[str, int]], ...] = (
-            ("many", many, tiles, parts),
-            ("few", 1 - many - one, columns, {}),
-            ("one", one, columns, {}),
-        )
         step: Step | None = None
-        for kind, runs, blocks, own in kinds:
+        if many != 0:
+            left = self._fp4_operand(low, linear, many)
+            if left is not None:
+                spec = KernelSpec.make(linear.op, rows="many", activations=NVFP4.name, **params)
+                args_many = [args[0], *left, *args[2:]]
+            else:
+                spec, args_many = KernelSpec.make(linear.op, rows="many", **parts, **params), args
+            step = low.emit(name, spec, args_many, tiles * many, weights=linear.weights)
+        for kind, runs in (("few", 1 - many - one), ("one", one)):
             if runs != 0:
-                spec = KernelSpec.make(linear.op, rows=kind, **own, **params)
-                step = low.emit(name, spec, args, blocks * runs, weights=linear.weights)
+                spec = KernelSpec.make(linear.op, rows=kind, **params)
+                step = low.emit(name, spec, args, columns * runs, weights=linear.weights)
         assert step is not None, "a product has rows"
         return step
+
+    @staticmethod
+    def _fp4_operand(low: Lowering, linear: Linear, runs: Dim) -> tuple[View, View, View] | None:
+        """What the product of NVFP4 by NVFP4 takes for its left operand; None for another product, or weights
+        with scales that tensor cores do not have."""
+        x = linear.node.inputs[0]
+        if linear.op != NVFP4.kernel or x is None or (linear.weights[1].data & 0x80).any():
+            return None
+        return low.nvfp4(x, linear.k, runs)
 
     def readable(self, low: Lowering, view: View, name: str) -> View:
         offset = sympy.expand(view.offset * ITEM_SIZE[view.dtype])

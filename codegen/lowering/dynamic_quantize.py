@@ -36,7 +36,9 @@ def dynamic_qdq(low: Lowering, node: ir.Node) -> None:
     *lead, n = low.shape(x)
     out = low.allocate(node.outputs[0])
     spec = KernelSpec.make("dynamic_nvfp4")
-    args = [out, low.dense(x), scale, n]
+    source = low.dense(x)
+    low.rounded_to_nvfp4[node.outputs[0]] = (source, scale)
+    args = [out, source, scale, n]
     step = low.emit(node.name or node.op_type, spec, args, product(lead), grain_of(n))
     low.layers.append((node, step))
     low.bind(node, out)

@@ -7,11 +7,13 @@ import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from decoders import VOCABULARY, Decoder
 from emulated_artifact import emulated
+from end_to_end import parse
 from fake_cuda import Report
 
 import qgraph
@@ -73,6 +75,32 @@ def test_a_decoder_gives_what_its_cpu_code_gives(name: str, run: Run, tmp_path: 
     assert result.report.verification is not None and result.report.verification.devices == ["cpu"]
     assert "libcuda.so.1" in result.report.verification.reason  # so what is about the GPU is not verified
     run(f"path, limit = {str(tmp_path / 'out.qg')!r}, {limit}\n" + COMPARE)
+
+
+def test_w4a4(run: Run, tmp_path: Path) -> None:
+    """A layer whose inputs are rounded to NVFP4: the same bits are multiplied, as FP4 from 9 rows on."""
+    rng = np.random.default_rng(0)
+    model = parse(
+        "(float[rows, 130] x) => (float[rows, 70] y) { y = MatMul(x, w) }",
+        {"w": rng.standard_normal((130, 70)).astype(np.float32)},
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    with emulated():
+        result = qgraph.compile(
+            tmp_path / "model.onnx",
+            output=tmp_path / "out",
+            target="cpu,cuda",
+            scheme="nvfp4-w4a4",
+            calibration=[{"x": rng.standard_normal((64, 130)).astype(np.float32)}],
+        )
+    assert "FP4 products where it has them" in result.report.layers[0].compute
+    run(f"""
+models = [runtime.load({str(tmp_path / "out.qg")!r}, device=device) for device in ("cpu", "cuda")]
+for rows in (1, 8, 9, 140):
+    x = np.random.default_rng(rows).standard_normal((rows, 130)).astype(np.float32)
+    cpu, gpu = (model.run({{"x": x}})["y"] for model in models)
+    assert np.linalg.norm(cpu - gpu) < 2e-6 * np.linalg.norm(cpu), rows
+""")
 
 
 def test_weights_are_in_the_file_once() -> None:

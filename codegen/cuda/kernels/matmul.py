@@ -13,6 +13,7 @@ from qgraph.codegen.cuda.kernels import CudaKernel, kernel
 from qgraph.codegen.cuda.kernels.matmul_dynamic import many_float_rows
 from qgraph.codegen.cuda.kernels.matmul_few import few_rows
 from qgraph.codegen.cuda.kernels.matmul_few_float import few_float_rows
+from qgraph.codegen.cuda.kernels.matmul_fp4 import fp4_rows
 from qgraph.codegen.cuda.kernels.matmul_many import many_rows
 from qgraph.codegen.digits import FEW_ROWS
 from qgraph.codegen.spec import KernelSpec
@@ -25,9 +26,11 @@ def _matmul(weight: str, spec: KernelSpec, symbol: str) -> CudaKernel:
     """y = epilogue(x @ W).
 
     Spec: k, n, rows (`one` | `few` | `many`), epilogue as of the CPU's kernels; of a group format block, of
-    ternary packing; of `many` parts: how many bfloat16 numbers an activation is the sum of, 1 or 2.
-    Arguments: y f32 [M, n], x f32 [M, k], the weight's, [bias f32 [n]], [residual f32 [M, n]], M.
-    """
+    ternary packing; of `many` with activations as NVFP4 `activations`, and arguments as of `fp4_rows`; else
+    parts: how many bfloat16 numbers an activation is the sum of, 1 or 2. Arguments: y f32 [M, n], x f32 [M,
+    k], the weight's, [bias f32 [n]], [residual f32 [M, n]], M."""
+    if dict(spec.params).get("activations") == NVFP4.name:
+        return fp4_rows(spec, symbol)
     if spec["rows"] == "many":
         return many_float_rows(spec, symbol) if weight == "f32" else many_rows(weight, spec, symbol)
     rows = {"one": 1, "few": FEW_ROWS}.get(spec["rows"])

@@ -10,7 +10,7 @@ from tvm.script.ir_builder import tirx as B
 from tvm.tirx import EQ
 
 from qgraph.codegen.cuda.kernels import CudaKernel, kernel
-from qgraph.codegen.cuda.kernels.frame import Frame, device_function, strided
+from qgraph.codegen.cuda.kernels.frame import Frame, call, device_function, strided
 from qgraph.codegen.kernels.dynamic_quantize import (
     int8_codes,
     int8_scale_of,
@@ -21,6 +21,7 @@ from qgraph.codegen.kernels.dynamic_quantize import (
 )
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vmath import Expr, bits_as, convert, named, splat
+from qgraph.codegen.packing import WORD
 from qgraph.codegen.spec import KernelSpec
 from qgraph.formats import e2m1
 from qgraph.formats.activations import BLOCK
@@ -45,13 +46,60 @@ def dynamic_nvfp4(spec: KernelSpec, symbol: str) -> CudaKernel:
             with B.serial(count) as i:
                 bits = named(magnitude_bits(named(x[base + b * BLOCK + i])))
                 B.buffer_store(largest, T.max(largest[0], bits), [0])
-            amax = named(bits_as(named(largest[0]), "float32"))
-            s = named(round_e4m3(named(amax / top)) * a)
+            s = named(_e4m3_scale(named(largest[0]), top) * a)
             with B.serial(count) as i:
                 at = B.bind(base + b * BLOCK + i)
                 B.buffer_store(y, named(round_e2m1(named(x[at] / s))) * s, [at])
 
         strided(f, T.truncdiv(n + index(BLOCK - 1), index(BLOCK)), block)
+    return CudaKernel(f.result, _THREADS)
+
+
+def _e4m3_scale(largest: Expr, top: Expr) -> Expr:
+    """The scale of a block without the global one, by the bits of its largest magnitude."""
+    return named(round_e4m3(named(bits_as(largest, "float32") / top)))
+
+
+@kernel("quantize_nvfp4")
+def quantize_nvfp4(spec: KernelSpec, symbol: str) -> CudaKernel:
+    """Rows as E2M1 codes and E4M3 scales: what they stand for is what `dynamic_nvfp4` makes of the rows, to
+    the bit.
+
+    Spec: k. Arguments: codes u32 [rows, 2 B], B = ceil(k/16), eight codes a word from bit 0 up, 0 beyond k;
+    scales u8 [rows, B], E4M3 bits, of a block with a NaN NaN; x f32 [rows, k], global_scale f32 [1]. A thread
+    does a block of 16."""
+    K = spec["k"]
+    blocks = -(-K // BLOCK)
+    pointers = [("codes", "uint32"), ("scales", "uint8"), ("x", "float32"), ("global_scale", "float32")]
+    with device_function(symbol, pointers, [], _THREADS) as f:
+        x = f.buffers["x"]
+        a = named(f.buffers["global_scale"][0])
+        top = named(a * splat(e2m1.MAX, "float32", 1))
+        largest = B.alloc_buffer((1,), "int32", scope="local")
+        words = B.alloc_buffer((BLOCK // WORD,), "uint32", scope="local")
+
+        def block(b: Expr) -> None:
+            base = B.bind(f.block * K + b * BLOCK)
+            count = B.bind(T.min(index(K) - b * BLOCK, index(BLOCK)))
+            B.buffer_store(largest, T.int32(0), [0])
+            with B.serial(count) as i:
+                bits = named(magnitude_bits(named(x[base + i])))
+                B.buffer_store(largest, T.max(largest[0], bits), [0])
+            scale = _e4m3_scale(named(largest[0]), top)
+            s = named(scale * a)
+            for i in range(BLOCK // WORD):
+                B.buffer_store(words, T.uint32(0), [i])
+            for i in range(BLOCK):
+                with B.If(index(i) < count), B.Then():
+                    code = call("uint32", "qg_e2m1_code", named(round_e2m1(named(x[base + i] / s))))
+                    placed = T.shift_left(code, T.uint32(4 * (i % WORD)))
+                    B.buffer_store(words, T.bitwise_or(words[i // WORD], placed), [i // WORD])
+            to = B.bind(f.block * blocks + b)
+            for i in range(BLOCK // WORD):
+                B.buffer_store(f.buffers["codes"], words[i], [to * (BLOCK // WORD) + i])
+            B.buffer_store(f.buffers["scales"], call("uint8", "qg_e4m3_code", scale), [to])
+
+        strided(f, index(blocks), block)
     return CudaKernel(f.result, _THREADS)
 
 
