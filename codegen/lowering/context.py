@@ -151,14 +151,16 @@ class Lowering:
     """Turns a prepared graph into steps over buffers, node by node.
 
     Attributes:
-        steps: in order of execution. layers: (node, step) of every node that became a step of its own kernel,
-            for the report. packing: `fast` | `small`, where a weight can be stored in more than one way.
-            compute: `f32` | `bf16` | `int16` | `int8`, what products of many rows round float activations to.
-            device: whose kernels the steps are of. positions: how many positions the logits have, where a run
-            may ask for fewer (last_positions.py). cache: that of the graph, if it has one. states: the memory
-            of the session that stands for an input of the graph, and the output it becomes. rounded_to_nvfp4:
-            of values that a DynamicQDQNVFP4 rounds: what is rounded, dense, and the global scale. places: the
-            states that new keys and values are computed in (`allocate` with `strided`).
+        steps: in order of execution.
+        layers: (node, step) of every node that became a step of its own kernel, for the report.
+        packing: `fast` | `small`, where a weight can be stored in more than one way.
+        compute: `f32` | `bf16` | `int16` | `int8`, what products of many rows round float activations to.
+        device: whose kernels the steps are of.
+        positions: how many positions the logits have, where a run may ask for fewer (last_positions.py).
+        cache: that of the graph, if it has one.
+        states: the memory of the session that stands for an input of the graph, and the output it becomes.
+        places: the states that new keys and values are computed in (`allocate` with `strided`).
+        rounded_to_nvfp4: of values that a DynamicQDQNVFP4 rounds: what is rounded, and the global scale.
     """
 
     graph: ir.Graph

@@ -37,13 +37,16 @@ class Device(ABC):
 
     Attributes:
         integers: whether products take activations as digits or int8 codes, where the format has such a
-            kernel. scratch: whether kernels get scratch memory for each worker. tile: rows and columns of a
-            block of `matmul_dynamic`.
+            kernel.
+        scratch: whether kernels get scratch memory for each worker.
+        has_rotary: whether there is a kernel `rotary`.
+        tile: rows and columns of a block of `matmul_dynamic`.
     """
 
     name: str
     integers: bool
     scratch: bool
+    has_rotary: bool
     tile: tuple[int, int]
 
     @abstractmethod
@@ -71,6 +74,7 @@ class Cpu(Device):
     name = "cpu"
     integers = True
     scratch = True
+    has_rotary = False
     tile = (64, 32)
 
     def elementwise_blocks(self, sizes: Sequence[Dim]) -> tuple[Dim, int]:
@@ -98,6 +102,7 @@ class Cuda(Device):
     name = "cuda"
     integers = False
     scratch = False
+    has_rotary = True
     tile = (CUDA_TILE, CUDA_TILE)
 
     def elementwise_blocks(self, sizes: Sequence[Dim]) -> tuple[Dim, int]:

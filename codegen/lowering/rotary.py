@@ -1,4 +1,5 @@
-"""RotaryEmbedding-23: two elementwise kernels that read and write the halves where they lie."""
+"""RotaryEmbedding-23, which reads and writes the halves where they lie: two elementwise kernels, or on a GPU,
+where a kernel more is a pause more, one of its own."""
 
 from __future__ import annotations
 
@@ -45,6 +46,26 @@ def _rows(low: Lowering, node: ir.Node, table: ir.Value, positions: ir.Value) ->
     return out
 
 
+def _emit_whole(
+    low: Lowering,
+    node: ir.Node,
+    views: tuple[View, View, View, View],
+    *,
+    interleaved: bool,
+    half: int,
+    rest: int,
+) -> None:
+    """One step for all of y, of x, cosines and sines."""
+    y, x, cos, sin = views
+    batch, heads, length, _ = x.shape
+    tables = [view.expand((batch, heads, length, view.shape[-1])) for view in (cos, sin)]
+    spec = KernelSpec.make("rotary", half=half, rest=rest, interleaved=interleaved)
+    strides = [*y.strides, *x.strides, *(table.strides[i] for table in tables for i in (0, 2, 3))]
+    args = [y, x, *tables, batch, heads, length, *strides]
+    blocks, _ = low.device.elementwise_blocks([batch, heads, length, sympy.Integer(half + rest)])
+    low.emit(node.name or "RotaryEmbedding", spec, args, blocks)
+
+
 @lowers("RotaryEmbedding", attributes="interleaved num_heads rotary_embedding_dim")
 def rotary_embedding(low: Lowering, node: ir.Node) -> None:
     """Pairs of elements of each head turned by the angle of their position; the elements beyond
@@ -71,6 +92,10 @@ def rotary_embedding(low: Lowering, node: ir.Node) -> None:
         raise unsupported(node, f"caches must have {half} columns, not {cos.shape[-1]} and {sin.shape[-1]}")
     first, second, step = (0, 1, 2) if node.attributes.get_int("interleaved", 0) else (0, half, 1)
 
+    if low.device.has_rotary:
+        _emit_whole(low, node, (y, x, cos, sin), interleaved=second == 1, half=half, rest=size - turned)
+        low.bind(node, out)
+        return
     a, b = x.slice(3, first, half, step), x.slice(3, second, half, step)
     leaves = tuple(leaf.expand(a.shape) for leaf in (a, b, cos, sin))
     left, right, c, s = (("in", i) for i in range(4))

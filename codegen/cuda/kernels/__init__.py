@@ -38,6 +38,7 @@ _MODULES = (
     "norm",
     "quantize",
     "reduce",
+    "rotary",
 )
 
 
