@@ -18,6 +18,7 @@ from matmul_cases import MatMul, error, make_weight
 import qgraph
 from qgraph.codegen.int8_input import int8_input
 from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.targets import Target
 from qgraph.errors import UnsupportedError
 from qgraph.formats.group import GROUP_FORMATS
 
@@ -203,7 +204,9 @@ def test_a_model_runs_in_tiles(
 ) -> None:
     """An artifact that says of its variant for tiles that it needs what this CPU has: on 1 and 2 threads."""
     here = replace(amx.ISA, features=amx.BASE.features)
-    monkeypatch.setattr("qgraph.codegen.artifact.get_target", lambda name: (here, amx.BASE))
+    monkeypatch.setattr(
+        "qgraph.codegen.artifact.parse_target", lambda name: Target(name, (here, amx.BASE), cuda=False)
+    )
     tiny = save_tiny(tmp_path / "tiny.onnx", layers=1)
     path = qgraph.compile(
         tiny, output=tmp_path / "out", scheme=scheme, compute=compute, verify=False
