@@ -12,14 +12,15 @@ inside `load_builders()` only, so that planning needs no TVM.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from qgraph.codegen import tiles as forms
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.spec import KernelSpec
 
+T = TypeVar("T")
 Builder = Callable[[KernelSpec, Isa, str], Any]
 BUILDERS: dict[str, Builder] = {}
 TILED: dict[str, Builder] = {}  # forms for tiles; they call the kernel of their spec where tiles do not pay
@@ -47,26 +48,36 @@ _MODULES = (
 )
 
 
-def kernel(op: str, table: dict[str, Builder] = BUILDERS) -> Callable[[Builder], Builder]:
-    """Register the builder of operation `op`; with `TILED`, of its form for tiles."""
+def register(op: str, table: dict[str, T]) -> Callable[[T], T]:
+    """Enter the builder of operation `op` into a table."""
 
-    def register(builder: Builder) -> Builder:
+    def enter(builder: T) -> T:
         if op in table:
             raise ValueError(f"kernel '{op}' is registered twice")
         table[op] = builder
         return builder
 
-    return register
+    return enter
+
+
+def kernel(op: str, table: dict[str, Builder] = BUILDERS) -> Callable[[Builder], Builder]:
+    """Register the builder of operation `op`; with `TILED`, of its form for tiles."""
+    return register(op, table)
+
+
+def import_builders(package: str, modules: Iterable[str]) -> None:
+    """Import TVM, then the modules of a package that register builders."""
+    from qgraph.codegen.tvm_backend import load_tvm
+
+    load_tvm()
+    for module in modules:
+        importlib.import_module(f"{package}.{module}")
 
 
 @cache
 def load_builders() -> dict[str, Builder]:
     """Import TVM and every kernel module; return the table of builders."""
-    from qgraph.codegen.tvm_backend import load_tvm
-
-    load_tvm()
-    for module in _MODULES:
-        importlib.import_module(f"qgraph.codegen.kernels.{module}")
+    import_builders(__name__, _MODULES)
     return BUILDERS
 
 

@@ -27,6 +27,29 @@ def gather_pointers(spec: KernelSpec) -> list[tuple[str, str]]:
     return [("y", data), ("data", data), ("indices", STORAGE[spec["index"]]), ("status", "int32")]
 
 
+def table_pointers(spec: KernelSpec) -> list[tuple[str, str]]:
+    """Of `gather_nvfp4`."""
+    return [
+        ("y", "float32"),
+        ("codes", "uint32"),
+        ("block_scale", "uint8"),
+        ("global_scale", "float32"),
+        ("indices", STORAGE[spec["index"]]),
+        ("status", "int32"),
+    ]
+
+
+def tuple_position(f: Any, row: Expr, m: Expr, k: int) -> tuple[Expr, Expr]:
+    """Of `gather_nd`, for row `row` of the output: (the row of data, whether all indices are in range)."""
+    source, in_range = B.bind(T.truncdiv(row, m)), None
+    for t in range(k):
+        size = f.scalars[f"d{t}"]
+        position, inside = position_of(f.buffers["indices"], row * k + t, size)
+        source = source * size + position
+        in_range = inside if in_range is None else T.And(in_range, inside)
+    return source, in_range
+
+
 def position_of(indices: Any, at: Expr, size: Expr) -> tuple[Expr, Expr]:
     """(indices[at] from the start of an axis of `size`, whether it is in range)."""
     given = B.bind(T.Cast("int64", indices[at]))
@@ -88,12 +111,7 @@ def gather_nd(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     with function(symbol, gather_pointers(spec), ["m", "inner", *(f"d{t}" for t in range(k))]) as f:
         m, inner = f.scalars["m"], f.scalars["inner"]
         with B.serial(f.scalars["begin"], f.scalars["end"]) as row:
-            source, in_range = B.bind(T.truncdiv(row, m)), None
-            for t in range(k):
-                size = f.scalars[f"d{t}"]
-                position, inside = position_of(f.buffers["indices"], row * k + t, size)
-                source = source * size + position
-                in_range = inside if in_range is None else T.And(in_range, inside)
+            source, in_range = tuple_position(f, row, m, k)
             _copy_row(f, isa, row, inner, source, in_range)
     return f.result
 
@@ -108,15 +126,10 @@ def gather_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     (rows of the table). Block: 1 of m.
     """
     h = spec["h"]
-    pointers = [
-        ("y", "float32"),
-        ("codes", "uint32"),
-        ("block_scale", "uint8"),
-        ("global_scale", "float32"),
-        ("indices", STORAGE[spec["index"]]),
-        ("status", "int32"),
-    ]
-    with function(symbol, pointers, ["V"]) as f, B.serial(f.scalars["begin"], f.scalars["end"]) as row:
+    with (
+        function(symbol, table_pointers(spec), ["V"]) as f,
+        B.serial(f.scalars["begin"], f.scalars["end"]) as row,
+    ):
         position, in_range = position_of(f.buffers["indices"], row, f.scalars["V"])
         with B.If(in_range):
             with B.Then():

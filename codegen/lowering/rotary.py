@@ -90,12 +90,12 @@ def rotary_embedding(low: Lowering, node: ir.Node) -> None:
     half = turned // 2
     if static(cos.shape[-1]) != half or static(sin.shape[-1]) != half:
         raise unsupported(node, f"caches must have {half} columns, not {cos.shape[-1]} and {sin.shape[-1]}")
-    first, second, step = (0, 1, 2) if node.attributes.get_int("interleaved", 0) else (0, half, 1)
-
+    interleaved = bool(node.attributes.get_int("interleaved", 0))
     if low.device.has_rotary:
-        _emit_whole(low, node, (y, x, cos, sin), interleaved=second == 1, half=half, rest=size - turned)
+        _emit_whole(low, node, (y, x, cos, sin), interleaved=interleaved, half=half, rest=size - turned)
         low.bind(node, out)
         return
+    first, second, step = (0, 1, 2) if interleaved else (0, half, 1)
     a, b = x.slice(3, first, half, step), x.slice(3, second, half, step)
     leaves = tuple(leaf.expand(a.shape) for leaf in (a, b, cos, sin))
     left, right, c, s = (("in", i) for i in range(4))

@@ -7,12 +7,12 @@ kernel. A kernel takes no range of blocks: it is launched once, with a block of 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from qgraph.codegen.kernels import import_builders, register
 from qgraph.codegen.spec import KernelSpec
 
 
@@ -44,24 +44,13 @@ _MODULES = (
 
 def kernel(op: str) -> Callable[[Builder], Builder]:
     """Register the builder of operation `op`."""
-
-    def register(builder: Builder) -> Builder:
-        if op in BUILDERS:
-            raise ValueError(f"kernel '{op}' is registered twice")
-        BUILDERS[op] = builder
-        return builder
-
-    return register
+    return register(op, BUILDERS)
 
 
 @cache
 def load_builders() -> dict[str, Builder]:
     """Import TVM and every kernel module; return the table of builders."""
-    from qgraph.codegen.tvm_backend import load_tvm
-
-    load_tvm()
-    for module in _MODULES:
-        importlib.import_module(f"qgraph.codegen.cuda.kernels.{module}")
+    import_builders(__name__, _MODULES)
     return BUILDERS
 
 

@@ -15,7 +15,7 @@ from tvm.tirx import EQ
 from qgraph.codegen.cuda.kernels import CudaKernel, kernel
 from qgraph.codegen.cuda.kernels.frame import Frame, device_function, strided
 from qgraph.codegen.cuda.kernels.weights import OCTET, e2m1_value, e4m3_value, open_weight
-from qgraph.codegen.kernels.gather import gather_pointers, position_of
+from qgraph.codegen.kernels.gather import gather_pointers, position_of, table_pointers, tuple_position
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.ops import STORAGE
 from qgraph.codegen.kernels.vmath import Expr, named, splat
@@ -56,12 +56,7 @@ def gather_nd(spec: KernelSpec, symbol: str) -> CudaKernel:
         symbol, gather_pointers(spec), ["m", "inner", *(f"d{t}" for t in range(k))], _THREADS
     ) as f:
         m, inner = f.scalars["m"], f.scalars["inner"]
-        source, in_range = B.bind(T.truncdiv(f.block, m)), None
-        for t in range(k):
-            size = f.scalars[f"d{t}"]
-            position, inside = position_of(f.buffers["indices"], f.block * k + t, size)
-            source = source * size + position
-            in_range = inside if in_range is None else T.And(in_range, inside)
+        source, in_range = tuple_position(f, f.block, m, k)
         at = B.bind(source)
         _rows(f, inner, in_range, lambda i: f.buffers["data"][at * inner + i])
     return CudaKernel(f.result, _THREADS)
@@ -70,16 +65,8 @@ def gather_nd(spec: KernelSpec, symbol: str) -> CudaKernel:
 @kernel("gather_nvfp4")
 def gather_nvfp4(spec: KernelSpec, symbol: str) -> CudaKernel:
     h = spec["h"]
-    pointers = [
-        ("y", "float32"),
-        ("codes", "uint32"),
-        ("block_scale", "uint8"),
-        ("global_scale", "float32"),
-        ("indices", STORAGE[spec["index"]]),
-        ("status", "int32"),
-    ]
     blocks = -(-h // GROUP)
-    with device_function(symbol, pointers, ["V"], _THREADS) as f:
+    with device_function(symbol, table_pointers(spec), ["V"], _THREADS) as f:
         position, in_range = position_of(f.buffers["indices"], f.block, f.scalars["V"])
 
         def value(i: Expr) -> Expr:

@@ -125,25 +125,29 @@ class _NVFP4(Weight):
     operands = ("uint32", "uint8", "float32")
     block = GROUP
     exact = True
+    apart = 4
+    factor = 256.0  # float16 has no room for the largest products of levels and scales
 
     def __init__(self, K: int) -> None:
         self._blocks = -(-K // GROUP)
 
+    def _words(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[Expr]:
+        return _loaded(w[0], (tile * (2 * self._blocks) + o) * LANES + lane, outputs, "uint32")
+
+    def _scale_bits(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[Expr]:
+        at = (tile * self._blocks + T.truncdiv(o, index(2))) * LANES + lane
+        return _loaded(w[1], at, outputs, "uint8")
+
     def octet(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[list[Expr]]:
-        at = (tile * (2 * self._blocks) + o) * LANES + lane
-        words = _loaded(w[0], at, outputs, "uint32")
         return [
-            [named(e2m1_value(T.shift_right(word, T.uint32(4 * i)))) for i in range(OCTET)] for word in words
+            [named(e2m1_value(T.shift_right(word, T.uint32(4 * i)))) for i in range(OCTET)]
+            for word in self._words(w, tile, lane, o, outputs)
         ]
 
-    apart = 4
-    factor = 256.0  # float16 has no room for the largest products of levels and scales
-
     def pairs(self, w: Buffers, tile: Expr, lane: Expr, u: Expr, outputs: int) -> list[list[Expr]]:
-        at = (tile * (2 * self._blocks) + u) * LANES + lane
-        words = _loaded(w[0], at, outputs, "uint32")
-        at = (tile * self._blocks + T.truncdiv(u, index(2))) * LANES + lane
-        scales = [call("uint32", "qg_e4m3_pair", bits) for bits in _loaded(w[1], at, outputs, "uint8")]
+        words = self._words(w, tile, lane, u, outputs)
+        bits = self._scale_bits(w, tile, lane, u, outputs)
+        scales = [call("uint32", "qg_e4m3_pair", own) for own in bits]
         return [
             [
                 call("uint32", "qg_e2m1_pair", T.shift_left(word, T.uint32(12 - 4 * i)), scale)
@@ -153,8 +157,7 @@ class _NVFP4(Weight):
         ]
 
     def scales(self, w: Buffers, tile: Expr, lane: Expr, o: Expr, outputs: int) -> list[Expr]:
-        at = (tile * self._blocks + T.truncdiv(o, index(2))) * LANES + lane
-        return [named(e4m3_value(bits)) for bits in _loaded(w[1], at, outputs, "uint8")]
+        return [named(e4m3_value(bits)) for bits in self._scale_bits(w, tile, lane, o, outputs)]
 
     def overall(self, w: Buffers) -> Expr | None:
         return w[2][0]
