@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,6 +54,22 @@ def _generator_hash() -> str:
     return digest.hexdigest()
 
 
+def _generate(specs: Sequence[KernelSpec], on_kernel: Callable[[int, str], None] | None) -> bytes:
+    """CUDA C++ of all kernels, and how each is launched, as JSON."""
+    # TVM takes seconds to import; a build whose kernels were all generated before does without.
+    from qgraph.codegen.cuda.kernels import build_kernel
+    from qgraph.codegen.cuda.text import cuda_text
+
+    functions, built = [], {}
+    for i, spec in enumerate(specs):
+        if on_kernel is not None:
+            on_kernel(i, spec.symbol)
+        kernel = build_kernel(spec)
+        built[spec.symbol] = kernel.function
+        functions.append({"threads": kernel.threads, "shared": kernel.shared})
+    return json.dumps({"text": cuda_text(built), "functions": functions}).encode()
+
+
 def compile_cuda(
     specs: Sequence[KernelSpec], on_kernel: Callable[[int, str], None] | None = None
 ) -> CudaCode:
@@ -66,22 +83,16 @@ def compile_cuda(
         ResourceError: there is no compiler of CUDA C++, or it does not work.
         UnsupportedError: it knows none of the architectures.
     """
-    from qgraph.codegen.cuda.kernels import build_kernel
-    from qgraph.codegen.cuda.text import cuda_text
     from qgraph.codegen.cuda.toolkit import find_compiler
 
     compiler = find_compiler()
     known = [arch for arch in ARCHS if compiler.supports(arch)]
     if not known:
         raise UnsupportedError(f"{compiler.name} knows none of {', '.join(arch.name for arch in ARCHS)}")
-    functions, built = [], {}
-    for i, spec in enumerate(specs):
-        if on_kernel is not None:
-            on_kernel(i, spec.symbol)
-        kernel = build_kernel(spec)
-        built[spec.symbol] = kernel.function
-        functions.append({"threads": kernel.threads, "shared": kernel.shared})
-    text = cuda_text(built)
+    symbols = [spec.symbol for spec in specs]
+    key = repr((symbols, _generator_hash()))
+    made = json.loads(sealed(key, "cu.json", lambda: _generate(specs, on_kernel)))
+    text: str = made["text"]
 
     def image(arch: CudaArch) -> CudaImage:
         key = repr((text, arch, compiler.name, _generator_hash()))
@@ -91,4 +102,4 @@ def compile_cuda(
         on_kernel(len(specs), compiler.name)
     with ThreadPoolExecutor() as pool:
         images = list(pool.map(image, known))
-    return CudaCode(images, functions, [a.name for a in ARCHS if a not in known], compiler.name)
+    return CudaCode(images, made["functions"], [a.name for a in ARCHS if a not in known], compiler.name)

@@ -83,6 +83,16 @@ def test_every_architecture_has_code() -> None:
             assert image.code.startswith(b"\x7fELF")
 
 
+def test_what_was_compiled_before_is_not_generated_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _compiled()
+
+    def generate(spec: KernelSpec) -> None:
+        raise AssertionError(spec.symbol)
+
+    monkeypatch.setattr("qgraph.codegen.cuda.kernels.build_kernel", generate)
+    assert compile_cuda(_hot()) == before
+
+
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if not arch.is_ptx], ids=lambda arch: arch.name)
 def test_hot_kernels_stay_in_registers(arch: Any, tmp_path: Path) -> None:
     image = next(image for image in _compiled().images if image.arch == arch)
