@@ -305,12 +305,9 @@ class Lowering:
             self._int8[key] = out
         return self._int8[key]
 
-    def nvfp4(self, value: ir.Value, k: int, runs: Dim) -> tuple[View, View, View] | None:
-        """Codes, block scales and the global scale of a value that is rounded to NVFP4 along its last axis,
-        of size k; computed once for all readers, in runs where `runs` is 1 and not 0. None for one that is
-        not."""
-        if value not in self.rounded_to_nvfp4:
-            return None
+    def nvfp4(self, value: ir.Value, k: int, runs: Dim) -> tuple[View, View, View]:
+        """Codes, block scales and the global scale of a value in `rounded_to_nvfp4`, which is rounded along
+        its last axis, of size k; computed once for all readers, in runs where `runs` is 1 and not 0."""
         source, scale = self.rounded_to_nvfp4[value]
         if value not in self._nvfp4:
             lead, blocks = source.shape[:-1], sympy.Integer(-(-k // 16))

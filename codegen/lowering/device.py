@@ -145,7 +145,9 @@ class Cuda(Device):
         """What the product of NVFP4 by NVFP4 takes for its left operand; None for another product, or weights
         with scales that tensor cores do not have."""
         x = linear.node.inputs[0]
-        if linear.op != NVFP4.kernel or x is None or (linear.weights[1].data & 0x80).any():
+        if linear.op != NVFP4.kernel or x not in low.rounded_to_nvfp4:
+            return None
+        if (linear.weights[1].data & 0x80).any():
             return None
         return low.nvfp4(x, linear.k, runs)
 
