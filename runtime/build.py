@@ -1,7 +1,8 @@
-"""Builds the runtime's shared library from its sources, once a machine, with the C++17 compiler at hand.
+"""Builds the runtime's shared library, and that of custom operators for ONNX Runtime, from their sources, once
+a machine, with the C++17 compiler at hand.
 
-The library lies in a cache folder under a name that hashes sources, compiler and flags: any change gives a
-new file, and processes that build at the same time give the same one. For ELF systems, as is the runtime.
+The libraries lie in a cache folder under names that hash sources, compiler and flags: any change gives new
+files, and processes that build at the same time give the same ones. For ELF systems, as is the runtime.
 """
 
 from __future__ import annotations
@@ -79,21 +80,45 @@ def library() -> Path:
     return build(cache_dir())
 
 
+def ort_library() -> Path:
+    """Path of `libqgraph_ort.so`, for `onnxruntime.SessionOptions.register_custom_ops_library`: the operators
+    of files that `--export ort` writes. Built if the cache has it not.
+
+    With `$QGRAPH_RUNTIME_LIBRARY` it is the file `libqgraph_ort.so` beside that.
+
+    Raises:
+        ResourceError: as `library`.
+    """
+    if os.environ.get("QGRAPH_RUNTIME_LIBRARY"):
+        path = library().with_name("libqgraph_ort.so")
+        if not path.is_file():
+            raise ResourceError(f"QGRAPH_RUNTIME_LIBRARY: there is no {path}")
+        return path
+    return _ort(build(cache_dir()))
+
+
+def _ort(runtime: Path) -> Path:
+    return runtime.with_name(runtime.name.replace("libqgraph-", "libqgraph_ort-"))
+
+
 def build(folder: Path) -> Path:
-    """Build the library into a folder, unless it is there, and return its path. Processes may race.
+    """Build the libraries into a folder, unless they are there, and return the runtime's path. Processes may
+    race.
 
     Raises:
         ResourceError: as `library`.
     """
     compiler = find_compiler()
     target = folder / f"libqgraph-{_key(compiler)}.so"
-    if target.is_file():
+    if target.is_file():  # and the other, which came first
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-            built = _compile(compiler, Path(scratch))
-            built.replace(target)  # atomic: nobody sees half a library; of two builders, the last wins
+            runtime, ort = _compile(compiler, Path(scratch))
+            # Atomic: nobody sees half a library; of two builders, the last wins.
+            ort.replace(_ort(target))
+            runtime.replace(target)
     except OSError as error:
         hint = "set QGRAPH_CACHE_DIR to a folder that can be written"
         raise ResourceError(f"cannot build the runtime in {folder}: {error}: {hint}") from error
@@ -102,8 +127,9 @@ def build(folder: Path) -> Path:
 
 @cache
 def _sources() -> tuple[Path, ...]:
-    """Everything that goes into the library, in a fixed order."""
-    return tuple(sorted([*(ROOT / "src").iterdir(), *(ROOT / "include" / "qgraph").glob("*.h")]))
+    """Everything that goes into the libraries, in a fixed order."""
+    public = (ROOT / "include" / "qgraph").iterdir()
+    return tuple(sorted([*(ROOT / "src").iterdir(), *(ROOT / "ort").iterdir(), *public]))
 
 
 def _key(compiler: list[str]) -> str:
@@ -119,21 +145,24 @@ def _key(compiler: list[str]) -> str:
     return state.hexdigest()[:20]
 
 
-def _compile(compiler: list[str], scratch: Path) -> Path:
-    """Compile the translation units in parallel and link them."""
+def _compile(compiler: list[str], scratch: Path) -> tuple[Path, Path]:
+    """Compile the translation units in parallel and link them: the runtime, and the one for ONNX Runtime."""
     units = [path for path in _sources() if path.suffix == ".cc"]
-    objects = [scratch / f"{unit.stem}.o" for unit in units]
+    objects = {unit: scratch / f"{unit.stem}.o" for unit in units}
 
-    def compile_unit(unit: Path, target: Path) -> None:
+    def compile_unit(unit: Path) -> None:
         include = f"-I{ROOT / 'include'}"
-        _run([*compiler, *COMPILE_FLAGS, include, "-c", str(unit)], target)
+        _run([*compiler, *COMPILE_FLAGS, include, "-c", str(unit)], objects[unit])
+
+    def link(name: str, folder: Path, units: list[Path]) -> Path:
+        exports = f"-Wl,--version-script={folder / 'exports.map'}"
+        _run([*compiler, exports, *(str(objects[unit]) for unit in units), *LINK_FLAGS], scratch / name)
+        return scratch / name
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(compile_unit, units, objects))
-    library = scratch / "libqgraph.so"
-    exports = f"-Wl,--version-script={ROOT / 'src' / 'exports.map'}"
-    _run([*compiler, exports, *map(str, objects), *LINK_FLAGS], library)
-    return library
+        list(pool.map(compile_unit, units))
+    runtime = [unit for unit in units if unit.parent.name == "src"]
+    return link("libqgraph.so", ROOT / "src", runtime), link("libqgraph_ort.so", ROOT / "ort", units)
 
 
 def _run(command: list[str], target: Path) -> None:

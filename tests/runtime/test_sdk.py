@@ -47,6 +47,7 @@ def test_tree(prefix: Path) -> None:
         "include/qgraph/qgraph.h",
         "include/qgraph/qgraph.hpp",
         "lib/libqgraph.a",
+        "lib/libqgraph_ort.so",
         "lib/libqgraph.so",
         "lib/libqgraph.so.1",
         f"lib/libqgraph.so.1.{qgraph.__version__}",

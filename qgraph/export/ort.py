@@ -1,0 +1,114 @@
+"""ONNX Runtime with our kernels: every low-bit node has its packed weights and its code in one input.
+
+The operators keep their names, `ai.qgraph::QLinearNVFP4(x, artifact) -> y`, and are those of
+`libqgraph_ort.so` (runtime/ort); everything else is ONNX Runtime's own. An artifact is what `qgraph.codegen`
+makes of the node alone, for any number of rows: a `.qg` file as an initializer, uint8 [bytes].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.passes.base import replace_node
+from qgraph.passes.lowbit_functions import DOMAIN, lowbit_nodes, rounding_nodes
+
+Build = Callable[[ir.Model], bytes]
+
+_ROWS = "rows"  # the dim of an artifact's input and output that is not fixed
+
+
+def pack_nodes(model: ir.Model, build: Build, on_node: Callable[[int, int, str], None] | None = None) -> None:
+    """Replace every low-bit node of a prepared graph by its packed form. Changes `model`.
+
+    A rounding of activations becomes a part of each product that reads it, which goes on in integers; it is a
+    node of its own only for others that read it.
+
+    Args:
+        build: a model with one input and one output, [rows, ..] each -> its artifact.
+        on_node: called with (done, total, name) before each.
+    """
+    roundings = set(rounding_nodes(model))
+    layers = [node for node in lowbit_nodes(model) if node not in roundings]
+    packer = _Packer(model.graph, build)
+    for done, node in enumerate(layers):
+        if on_node is not None:
+            on_node(done, len(layers), str(node.name))
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        packer.pack([source, node] if source in roundings else [node])
+    for node in roundings:
+        if node.outputs[0].uses() or node.outputs[0].is_graph_output():
+            packer.pack([node])
+        else:
+            model.graph.remove(node, safe=True)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+    for key in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[key]
+
+
+class _Packer:
+    """Replaces nodes of a graph. Equal artifacts are one initializer."""
+
+    def __init__(self, graph: ir.Graph, build: Build) -> None:
+        self.graph, self.build = graph, build
+        self.made: dict[bytes, ir.Value] = {}
+
+    def pack(self, chain: list[ir.Node | None]) -> None:
+        """One node in place of the last of a chain, from the input of the first."""
+        nodes = [node for node in chain if node is not None]
+        last = nodes[-1]
+        artifact = self._artifact(str(last.name), self.build(_alone(nodes, self.graph.opset_imports)))
+        packed = ir.node(
+            last.op_type,
+            [nodes[0].inputs[0], artifact],
+            domain=DOMAIN,
+            name=last.name,
+            doc_string=last.doc_string,
+        )
+        replace_node(last, [packed])
+
+    def _artifact(self, node: str, data: bytes) -> ir.Value:
+        key = hashlib.sha256(data).digest()
+        if key not in self.made:
+            value = ir.Value(
+                name=f"{node}.artifact",
+                type=ir.TensorType(ir.DataType.UINT8),
+                shape=ir.Shape([len(data)]),
+                const_value=ir.Tensor(np.frombuffer(data, np.uint8), name=f"{node}.artifact"),
+            )
+            self.graph.register_initializer(value)
+            self.made[key] = value
+        return self.made[key]
+
+
+def _alone(chain: list[ir.Node], opsets: dict[str, int]) -> ir.Model:
+    """A model of nodes that follow one another, on rows."""
+    lookup = "Gather" in chain[0].op_type
+    at = start = _rows("x", chain[0].inputs[0], kept=0 if lookup else 1)
+    nodes, initializers = [], []
+    for node in chain:
+        parts = [
+            ir.Value(name=part.name, type=part.type, shape=part.shape, const_value=part.const_value)
+            for part in node.inputs[1:]
+            if part is not None
+        ]
+        at = _rows("y" if node is chain[-1] else "rounded", node.outputs[0], kept=1)
+        nodes.append(ir.node(node.op_type, [start if not nodes else nodes[-1].outputs[0], *parts],
+                             domain=DOMAIN, name=node.name, outputs=[at]))  # fmt: skip
+        initializers += parts
+    graph = ir.Graph(
+        [start], [at], nodes=nodes, initializers=initializers, name="layer", opset_imports=dict(opsets)
+    )
+    return ir.Model(graph, ir_version=11)
+
+
+def _rows(name: str, like: ir.Value | None, kept: int) -> ir.Value:
+    """A value with the last `kept` axes of another one behind one dim for all the rest."""
+    assert like is not None and like.shape is not None
+    tail = like.shape.dims[len(like.shape) - kept :]
+    return ir.Value(name=name, type=like.type, shape=ir.Shape([ir.SymbolicDim(_ROWS), *tail]))
