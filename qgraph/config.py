@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qgraph.errors import InputError, UsageError
+from qgraph.export import EXPORTS
 from qgraph.schemes import COMPUTES, PACKINGS, SCHEMES, Scheme, get_scheme
 
 ONNX_STYLES = ("function", "qdq")
@@ -67,11 +68,14 @@ class CompileConfig:
         onnx_style: `function` writes a quantized layer as one node with a standard body, `qdq` writes the
             body in place.
         onnx: whether the low-bit ONNX file is written.
+        export: other engines that the low-bit model is written for, too: names of `qgraph.export.EXPORTS`.
         target: the machines the artifact is for, as `qgraph.codegen.targets.parse_target` takes them.
         format: what the artifact is written as: `qg`, a file to load, or `static-lib`, a library and a header
             to link into a program.
-        verify: whether the artifact is run and compared with ONNX's reference evaluator on the low-bit model.
-        strict: whether a layer that was chosen but did not get a low-bit kernel is an error.
+        verify: whether the artifact, and what was exported, is run and compared with ONNX's reference
+            evaluator on the low-bit model.
+        strict: whether a layer that was chosen but did not get a low-bit kernel, or that an export leaves in
+            float, is an error.
         threads: of calibration, solvers and verification, at most 1024; 0 is one a core. Results do not
             depend on it.
         seed: of the verification's inputs.
@@ -100,6 +104,7 @@ class CompileConfig:
     compute: str = "f32"
     onnx_style: str = "function"
     onnx: bool = True
+    export: tuple[str, ...] = ()
     target: str = "x86_64-linux"
     format: str = "qg"
     verify: bool = True
@@ -137,6 +142,8 @@ class CompileConfig:
             )
         _one_of("kv_cache", self.kv_cache, KV_CACHE)
         _one_of("onnx_style", self.onnx_style, ONNX_STYLES)
+        for name in self.export:
+            _one_of("export", name, EXPORTS)
         _one_of("packing", self.packing, PACKINGS)
         _one_of("compute", self.compute, COMPUTES)
         for part in self.target.split(","):

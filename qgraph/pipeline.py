@@ -16,15 +16,16 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qgraph import __version__
 from qgraph.config import FROM_PYTHON, CompileConfig
 from qgraph.errors import BudgetError, InputError, UnsupportedError, UsageError
+from qgraph.export import EXPORTS
 from qgraph.progress import Progress
-from qgraph.report import CompileReport, layers_of
+from qgraph.report import CompileReport, ExportReport, layers_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,13 +48,14 @@ TIED_SCHEMES = {None: "int8", "int8": "int8-w8a8"}
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What was done, and the files that were written (None for those that were not)."""
+    """What was done, and the files that were written (None for those that were not); `exports` by engine."""
 
     report: CompileReport
     onnx: Path | None = None
     artifact: Path | None = None
     library: Path | None = None
     header: Path | None = None
+    exports: Mapping[str, Path] = field(default_factory=dict)
 
     def load(self, threads: int = 0) -> Model:
         """The artifact, loaded. Raises UsageError when none was written."""
@@ -104,6 +106,7 @@ def compile(
         if config.onnx_style != "function":
             _restyle(run, lowbit)
         _verify(run, run.staged(".onnx"))
+        _export(run, run.staged(".onnx"))
         _make_library(run)
         if not config.onnx:
             run.drop(".onnx")
@@ -128,6 +131,7 @@ def quantize(
         lowbit = _quantize(run, calibration, dump)
         if config.onnx_style != "function":
             _restyle(run, lowbit)
+        _export(run, run.staged(".onnx"))
         return run.finish()
 
 
@@ -148,6 +152,7 @@ def build(
     with _Run(source, config, output, dry_run, progress, suffixes=_BUILT[config.format]) as run:
         run.report.recall(_build(run, source))
         _verify(run, source)
+        _export(run, source)
         _make_library(run)
         return run.finish()
 
@@ -453,6 +458,20 @@ def _devices_here(wanted: Target) -> tuple[list[str], str]:
     return found, "; ".join(missing)
 
 
+def _export(run: _Run, lowbit: Path) -> None:
+    """Write the low-bit file for other engines to the staging folder."""
+    from qgraph.export import export_model
+
+    for name in run.exports:
+        with run.phase(f"export {name}"):
+            model, context = export_model(name, lowbit)
+            if run.config.strict and context.notes:
+                raise BudgetError(f"export '{name}' leaves a layer in float: {context.notes[0]} (--strict)")
+            nbytes = _save(model, run.staged(EXPORTS[name].suffix))
+            notes = [(note.node, note.reason) for note in context.notes]
+            run.report.exports.append(ExportReport(name, nbytes, len(context.done), notes))
+
+
 def _make_library(run: _Run) -> None:
     """Format `static-lib`: a library in place of the artifact, once that is verified."""
     if run.config.format != "static-lib" or run.dry_run:
@@ -515,10 +534,12 @@ class _Run:
             from qgraph.codegen.static_library import require_target
 
             require_target(config.target)
-        self.source, self.config, self.dry_run, self.suffixes = source, config, dry_run, suffixes
+        self.exports = tuple(dict.fromkeys(config.export))
+        self.source, self.config, self.dry_run = source, config, dry_run
+        self.suffixes = (*(EXPORTS[name].suffix for name in self.exports), *suffixes)
         self.prefix = _prefix(source, config.scheme if ".onnx" in suffixes else "", output)
         inputs = {file.resolve() for file in (source, *config.files())}
-        for suffix in (*suffixes, ".report.json"):
+        for suffix in (*self.suffixes, ".report.json"):
             if self.final(suffix).resolve() in inputs:
                 raise UsageError(f"the output {self.final(suffix)} is an input: give another -o")
         self.progress = progress or Progress()
@@ -588,9 +609,12 @@ class _Run:
         """Write the report to the staging folder, and say what there will be."""
         if self.dry_run:
             return CompileResult(self.report)
-        self.report.files = {_KINDS[s]: str(self.final(s)) for s in (*self.suffixes, ".report.json")}
+        built = [suffix for suffix in self.suffixes if suffix in _KINDS]
+        exports = {name: self.final(EXPORTS[name].suffix) for name in self.exports}
+        self.report.files = {_KINDS[s]: str(self.final(s)) for s in (*built, ".report.json")}
+        self.report.files |= {name: str(path) for name, path in exports.items()}
         self.staged(".report.json").write_text(json.dumps(self.report.to_json(), indent=1) + "\n")
-        return CompileResult(self.report, **{_KINDS[s]: self.final(s) for s in self.suffixes})
+        return CompileResult(self.report, exports=exports, **{_KINDS[s]: self.final(s) for s in built})
 
 
 def _config(
@@ -622,7 +646,8 @@ def output_files(source: Path, scheme: str, output: str | os.PathLike[str] | Non
 
     prefix = _prefix(source, scheme, output)
     name = library_name(prefix.name)
-    endings = (".onnx", ".onnx.data", ".qg", ".report.json")
+    models = (".onnx", *(export.suffix for export in EXPORTS.values()))
+    endings = (*models, *(f"{model}.data" for model in models), ".qg", ".report.json")
     names = [*(prefix.name + end for end in endings), f"lib{name}.a", f"{name}.h"]
     return [prefix.with_name(name) for name in names]
 

@@ -25,9 +25,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "schemes",
         "formats",
         "runtime",
+        "export",
     }
     | BASE,
-    "config": {"schemes", "solvers", "codegen.isa", "codegen.targets"} | BASE,
+    "config": {"schemes", "solvers", "export", "codegen.isa", "codegen.targets"} | BASE,
+    "export": {"passes", "codegen", "evaluate", "formats", "schemes"} | BASE,
     "models": {"evaluate"} | BASE,
     "report": {"evaluate", "formats", "runtime"} | BASE,
     "calibration": {"passes", "solvers", "evaluate", "formats"} | BASE,

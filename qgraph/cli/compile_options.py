@@ -15,6 +15,7 @@ from qgraph.cli.options import json_option, quiet_option, refuse_overwrite, stan
 from qgraph.config import CompileConfig, dump_toml, load_toml
 from qgraph.errors import InputError, UsageError
 from qgraph.evaluate.files import existing_file
+from qgraph.export import EXPORTS
 from qgraph.report.document import CompileReport
 from qgraph.report.text import summary
 
@@ -124,11 +125,6 @@ _BUILD = (
         help="What the artifact becomes: qg, a file; or static-lib, a library and a header.  [default: qg]",
     ),
     click.option(
-        "--verify/--no-verify",
-        default=None,
-        help="Compare with ONNX's reference evaluator.  [default: verify]",
-    ),
-    click.option(
         "--packing",
         metavar="HOW",
         help="Ternary weights in the artifact: fast, 2 bits each, or small, 1.625.  [default: fast]",
@@ -139,8 +135,24 @@ _BUILD = (
         help="What products of more than 8 rows round float activations to: f32 (not at all), or bf16, int16 "
         "or int8, which are faster.  [default: f32]",
     ),
+)
+_EXPORT = (
     click.option(
-        "--strict", is_flag=True, default=None, help="Fail when a quantized layer gets no low-bit kernel."
+        "--export",
+        multiple=True,
+        metavar="ENGINE",
+        help=f"Write the low-bit model for another engine, too: {', '.join(EXPORTS)}. Repeatable.",
+    ),
+    click.option(
+        "--verify/--no-verify",
+        default=None,
+        help="Compare with ONNX's reference evaluator.  [default: verify]",
+    ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        default=None,
+        help="Fail when a quantized layer gets no low-bit kernel, or none in an export.",
     ),
     click.option("--seed", type=int, help="Seed of the comparison's inputs.  [default: 0]"),
 )
@@ -170,12 +182,13 @@ _FIELDS = tuple(field.name for field in fields(CompileConfig))
 
 def compile_options(artifact: bool) -> Decorator:
     """The options of `compile`, or without `artifact` those of `quantize`."""
-    return _decorate([*_QUANTIZE, *((*_ONNX, *_BUILD) if artifact else ()), *_THREADS, *_COMMON, *_PASSES])
+    built = (*_ONNX, *_BUILD) if artifact else ()
+    return _decorate([*_QUANTIZE, *built, *_EXPORT, *_THREADS, *_COMMON, *_PASSES])
 
 
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `build`."""
-    return _decorate([*_BUILD, *_THREADS, *_COMMON])(function)
+    return _decorate([*_BUILD, *_EXPORT, *_THREADS, *_COMMON])(function)
 
 
 def _decorate(options: list[Decorator]) -> Decorator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qgraph.report.document import REPORT_VERSION, CompileReport
+from qgraph.report.document import REPORT_VERSION, CompileReport, ExportReport
 from qgraph.report.layers import LayerReport, layers_of
 
-__all__ = ["REPORT_VERSION", "CompileReport", "LayerReport", "layers_of"]
+__all__ = ["REPORT_VERSION", "CompileReport", "ExportReport", "LayerReport", "layers_of"]

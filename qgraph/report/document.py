@@ -13,6 +13,30 @@ from qgraph.report.layers import LayerReport, stored_weights, weight_bytes
 REPORT_VERSION = 1  # of the JSON document; a field may be added within a version, not changed or removed
 
 
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written for another engine.
+
+    Attributes:
+        name: of the engine (`qgraph.export.EXPORTS`).
+        nbytes: of the file, external data included.
+        lowbit_nodes: how many low-bit nodes the engine computes as such.
+        notes: (node, reason) of those that it computes in float.
+        verification: None where the machine's CPU cannot run the file.
+    """
+
+    name: str
+    nbytes: int
+    lowbit_nodes: int
+    notes: list[tuple[str, str]]
+    verification: Verification | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        notes = [{"node": node, "reason": reason} for node, reason in self.notes]
+        return {**asdict(self), "notes": notes, "verification": verification_json(self.verification)}
+
+
 @dataclass
 class CompileReport:
     """What a compile did.
@@ -31,7 +55,8 @@ class CompileReport:
         isas: code variants in the artifact.
         verification: None when no artifact was built.
         seconds: wall time by phase.
-        files: what was written, by kind: `onnx`, `artifact`, `library`, `header`, `report`.
+        files: what was written, by kind: `onnx`, `artifact`, `library`, `header`, `report`, names of exports.
+        exports: what was written for other engines.
     """
 
     version: str
@@ -45,6 +70,7 @@ class CompileReport:
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
+    exports: list[ExportReport] = field(default_factory=list)
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -105,6 +131,7 @@ class CompileReport:
             "verification": verification_json(self.verification),
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
             "files": self.files,
+            "exports": [export.to_json() for export in self.exports],
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+from qgraph.evaluate.verify import Verification
 from qgraph.report.document import CompileReport
 from qgraph.report.layers import LayerReport, stored_weights
 
@@ -62,9 +63,18 @@ def _rows(report: CompileReport) -> Iterator[Row]:
         yield "library", _before_after(sizes["original"], sizes["library"])
     if "artifact_weights" in sizes:
         yield "artifact", f"{size(sizes['artifact_weights'])} of weights, and the code of its kernels"
-    check = report.verification
+    for export in report.exports:
+        yield "export", f"{export.name}: {size(export.nbytes)}, {_count(export.lowbit_nodes, 'low-bit node')}"
+        for reason, count in Counter(reason for _, reason in export.notes).items():
+            yield "", f"{_count(count, 'node')} in float: {reason}"
+    yield from _checks(report.verification, "")
+    for export in report.exports:
+        yield from _checks(export.verification, f"{export.name}: ")
+
+
+def _checks(check: Verification | None, what: str) -> Iterator[Row]:
     if check is not None and check.status == "skipped":
-        yield "verify", f"skipped: {check.reason}"
+        yield "verify", f"{what}skipped: {check.reason}"
     elif check is not None:
         errors = [f"{worst:.1e} (allowed {limit:g})" for limit, worst in check.worst_by_limit().items()]
         if len(errors) > 1:
@@ -73,12 +83,12 @@ def _rows(report: CompileReport) -> Iterator[Row]:
         yield (
             "verify",
             (
-                f"agrees with ONNX's reference evaluator on {len(check.comparisons)} inputs{where}: "
+                f"{what}agrees with ONNX's reference evaluator on {len(check.comparisons)} inputs{where}: "
                 f"relative error {'; '.join(errors)}"
             ),
         )
         if check.reason:
-            yield "verify", f"not on every device: {check.reason}"
+            yield "verify", f"{what}not on every device: {check.reason}"
 
 
 def _calibration(report: CompileReport) -> str:

@@ -1,0 +1,97 @@
+"""The low-bit model for other engines: `--export`, one module an engine.
+
+A module has `export(model, context) -> model`: it gets a prepared low-bit model of its own
+(passes/pipeline.py), which it may change, and returns one that the engine takes. What the engine cannot
+compute from low-bit weights it leaves in float, and says so (`Context.leave`). Where `Export.runs`, the
+module also has `open_runner(path, threads)`, which opens what was written as a `Runner`
+(qgraph/evaluate/runners.py) on this machine's CPU, or raises UnsupportedError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qgraph.errors import UsageError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Export:
+    """One engine. Its module is imported at the first use: listing loads nothing.
+
+    Attributes:
+        name: what the user types.
+        description: one line for `--help` and the docs.
+        runs: whether what is written can be run on a CPU by what qgraph has installed, and is verified so.
+    """
+
+    name: str
+    description: str
+    runs: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """What the name of the file ends with."""
+        return f".{self.name}.onnx"
+
+    @property
+    def module(self) -> Any:
+        """Its module, loaded."""
+        return import_module(f"qgraph.export.{self.name.replace('-', '_')}")
+
+
+EXPORTS: dict[str, Export] = {export.name: export for export in ()}
+
+
+@dataclass(frozen=True)
+class Note:
+    """A low-bit node that the engine computes in float, and why."""
+
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason}"
+
+
+@dataclass
+class Context:
+    """What an export says of its work: names of the low-bit nodes that the engine computes as such, notes on
+    the others."""
+
+    done: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+
+    def keep(self, node: ir.Node) -> None:
+        """The engine has a low-bit form of this node."""
+        self.done.append(str(node.name))
+
+    def leave(self, node: ir.Node, reason: str) -> None:
+        """It has none."""
+        self.notes.append(Note(str(node.name), reason))
+
+
+def export_model(name: str, lowbit: Path) -> tuple[ir.Model, Context]:
+    """The low-bit file as an engine takes it, and what there is to say of that.
+
+    Raises UsageError where the file has no low-bit layer, or none that the engine can compute as such.
+    """
+    from qgraph.passes import load_model, prepare_model
+    from qgraph.passes.lowbit_functions import lowbit_nodes
+
+    model = prepare_model(load_model(lowbit))
+    if not lowbit_nodes(model):
+        raise UsageError(f"export '{name}': {lowbit} has no low-bit layer")
+    context = Context()
+    model = EXPORTS[name].module.export(model, context)
+    if not context.done:
+        reasons = "; ".join(dict.fromkeys(note.reason for note in context.notes))
+        raise UsageError(
+            f"export '{name}': none of the layers of {lowbit} has a low-bit form there: {reasons}"
+        )
+    return model, context
