@@ -460,11 +460,13 @@ def _devices_here(wanted: Target) -> tuple[list[str], str]:
 
 def _export(run: _Run, lowbit: Path) -> None:
     """Write the low-bit file for other engines to the staging folder."""
-    from qgraph.export import export_model
+    from qgraph.export import Context, export_model
 
+    config = run.config
     for name in run.exports:
         with run.phase(f"export {name}"):
-            model, context = export_model(name, lowbit)
+            context = Context(config.target, config.packing, config.compute, run.stepped)
+            model = export_model(name, lowbit, context)
             if run.config.strict and context.notes:
                 raise BudgetError(f"export '{name}' leaves a layer in float: {context.notes[0]} (--strict)")
             nbytes = _save(model, run.staged(EXPORTS[name].suffix))

@@ -1,5 +1,5 @@
-"""Builds the runtime's shared library, and that of custom operators for ONNX Runtime, from their sources, once
-a machine, with the C++17 compiler at hand.
+"""Builds the runtime's shared library, and the one for ONNX Runtime, from their sources, once a machine, with
+the C++17 compiler at hand.
 
 The libraries lie in a cache folder under names that hash sources, compiler and flags: any change gives new
 files, and processes that build at the same time give the same ones. For ELF systems, as is the runtime.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qgraph.errors import InputError, UnsupportedError, UsageError
+from qgraph.errors import InputError, ResourceError, UnsupportedError, UsageError
 from qgraph.evaluate.files import existing_file
 from qgraph.evaluate.samples import InputSpec, input_specs
 from qgraph.evaluate.text_ports import new_tokens
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from qgraph.runtime import Model
 
 _LONGEST_MESSAGE = 400
+# What ONNX Runtime says of an operator of ours that the file does not define.
+_UNKNOWN_OPERATOR = re.compile(r"ai\.qgraph:\w+\(-?\d+\) is not a registered function/op")
 
 Feeds = Mapping[str, "np.ndarray"]
 Shape = tuple[int | str, ...]
@@ -38,10 +41,12 @@ class Runner(Protocol):
 
 
 class OnnxRuntimeRunner:
-    """An ONNX file by ONNX Runtime on the CPU.
+    """An ONNX file by ONNX Runtime on the CPU; one with operators of ours (`--export ort`) with the library
+    that has them.
 
     threads: of one operator; 0 is ONNX Runtime's choice. Raises InputError for a file that it refuses,
-    UnsupportedError for one with operators that it does not have, such as DequantizeLinear of 4-bit floats.
+    UnsupportedError for one with operators that it does not have, such as DequantizeLinear of 4-bit floats,
+    ResourceError where that library cannot be built.
     """
 
     name = "onnxruntime"
@@ -52,18 +57,15 @@ class OnnxRuntimeRunner:
         import onnxruntime
 
         onnxruntime.disable_telemetry_events()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4  # what goes wrong comes as an exception
         try:
-            self._session = onnxruntime.InferenceSession(
-                self._path, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = _ort_session(self._path, threads)
         except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
             raise UnsupportedError(
                 f"{self._path}: ONNX Runtime has no kernel for an operator of it ({_one_line(error)}); "
                 "ONNX's reference evaluator runs it"
             ) from error
+        except ResourceError:
+            raise
         except Exception as error:  # ONNX Runtime's classes share no base
             raise InputError(f"{self._path}: ONNX Runtime refuses it: {_one_line(error)}") from error
         self.specs = tuple(_ort_spec(i) for i in self._session.get_inputs())
@@ -142,6 +144,28 @@ class ReferenceRunner:
         except Exception as error:
             raise InputError(f"{self._path}: ONNX's reference evaluator: {_one_line(error)}") from error
         return dict(zip(outputs, values, strict=True))
+
+
+def _ort_session(path: str, threads: int) -> Any:
+    """A session of ONNX Runtime, whose errors these are."""
+    import onnxruntime
+
+    def session(*libraries: str) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4  # what goes wrong comes as an exception
+        for library in libraries:
+            options.register_custom_ops_library(library)
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    try:
+        return session()
+    except Exception as error:
+        if not _UNKNOWN_OPERATOR.search(str(error)):
+            raise
+    from qgraph.runtime.build import ort_library
+
+    return session(str(ort_library()))
 
 
 def _ort_spec(info: Any) -> InputSpec:

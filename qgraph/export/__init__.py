@@ -9,6 +9,7 @@ module also has `open_runner(path, threads)`, which opens what was written as a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -45,7 +46,12 @@ class Export:
         return import_module(f"qgraph.export.{self.name.replace('-', '_')}")
 
 
-EXPORTS: dict[str, Export] = {export.name: export for export in ()}
+EXPORTS: dict[str, Export] = {
+    export.name: export
+    for export in (
+        Export("ort", "ONNX Runtime with our kernels: load libqgraph_ort.so first (`qgraph sdk`)", runs=True),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,19 @@ class Note:
 
 @dataclass
 class Context:
-    """What an export says of its work: names of the low-bit nodes that the engine computes as such, notes on
-    the others."""
+    """How an export is to be done, and what it says of its work.
 
+    Attributes:
+        target, packing, compute: of the config, for an export that has code of ours.
+        on_node: called with (done, total, name) before a node that takes long.
+        done: names of the low-bit nodes that the engine computes as such.
+        notes: on the others.
+    """
+
+    target: str = "x86_64-linux"
+    packing: str = "fast"
+    compute: str = "f32"
+    on_node: Callable[[int, int, str], None] = lambda done, total, name: None
     done: list[str] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
@@ -76,8 +92,8 @@ class Context:
         self.notes.append(Note(str(node.name), reason))
 
 
-def export_model(name: str, lowbit: Path) -> tuple[ir.Model, Context]:
-    """The low-bit file as an engine takes it, and what there is to say of that.
+def export_model(name: str, lowbit: Path, context: Context) -> ir.Model:
+    """The low-bit file as an engine takes it; what there is to say of that is in `context` then.
 
     Raises UsageError where the file has no low-bit layer, or none that the engine can compute as such.
     """
@@ -87,11 +103,10 @@ def export_model(name: str, lowbit: Path) -> tuple[ir.Model, Context]:
     model = prepare_model(load_model(lowbit))
     if not lowbit_nodes(model):
         raise UsageError(f"export '{name}': {lowbit} has no low-bit layer")
-    context = Context()
     model = EXPORTS[name].module.export(model, context)
     if not context.done:
         reasons = "; ".join(dict.fromkeys(note.reason for note in context.notes))
         raise UsageError(
             f"export '{name}': none of the layers of {lowbit} has a low-bit form there: {reasons}"
         )
-    return model, context
+    return model

@@ -8,35 +8,37 @@ makes of the node alone, for any number of rows: a `.qg` file as an initializer,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
+from qgraph import __version__
+from qgraph.codegen import build_artifact
+from qgraph.codegen.targets import CUDA, parse_target
+from qgraph.errors import UsageError
+from qgraph.export import Context
 from qgraph.passes.base import replace_node
 from qgraph.passes.lowbit_functions import DOMAIN, lowbit_nodes, rounding_nodes
-
-Build = Callable[[ir.Model], bytes]
 
 _ROWS = "rows"  # the dim of an artifact's input and output that is not fixed
 
 
-def pack_nodes(model: ir.Model, build: Build, on_node: Callable[[int, int, str], None] | None = None) -> None:
-    """Replace every low-bit node of a prepared graph by its packed form. Changes `model`.
+def export(model: ir.Model, context: Context) -> ir.Model:
+    """Replace every low-bit node by its packed form. Changes `model`.
 
     A rounding of activations becomes a part of each product that reads it, which goes on in integers; it is a
     node of its own only for others that read it.
 
-    Args:
-        build: a model with one input and one output, [rows, ..] each -> its artifact.
-        on_node: called with (done, total, name) before each.
+    Raises UsageError for a target without a CPU.
     """
+    cpus = [part for part in parse_target(context.target).name.split(",") if part != CUDA]
+    if not cpus:
+        raise UsageError(f"export 'ort' runs on CPUs: give --target cpu,{context.target}")
     roundings = set(rounding_nodes(model))
     layers = [node for node in lowbit_nodes(model) if node not in roundings]
-    packer = _Packer(model.graph, build)
+    packer = _Packer(model.graph, context, cpus[0])
     for done, node in enumerate(layers):
-        if on_node is not None:
-            on_node(done, len(layers), str(node.name))
+        context.on_node(done, len(layers), str(node.name))
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         packer.pack([source, node] if source in roundings else [node])
     for node in roundings:
@@ -49,20 +51,30 @@ def pack_nodes(model: ir.Model, build: Build, on_node: Callable[[int, int, str],
             del model.graph.initializers[name]
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
+    return model
 
 
 class _Packer:
     """Replaces nodes of a graph. Equal artifacts are one initializer."""
 
-    def __init__(self, graph: ir.Graph, build: Build) -> None:
-        self.graph, self.build = graph, build
+    def __init__(self, graph: ir.Graph, context: Context, target: str) -> None:
+        self.graph, self.context, self.target = graph, context, target
         self.made: dict[bytes, ir.Value] = {}
 
     def pack(self, chain: list[ir.Node | None]) -> None:
         """One node in place of the last of a chain, from the input of the first."""
         nodes = [node for node in chain if node is not None]
         last = nodes[-1]
-        artifact = self._artifact(str(last.name), self.build(_alone(nodes, self.graph.opset_imports)))
+        context = self.context
+        built = build_artifact(
+            _alone(nodes, self.graph.opset_imports),
+            target=self.target,
+            packing=context.packing,
+            compute=context.compute,
+            metadata={"qgraph.version": __version__},
+        )
+        artifact = self._artifact(str(last.name), built.to_bytes())
+        context.keep(last)
         packed = ir.node(
             last.op_type,
             [nodes[0].inputs[0], artifact],
@@ -99,7 +111,7 @@ def _alone(chain: list[ir.Node], opsets: dict[str, int]) -> ir.Model:
         ]
         at = _rows("y" if node is chain[-1] else "rounded", node.outputs[0], kept=1)
         nodes.append(ir.node(node.op_type, [start if not nodes else nodes[-1].outputs[0], *parts],
-                             domain=DOMAIN, name=node.name, outputs=[at]))  # fmt: skip
+                             domain=DOMAIN, name=node.op_type, outputs=[at]))  # fmt: skip
         initializers += parts
     graph = ir.Graph(
         [start], [at], nodes=nodes, initializers=initializers, name="layer", opset_imports=dict(opsets)

@@ -126,6 +126,7 @@ class Kernel {
       throw qgraph::Error(QG_INVALID_ARGUMENT, "its artifact, input 1, is not an initializer");
     }
     Shape shape = shape_of(api, value);
+    if (shape.count == 0) throw qgraph::Error(QG_INVALID_ARGUMENT, "its artifact, input 1, is empty");
     void* data = nullptr;
     check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // a constant: only read
     model_ = std::make_unique<qgraph::Model>(load(data, shape.count));
