@@ -1,14 +1,15 @@
 """Whole models beside ONNX Runtime and llama.cpp: speed, memory, and the time to the first result.
 
     python benchmarks/models.py [minilm llama-134m llama-1b] [--schemes nvfp4,nvfp4/int8] [--peers ort-f32]
-        [--threads 1,2] [--prefill 512] [--decode 64] [--rounds 5] [--repeats 2] [--minilm FILE.onnx]
-        [--llama-bench PATH --gguf FILE [FILE ...]] [--work FOLDER] [--json FILE]
+        [--in-ort] [--threads 1,2] [--prefill 512] [--decode 64] [--rounds 5] [--repeats 2]
+        [--minilm FILE.onnx] [--llama-bench PATH --gguf FILE [FILE ...]] [--work FOLDER] [--json FILE]
 
 minilm is the encoder, at batch 1 x 16 tokens and 32 x 128. The Llamas have random weights (134 M and 1.1 B):
 only their shape counts. They read a prompt, and then so many tokens behind it, one by one. All embeddings and
 heads are in the scheme, too. `ort-f32` is the exported model, `ort-int4` what ONNX Runtime's own
 MatMulNBitsQuantizer makes of it (blocks of 32, activations rounded to int8); ONNX Runtime computes the logits
-of all positions of a prompt, as the exported file says, an artifact those of the last.
+of all positions of a prompt, as the exported file says, an artifact those of the last. With `--in-ort` there
+are ours as files that ONNX Runtime runs with our kernels, every other operator being its own.
 
 Every model is in a process of its own, which loads it, runs it once and then waits; these take turns, a round
 each. Of runs shorter than 0.1 s a round is the second of two, as cores are slow behind a wait. Figures are
@@ -125,12 +126,16 @@ def prepare(name: str, options: argparse.Namespace, work: Path) -> dict[str, Pat
     for scheme in options.schemes:
         stem = work / name / scheme.replace("/", "-")
         of, _, compute = scheme.partition("/")
-        if not stem.with_suffix(".qg").is_file():
+        contenders = {f"qgraph {scheme}": stem.with_suffix(".qg")}
+        if options.in_ort:
+            contenders[f"qgraph {scheme} in ONNX Runtime"] = stem.with_suffix(".ort.onnx")
+        if not all(path.is_file() for path in contenders.values()):
             say(f"compiling {name} to {scheme}")
             made = {"solver": "rtn", "embeddings": "nvfp4"} if SCHEMES[of].solvers else {}
             made |= {"compute": compute or "f32", "verify": False, "onnx": False}
+            made |= {"export": ("ort",)} if options.in_ort else {}
             qgraph.compile(source, scheme=of, output=stem, **made)
-        found[f"qgraph {scheme}"] = stem.with_suffix(".qg")
+        found |= contenders
     for peer in options.peers:
         found[PEERS[peer]] = source if peer == "ort-f32" else ort_int4(source, work / name / "ort-int4.onnx")
     return found
@@ -317,6 +322,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; default: all")
     parser.add_argument("--schemes", type=names(recipes()), default="nvfp4,nvfp4-w4a8,ternary")
     parser.add_argument("--peers", type=names(PEERS), default=",".join(PEERS))
+    parser.add_argument(
+        "--in-ort", action="store_true", help="ours as custom operators of ONNX Runtime (--export ort), too"
+    )
     parser.add_argument("--threads", type=numbers, default="1,2")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--decode", type=int, default=64, help="tokens behind it (default: %(default)s)")

@@ -17,7 +17,7 @@ from qgraph.codegen import build_artifact
 from qgraph.codegen.targets import CUDA, parse_target
 from qgraph.errors import UsageError
 from qgraph.export import Context
-from qgraph.passes.base import replace_node
+from qgraph.passes.base import constant, is_op, replace_node, shape_of
 from qgraph.passes.lowbit_functions import DOMAIN, lowbit_nodes, rounding_nodes
 
 _ROWS = "rows"  # the dim of an artifact's input and output that is not fixed
@@ -40,7 +40,7 @@ def export(model: ir.Model, context: Context) -> ir.Model:
     for done, node in enumerate(layers):
         context.on_node(done, len(layers), str(node.name))
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
-        packer.pack([source, node] if source in roundings else [node])
+        packer.pack([*([source] if source in roundings else []), node, *_behind(node)])
     for node in roundings:
         if node.outputs[0].uses() or node.outputs[0].is_graph_output():
             packer.pack([node])
@@ -54,6 +54,28 @@ def export(model: ir.Model, context: Context) -> ir.Model:
     return model
 
 
+def _behind(node: ir.Node) -> list[ir.Node]:
+    """The bias and the activation of a layer, which its kernel computes with it."""
+    found: list[ir.Node] = []
+    value = node.outputs[0]
+    for wanted in ("Add", "Gelu"):
+        uses = value.uses()
+        if len(uses) != 1 or value.is_graph_output():
+            break
+        reader = uses[0].node
+        if not is_op(reader, wanted) or reader.graph is not node.graph:
+            continue
+        if wanted == "Add" and not (reader.inputs[0] is value and _is_bias(reader.inputs[1])):
+            continue
+        found.append(reader)
+        value = reader.outputs[0]
+    return found
+
+
+def _is_bias(value: ir.Value | None) -> bool:
+    return constant(value) is not None and len(shape_of(value) or ()) == 1
+
+
 class _Packer:
     """Replaces nodes of a graph. Equal artifacts are one initializer."""
 
@@ -61,28 +83,28 @@ class _Packer:
         self.graph, self.context, self.target = graph, context, target
         self.made: dict[bytes, ir.Value] = {}
 
-    def pack(self, chain: list[ir.Node | None]) -> None:
-        """One node in place of the last of a chain, from the input of the first."""
-        nodes = [node for node in chain if node is not None]
-        last = nodes[-1]
+    def pack(self, chain: list[ir.Node]) -> None:
+        """One node in place of a chain: the low-bit one's, that of a rounding where there is no other."""
+        node = next(n for n in reversed(chain) if n.domain == DOMAIN)
         context = self.context
         built = build_artifact(
-            _alone(nodes, self.graph.opset_imports),
+            _alone(chain, self.graph.opset_imports),
             target=self.target,
             packing=context.packing,
             compute=context.compute,
             metadata={"qgraph.version": __version__},
         )
-        artifact = self._artifact(str(last.name), built.to_bytes())
-        context.keep(last)
+        context.keep(node)
         packed = ir.node(
-            last.op_type,
-            [nodes[0].inputs[0], artifact],
+            node.op_type,
+            [chain[0].inputs[0], self._artifact(str(node.name), built.to_bytes())],
             domain=DOMAIN,
-            name=last.name,
-            doc_string=last.doc_string,
+            name=node.name,
+            doc_string=node.doc_string,
         )
-        replace_node(last, [packed])
+        replace_node(chain[-1], [packed])
+        for behind in reversed(chain[chain.index(node) : -1]):
+            self.graph.remove(behind, safe=True)
 
     def _artifact(self, node: str, data: bytes) -> ir.Value:
         key = hashlib.sha256(data).digest()
@@ -100,19 +122,22 @@ class _Packer:
 
 def _alone(chain: list[ir.Node], opsets: dict[str, int]) -> ir.Model:
     """A model of nodes that follow one another, on rows."""
-    lookup = "Gather" in chain[0].op_type
-    at = start = _rows("x", chain[0].inputs[0], kept=0 if lookup else 1)
+    at = start = _rows("x", chain[0].inputs[0], kept=0 if "Gather" in chain[0].op_type else 1)
     nodes, initializers = [], []
-    for node in chain:
+    for i, node in enumerate(chain):
         parts = [
             ir.Value(name=part.name, type=part.type, shape=part.shape, const_value=part.const_value)
             for part in node.inputs[1:]
             if part is not None
         ]
-        at = _rows("y" if node is chain[-1] else "rounded", node.outputs[0], kept=1)
-        nodes.append(ir.node(node.op_type, [start if not nodes else nodes[-1].outputs[0], *parts],
-                             domain=DOMAIN, name=node.op_type, outputs=[at]))  # fmt: skip
+        result = _rows(f"y{i}", node.outputs[0], kept=1)
+        attributes = list(node.attributes.values())
+        name = f"{node.op_type}{i}"  # not the layer's: equal layers are equal artifacts
+        nodes.append(
+            ir.Node(node.domain, node.op_type, [at, *parts], attributes, outputs=[result], name=name)
+        )
         initializers += parts
+        at = result
     graph = ir.Graph(
         [start], [at], nodes=nodes, initializers=initializers, name="layer", opset_imports=dict(opsets)
     )

@@ -27,6 +27,9 @@
 namespace {
 
 constexpr size_t kAlignment = 64;  // of artifacts in memory
+// Of a run of a session, whose memory for activations in integers stays with the node: rows do not depend on
+// each other.
+constexpr int64_t kMostRows = 512;
 
 // A status of ONNX Runtime on its way through C++ code.
 struct Failure {
@@ -168,9 +171,15 @@ class Kernel {
 
     std::unique_ptr<Worker> worker = borrow();
     worker->context = context;
-    worker->session->bind_input(0, from, type_, with(rows, input_suffix_));
-    worker->session->bind_output(0, to, QG_F32, with(rows, output_suffix_));
-    worker->session->run();
+    const int64_t parts = (rows + kMostRows - 1) / kMostRows, most = (rows + parts - 1) / parts;
+    for (int64_t done = 0; done < rows; done += most) {
+      const int64_t some = std::min(most, rows - done);
+      const auto* in = static_cast<const char*>(from) + done * bytes(input_suffix_, type_);
+      auto* out = static_cast<char*>(to) + done * bytes(output_suffix_, QG_F32);
+      worker->session->bind_input(0, in, type_, with(some, input_suffix_));
+      worker->session->bind_output(0, out, QG_F32, with(some, output_suffix_));
+      worker->session->run();
+    }
     give_back(std::move(worker));  // one that failed is not used again
   }
 
@@ -202,6 +211,13 @@ class Kernel {
     std::vector<int64_t> dims{rows};
     dims.insert(dims.end(), suffix.begin(), suffix.end());
     return dims;
+  }
+
+  // Of a row.
+  static int64_t bytes(const std::vector<int64_t>& suffix, qg_dtype dtype) {
+    auto size = static_cast<int64_t>(qg_dtype_size(dtype));
+    for (int64_t dim : suffix) size *= dim;
+    return size;
   }
 
   int64_t width() const { return input_suffix_.empty() ? 0 : input_suffix_.back(); }

@@ -53,7 +53,7 @@ def test_a_decoder_beside_its_peers(work: Path, tmp_path: Path, capsys: pytest.C
     program.write_text(LLAMA_BENCH.format(python=sys.executable))
     program.chmod(0o700)
     gguf.write_bytes(b"GGUF")
-    options = "llama-134m --schemes nvfp4 --threads 1 --prefill 8 --decode 3 --rounds 2 --repeats 2"
+    options = "llama-134m --schemes nvfp4 --in-ort --threads 1 --prefill 8 --decode 3 --rounds 2 --repeats 2"
     models.main(f"{options} --llama-bench {program} --gguf {gguf} --work {work} --json {found}".split())
     printed = capsys.readouterr().out
     assert "### llama-134m" in printed
@@ -62,6 +62,7 @@ def test_a_decoder_beside_its_peers(work: Path, tmp_path: Path, capsys: pytest.C
     measured = {one["name"]: one for one in json.loads(found.read_text())["models"]["llama-134m"]}
     assert list(measured) == [
         "qgraph nvfp4",
+        "qgraph nvfp4 in ONNX Runtime",
         "ONNX Runtime float32",
         "ONNX Runtime int4, int8 x",
         "llama.cpp tiny",

@@ -158,14 +158,41 @@ def test_compute_is_that_of_the_artifact(tmp_path: Path) -> None:
     assert relative_error(got, ReferenceRunner(result.onnx).run({"x": x})["y"]) > 1e-5
 
 
-def test_weights_that_several_nodes_read_are_stored_once(tmp_path: Path) -> None:
+def test_equal_layers_are_stored_once(tmp_path: Path) -> None:
+    """Three products by one weight, the last with a bias."""
     model = model_of(64, 64, ["rows"])
-    model.graph.node.insert(1, helper.make_node("MatMul", ["p", "W"], ["p2"], "again"))
-    model.graph.node[2].input[0] = "p2"
+    linear = model.graph.node[0]
+    linear.output[0] = "p0"
+    for i in (1, 2):
+        name = "p" if i == 2 else f"p{i}"
+        model.graph.node.insert(i, helper.make_node("MatMul", [f"p{i - 1}", "W"], [name], f"again{i}"))
     result = exported(tmp_path, model, scheme="int8")
     graph = onnx.load(result.exports["ort"]).graph
-    assert len([n for n in graph.node if n.op_type == "QLinearInt8"]) == 2
-    assert len([t for t in graph.initializer if t.data_type == TensorProto.UINT8]) == 1
+    artifacts = [node.input[1] for node in graph.node]
+    assert {node.op_type for node in graph.node} == {"QLinearInt8"} and len(graph.node) == 3
+    assert artifacts[0] == artifacts[1] != artifacts[2]
+    assert {t.name for t in graph.initializer} == set(artifacts)
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    want = ReferenceRunner(result.onnx).run({"x": x})["y"]
+    assert relative_error(OnnxRuntimeRunner(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
+
+
+def test_activations_are_part_of_a_layer_where_nothing_else_reads_it(tmp_path: Path) -> None:
+    model = model_of(64, 48, ["rows"])
+    model.graph.node[1].output[0] = "b1"
+    gelu = helper.make_node("Gelu", ["b1"], ["g"], "gelu", approximate="tanh")
+    twice = helper.make_node("Add", ["g", "b1"], ["y"], "both")
+    model.graph.node.extend([gelu, twice])
+    result = exported(tmp_path, model, scheme="int8")
+    kinds = [node.op_type for node in onnx.load(result.exports["ort"]).graph.node]
+    assert kinds == ["QLinearInt8", "Gelu", "Add"]
+    del model.graph.node[-1]
+    model.graph.node[-1].output[0] = "y"
+    result = exported(tmp_path, model, scheme="int8")
+    assert [node.op_type for node in onnx.load(result.exports["ort"]).graph.node] == ["QLinearInt8"]
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    want = ReferenceRunner(result.onnx).run({"x": x})["y"]
+    assert relative_error(OnnxRuntimeRunner(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
 
 
 # ---- ONNX Runtime's threads
@@ -173,7 +200,7 @@ def test_weights_that_several_nodes_read_are_stored_once(tmp_path: Path) -> None
 
 def test_results_are_the_same_on_any_threads(tmp_path: Path) -> None:
     result = exported(tmp_path, model_of(256, 300, ["rows"]), scheme="nvfp4")
-    x = np.random.default_rng(1).standard_normal((70, 256)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((1100, 256)).astype(np.float32)
     one, four = (session(result.exports["ort"], threads) for threads in (1, 4))
     want = one.run(None, {"x": x})[0]
     with ThreadPoolExecutor(8) as pool:  # runs of one session at the same time
