@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from qgraph.calibration import Data
     from qgraph.codegen.targets import Target
+    from qgraph.evaluate.verify import Verification
     from qgraph.formats.activations import Rounding
     from qgraph.passes import Refusal
     from qgraph.passes.base import GraphPass
@@ -467,9 +468,26 @@ def _export(run: _Run, lowbit: Path) -> None:
             model, context = export_model(name, lowbit)
             if run.config.strict and context.notes:
                 raise BudgetError(f"export '{name}' leaves a layer in float: {context.notes[0]} (--strict)")
-            nbytes = _save(model, run.staged(EXPORTS[name].suffix))
-            notes = [(note.node, note.reason) for note in context.notes]
-            run.report.exports.append(ExportReport(name, nbytes, len(context.done), notes))
+            written = run.staged(EXPORTS[name].suffix)
+            nbytes = _save(model, written)
+        found = _verify_export(run, name, written, lowbit)
+        notes = [(note.node, note.reason) for note in context.notes]
+        run.report.exports.append(ExportReport(name, nbytes, len(context.done), notes, found))
+
+
+def _verify_export(run: _Run, name: str, written: Path, lowbit: Path) -> Verification | None:
+    """Run what was exported beside the low-bit file, where this machine can."""
+    from qgraph.evaluate.verify import Verification
+    from qgraph.export.verify import verify_export
+
+    if run.dry_run or not EXPORTS[name].runs:
+        return None
+    if not run.config.verify:
+        return Verification("skipped", "--no-verify")
+    with run.phase(f"verify {name}"):
+        return verify_export(
+            name, written, lowbit, threads=run.config.threads, seed=run.config.seed, on_case=run.stepped
+        )
 
 
 def _make_library(run: _Run) -> None:

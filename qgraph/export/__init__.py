@@ -45,12 +45,19 @@ class Export:
         return import_module(f"qgraph.export.{self.name.replace('-', '_')}")
 
 
-EXPORTS: dict[str, Export] = {export.name: export for export in ()}
+EXPORTS = {
+    export.name: export
+    for export in (
+        Export("ort-cpu", "stock ONNX Runtime on CPUs: MatMulNBits", runs=True),
+        Export("ort-cuda", "stock ONNX Runtime on NVIDIA GPUs: its NVFP4 MatMul, or MatMulNBits"),
+        Export("tensorrt", "TensorRT: DequantizeLinear as NVIDIA's Model Optimizer writes it; NVFP4 alone"),
+    )
+}
 
 
 @dataclass(frozen=True)
 class Note:
-    """A low-bit node that the engine computes in float, and why."""
+    """A layer or lookup that the engine computes in float, and why."""
 
     node: str
     reason: str
@@ -61,18 +68,25 @@ class Note:
 
 @dataclass
 class Context:
-    """What an export says of its work: names of the low-bit nodes that the engine computes as such, notes on
-    the others."""
+    """How to export, and what an export says of its work.
 
+    Attributes:
+        exact: for verification: the same weights, but no rounding of the engine's own that the low-bit file
+            does not have; roundings of activations that it has stay nodes, under the names of their outputs.
+        done: names of the layers and lookups that the engine computes from low-bit weights.
+        notes: on those that it does not.
+    """
+
+    exact: bool = False
     done: list[str] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
     def keep(self, node: ir.Node) -> None:
-        """The engine has a low-bit form of this node."""
+        """The engine computes this layer or lookup from low-bit weights."""
         self.done.append(str(node.name))
 
     def leave(self, node: ir.Node, reason: str) -> None:
-        """It has none."""
+        """It is left in float."""
         self.notes.append(Note(str(node.name), reason))
 
 
@@ -82,16 +96,10 @@ def export_model(name: str, lowbit: Path) -> tuple[ir.Model, Context]:
     Raises UsageError where the file has no low-bit layer, or none that the engine can compute as such.
     """
     from qgraph.passes import load_model, prepare_model
-    from qgraph.passes.lowbit_functions import lowbit_nodes
 
-    model = prepare_model(load_model(lowbit))
-    if not lowbit_nodes(model):
-        raise UsageError(f"export '{name}': {lowbit} has no low-bit layer")
     context = Context()
-    model = EXPORTS[name].module.export(model, context)
+    model = EXPORTS[name].module.export(prepare_model(load_model(lowbit)), context)
     if not context.done:
-        reasons = "; ".join(dict.fromkeys(note.reason for note in context.notes))
-        raise UsageError(
-            f"export '{name}': none of the layers of {lowbit} has a low-bit form there: {reasons}"
-        )
+        reasons = "; ".join(dict.fromkeys(note.reason for note in context.notes)) or "it has none"
+        raise UsageError(f"export '{name}' has no low-bit form of any layer of {lowbit}: {reasons}")
     return model, context
