@@ -11,6 +11,8 @@ import onnx_ir as ir
 from qgraph.export.nbits import means, planes
 from qgraph.export.rewrite import Replacement, part, rank, weight, weight_name
 from qgraph.formats import FORMATS, nvfp4
+from qgraph.formats.packing import pack_bits
+from qgraph.passes.lowbit_weights import LOOKUPS
 
 DOMAIN = "com.microsoft"
 EXACT, INT8 = 0, 4  # accuracy_level: activations as they are, or rounded to int8 by the blocks of the weight
@@ -77,7 +79,7 @@ class NBits:
             value = new.add(
                 "cut", "Slice", value, new.ints("from", 0), new.ints("to", W.K), new.ints("axis", -1)
             )
-        new.add("y", "Transpose", value, perm=[rank(ids), *range(rank(ids))])
+        _turn(new, value, ids)
         new.finish()
 
     def _weight(self, new: Replacement, wide: bool) -> _Weight:
@@ -113,12 +115,20 @@ class NBits:
         return self._sums[x, W.block]
 
 
-def table(node: ir.Node) -> None:
-    """Rows of an NVFP4 table [V, H], `ai.qgraph::QGatherNVFP4`: GatherBlockQuantized has E2M1 elements."""
-    new, q = Replacement(node), weight(node)
+def fp4_rows(node: ir.Node) -> None:
+    """A lookup in NVFP4, of rows of a table or columns of a linear layer's weight: GatherBlockQuantized
+    takes E2M1 elements, and float scales."""
+    new, q, name = Replacement(node), weight(node), weight_name(node)
     scale = np.ascontiguousarray(nvfp4.scales(q.block_scale, q.global_scale).T)
-    held = new.tensor(f"{weight_name(node)}.scale", scale)
-    _gather(new, "y", nvfp4.BLOCK, part(node, 1), part(node, 0), held)
+    held, ids, codes = new.tensor(f"{name}.row_scale", scale), part(node, 0), part(node, 1)
+    if node.op_type in LOOKUPS:
+        _gather(new, "y", nvfp4.BLOCK, codes, ids, held)
+    else:
+        packed = ir.PackedTensor(
+            pack_bits(q.codes.T, 4), ir.DataType.FLOAT4E2M1, shape=q.shape[::-1], name=f"{name}.rows"
+        )
+        rows = _gather(new, "rows", nvfp4.BLOCK, new.tensor(f"{name}.rows", packed), ids, held)
+        _turn(new, rows, ids)
     new.finish()
 
 
@@ -137,6 +147,11 @@ def _gather(new: Replacement, part: str, block: int, *inputs: ir.Value, **attrib
     return new.add(
         part, "GatherBlockQuantized", *inputs, domain=DOMAIN, block_size=block, **axes, **attributes
     )
+
+
+def _turn(new: Replacement, rows: ir.Value, ids: ir.Value) -> None:
+    """[*ids, K] to [K, *ids], as columns are given."""
+    new.add("y", "Transpose", rows, perm=[rank(ids), *range(rank(ids))])
 
 
 def _sum(new: Replacement, terms: list[ir.Value]) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Stock ONNX Runtime on CPUs: linear layers are MatMulNBits, tables GatherBlockQuantized.
+"""Stock ONNX Runtime on CPUs: linear layers are MatMulNBits, fp4_rowss GatherBlockQuantized.
 
 Its kernels for float activations are those of 4 bits (the others dequantize the whole weight in every run),
 so there all formats are sums of 4-bit planes; docs/exports.md has the figures. Where the scheme rounds
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qgraph.export import Context
-from qgraph.export.matmul_nbits import DOMAIN, EXACT, INT8, NBits, table
+from qgraph.export.matmul_nbits import DOMAIN, EXACT, INT8, NBits, fp4_rows
 from qgraph.export.rewrite import finish, part
 from qgraph.export.round_activations import round_nvfp4
 from qgraph.passes.lowbit_functions import ROUNDINGS, lowbit_nodes
@@ -44,7 +44,7 @@ def export(model: ir.Model, context: Context) -> ir.Model:
             nbits.columns(node, wide=True)
             context.keep(node)
         elif node.op_type in LOOKUPS:
-            table(node)
+            fp4_rows(node)
             context.keep(node)
         elif node.op_type == ROUNDINGS["nvfp4"]:
             round_nvfp4(node)

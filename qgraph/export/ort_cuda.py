@@ -1,5 +1,5 @@
-"""Stock ONNX Runtime on NVIDIA GPUs: NVFP4 linear layers are `MatMulBlockQuantizedFp4Weight`, which takes the codes
-and the E4M3 scales as they are, those of other formats MatMulNBits, tables GatherBlockQuantized.
+"""Stock ONNX Runtime on NVIDIA GPUs: NVFP4 linear layers are `MatMulBlockQuantizedFp4Weight`, which takes the
+codes and the E4M3 scales as they are, those of other formats MatMulNBits, tables GatherBlockQuantized.
 
 The NVFP4 operator multiplies float16: its input and output are cast. Roundings of activations are standard
 operators on float32, so that they are those of the scheme.
@@ -11,39 +11,39 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.export import Context
-from qgraph.export.matmul_nbits import DOMAIN, EXACT, NBits, table
-from qgraph.export.rewrite import Replacement, finish, part, to_float, weight, weight_name
+from qgraph.export.matmul_nbits import DOMAIN, EXACT, NBits, fp4_rows
+from qgraph.export.rewrite import Replacement, constant_shape, finish, part, to_float, weight, weight_name
 from qgraph.export.round_activations import round_nvfp4
 from qgraph.formats import nvfp4
 from qgraph.formats.packing import pack_bits
 from qgraph.passes.lowbit_functions import ROUNDINGS, lowbit_nodes
-from qgraph.passes.lowbit_weights import COLUMNS, LINEARS, LOOKUPS
+from qgraph.passes.lowbit_weights import COLUMNS, FORMS, LOOKUPS
+
+LINEAR_FP4, COLUMNS_FP4 = FORMS["nvfp4"].linear, FORMS["nvfp4"].columns
 
 
 def export(model: ir.Model, context: Context) -> ir.Model:
     """See `qgraph.export`."""
-    nbits, held, tables = NBits(), {}, {}
+    nbits = NBits()
+    held: dict[ir.Value, tuple[ir.Value, ...]] = {}
+    tables: dict[ir.Value, ir.Value] = {}
     for node in lowbit_nodes(model):
-        if node.op_type in LINEARS and LINEARS[node.op_type].format == nvfp4.NVFP4.name:
-            K = weight(node).shape[0]
-            if K % 2:
-                context.leave(node, f"{DOMAIN}::MatMulBlockQuantizedFp4Weight has an even number of inputs, not {K}")
-                to_float(node, tables)
-                continue
-            _fp4(node, held)
-        elif node.op_type in LINEARS:
-            nbits.linear(node, part(node, 0), accuracy=EXACT, wide=False)
-        elif node.op_type in COLUMNS and COLUMNS[node.op_type].format == nvfp4.NVFP4.name:
-            _fp4_columns(node)
+        if node.op_type in ROUNDINGS.values():
+            if node.op_type == ROUNDINGS["nvfp4"]:
+                round_nvfp4(node)
+            continue
+        if node.op_type in LOOKUPS or node.op_type == COLUMNS_FP4:
+            fp4_rows(node)
         elif node.op_type in COLUMNS:
             nbits.columns(node, wide=False)
-        elif node.op_type in LOOKUPS:
-            table(node)
-        elif node.op_type == ROUNDINGS["nvfp4"]:
-            round_nvfp4(node)
+        elif node.op_type != LINEAR_FP4:
+            nbits.linear(node, part(node, 0), accuracy=EXACT, wide=False)
+        elif (K := constant_shape(part(node, 1))[0]) % 2:
+            context.leave(node, f"ONNX Runtime's NVFP4 MatMul takes an even number of inputs, not {K}")
+            to_float(node, tables)
             continue
         else:
-            continue
+            _fp4(node, held)
         context.keep(node)
     return finish(model, {DOMAIN: 1})
 

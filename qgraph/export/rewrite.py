@@ -90,6 +90,12 @@ def part(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
+def constant_shape(value: ir.Value) -> list[int]:
+    """Of an initializer."""
+    assert value.const_value is not None
+    return [int(dim) for dim in value.const_value.shape.numpy()]
+
+
 def rank(value: ir.Value) -> int:
     """The number of dims of a value of a prepared graph, which is known."""
     assert value.shape is not None
