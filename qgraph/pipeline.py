@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from qgraph.calibration import Data
     from qgraph.codegen.targets import Target
+    from qgraph.evaluate.verify import Verification
+    from qgraph.export import Context
     from qgraph.formats.activations import Rounding
     from qgraph.passes import Refusal
     from qgraph.passes.base import GraphPass
@@ -465,13 +467,42 @@ def _export(run: _Run, lowbit: Path) -> None:
     config = run.config
     for name in run.exports:
         with run.phase(f"export {name}"):
-            context = Context(config.target, config.packing, config.compute, run.stepped)
+            context = Context(config.target, config.packing, config.compute, on_node=run.stepped)
             model = export_model(name, lowbit, context)
             if run.config.strict and context.notes:
                 raise BudgetError(f"export '{name}' leaves a layer in float: {context.notes[0]} (--strict)")
-            nbytes = _save(model, run.staged(EXPORTS[name].suffix))
-            notes = [(note.node, note.reason) for note in context.notes]
-            run.report.exports.append(ExportReport(name, nbytes, len(context.done), notes))
+            written = run.staged(EXPORTS[name].suffix)
+            nbytes = _save(model, written)
+        found = _verify_export(run, name, written, lowbit, context)
+        notes = [(note.node, note.reason) for note in context.notes]
+        run.report.exports.append(ExportReport(name, nbytes, len(context.done), notes, found))
+
+
+def _verify_export(
+    run: _Run, name: str, written: Path, lowbit: Path, context: Context
+) -> Verification | None:
+    """Run what was exported beside the low-bit file, where this machine can."""
+    from qgraph.codegen.targets import parse_target
+    from qgraph.evaluate.verify import Verification
+    from qgraph.export.verify import verify_export
+
+    if run.dry_run or not EXPORTS[name].runs:
+        return None
+    if not run.config.verify:
+        return Verification("skipped", "--no-verify")
+    wanted = parse_target(context.target)
+    if EXPORTS[name].compiled and not wanted.runs_on(platform.machine()):
+        return Verification("skipped", f"this machine does not run {wanted.isas[0].arch}-linux")
+    with run.phase(f"verify {name}"):
+        return verify_export(
+            name,
+            written,
+            lowbit,
+            context,
+            threads=run.config.threads,
+            seed=run.config.seed,
+            on_case=run.stepped,
+        )
 
 
 def _make_library(run: _Run) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from qgraph.errors import BudgetError, InputError
 from qgraph.evaluate.compare import Difference, compare, difference
 from qgraph.evaluate.runners import ReferenceRunner
-from qgraph.evaluate.samples import artifact_ranges, choose_dims, input_specs, make_inputs
+from qgraph.evaluate.samples import InputSpec, artifact_ranges, choose_dims, input_specs, make_inputs
 from qgraph.evaluate.text_ports import POSITIONS, artifact_cache, empty_cache, new_tokens_dim
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qgraph.runtime import Model
 
     Arrays = Mapping[str, np.ndarray]
+    Bounds = Mapping[str, tuple[int, int]]  # of symbolic dims
 
 REL_ERROR_LIMIT = 1e-4  # float32 sums in another order differ by far less, a wrong kernel by far more
 # Where products of many rows round activations, as `compute` of an artifact says. What that costs depends on
@@ -134,7 +135,7 @@ class Reference:
         # An output or input may itself be rounded, and then it is not shown once more.
         shown = {**feeds, **self._exposed.run(feeds)}
         self._require_same(got, shown, where)
-        self._require_exact(shown, where)
+        require_exact("the artifact", self._roundings, shown, where)
         given = {r.output: shown[r.output] for r in self._roundings}
         inside = {r.input: shown[r.input] for r in self._roundings}
         return compare({**got, **inside}, self._evaluate({**feeds, **given}))
@@ -156,18 +157,6 @@ class Reference:
                 raise BudgetError(
                     f"output '{name}' at {where} is not, bit for bit, that of an artifact built anew from "
                     f"{self._lowbit}: it was built from another file, or by another version of qgraph"
-                )
-
-    def _require_exact(self, shown: Arrays, where: str) -> None:
-        from qgraph.formats.activations import dynamic_qdq
-
-        for rounding in self._roundings:
-            x, y = shown[rounding.input], shown[rounding.output]
-            # CheckPrepared sees to the global scale.
-            exact = dynamic_qdq(x, rounding.format, rounding.global_scale)
-            if y.tobytes() != exact.tobytes():
-                raise BudgetError(
-                    f"the artifact rounds '{rounding.input}' to {rounding.format} wrongly at {where}"
                 )
 
 
@@ -204,12 +193,12 @@ def verify(
         device=device,
     )
     checks = _Checks(model, reference, seed, (limit, rounded_limit(compute, model.device, limit)), exact_rows)
-    texts = _texts(model) if model.has_state else [[dims] for dims in _cases(model)]
+    texts = _texts(model) if model.has_state else [[d] for d in cases_of(input_specs(model), _bounds(model))]
     total = sum(map(len, texts))
     for text in texts:
         checks.begin()
         for dims in text:
-            on_case(len(checks.comparisons), total, _where(dims))
+            on_case(len(checks.comparisons), total, where_of(dims))
             checks.step(dims)
     if not checks.comparisons:
         raise BudgetError(f"{artifact} cannot be verified: no run of it fits into its state")
@@ -243,10 +232,10 @@ class _Checks:
 
     def step(self, dims: Mapping[str, int]) -> None:
         """One run with inputs of these dims. BudgetError where an output is too far off."""
-        held, where = self._session.length, _where(dims)
+        held, where = self._session.length, where_of(dims)
         feeds = make_inputs(self._inputs, self._ranges, dims, self._seed + len(self.comparisons))
         if self._model.has_state and POSITIONS in feeds:  # where tokens are matters to each other
-            feeds[POSITIONS] = _positions(feeds[POSITIONS], held, self._ranges.get(POSITIONS, (0, 0))[1])
+            feeds[POSITIONS] = positions(feeds[POSITIONS], held, self._ranges.get(POSITIONS, (0, 0))[1])
         got = self._session.run(feeds)
         errors = {n: d.rel_error for n, d in self._reference.compare(feeds, got, where).items()}
         for option in self._shortened:
@@ -276,7 +265,19 @@ class _Checks:
         return found
 
 
-def _positions(made: np.ndarray, held: int, highest: int) -> np.ndarray:
+def require_exact(what: str, roundings: Sequence[Rounding], shown: Arrays, where: str) -> None:
+    """BudgetError where a rounding of `what` differs in any bit, its input and output being among `shown`."""
+    from qgraph.formats.activations import dynamic_qdq
+
+    for rounding in roundings:
+        x, y = shown[rounding.input], shown[rounding.output]
+        # CheckPrepared sees to the global scale.
+        exact = dynamic_qdq(x, rounding.format, rounding.global_scale)
+        if y.tobytes() != exact.tobytes():
+            raise BudgetError(f"{what} rounds '{rounding.input}' to {rounding.format} wrongly at {where}")
+
+
+def positions(made: np.ndarray, held: int, highest: int) -> np.ndarray:
     """Of the new tokens [batch, sequence]: held, held + 1, .. as far as the table of positions goes."""
     import numpy as np
 
@@ -284,36 +285,48 @@ def _positions(made: np.ndarray, held: int, highest: int) -> np.ndarray:
     return np.minimum(found, highest if highest > 1 else found.max()).astype(made.dtype)
 
 
-def _where(dims: Mapping[str, int]) -> str:
+def where_of(dims: Mapping[str, int]) -> str:
     return " ".join(f"{name}={size}" for name, size in dims.items()) or "fixed sizes"
 
 
-def _cases(model: Model) -> list[dict[str, int]]:
+def _bounds(model: Model) -> dict[str, tuple[int, int]]:
+    return {dim.name: (dim.min, dim.max) for dim in model.dims}
+
+
+def _texts(model: Model) -> list[list[dict[str, int]]]:
+    """Of an artifact with state: texts, each the dims of its steps."""
+    bounds = _bounds(model)
+    total = next(dim.name for dim in model.dims if dim.kind == "total")
+    most = min(within(bounds, total, 1 << 24), model.session().capacity)
+    return texts_of(input_specs(model), bounds, total, most)
+
+
+def cases_of(inputs: Sequence[InputSpec], bounds: Bounds) -> list[dict[str, int]]:
     """The distinct settings of the symbolic dims that are tried."""
-    names = list(choose_dims(input_specs(model), {}))
+    names = list(choose_dims(inputs, {}))
     cases = []
     for sizes in _SIZES:
         # One dim alone is given the second sizes: there are kernels for many rows to be run, too.
         first = 1 if len(names) == 1 else 0
-        case = {name: _within(model, name, sizes[(i + first) % len(sizes)]) for i, name in enumerate(names)}
+        case = {name: within(bounds, name, sizes[(i + first) % len(sizes)]) for i, name in enumerate(names)}
         if case not in cases:
             cases.append(case)
     return cases
 
 
-def _texts(model: Model) -> list[list[dict[str, int]]]:
-    """Of an artifact with state: texts, each the dims of its steps."""
-    inputs = input_specs(model)
-    total = next(dim.name for dim in model.dims if dim.kind == "total")
+def texts_of(
+    inputs: Sequence[InputSpec], bounds: Bounds, total: str, most: int
+) -> list[list[dict[str, int]]]:
+    """Of a model with a cache: texts, each the dims of its steps. `total` counts all tokens, at most
+    `most`."""
     new = new_tokens_dim(inputs, total)
     others = [name for name in choose_dims(inputs, {}) if name not in (new, total)]
-    most = min(_within(model, total, 1 << 24), model.session().capacity)
     texts = []
     for steps, sizes in _STEPS:
-        fixed = {name: _within(model, name, sizes[i % len(sizes)]) for i, name in enumerate(others)}
+        fixed = {name: within(bounds, name, sizes[i % len(sizes)]) for i, name in enumerate(others)}
         text, held = [], 0
         for step in steps:
-            count = new if isinstance(new, int) else _within(model, new or "", step)
+            count = new if isinstance(new, int) else within(bounds, new or "", step)
             held += count
             if held <= most:
                 sequence = {new: count} if isinstance(new, str) else {}
@@ -322,7 +335,7 @@ def _texts(model: Model) -> list[list[dict[str, int]]]:
     return texts
 
 
-def _within(model: Model, name: str, size: int) -> int:
+def within(bounds: Bounds, name: str, size: int) -> int:
     """`size`, as far as the bounds of the dim allow."""
-    low, high = next(((dim.min, dim.max) for dim in model.dims if dim.name == name), (1, 1 << 24))
+    low, high = bounds.get(name, (1, 1 << 24))
     return min(max(size, low), high)

@@ -29,11 +29,13 @@ class Export:
         name: what the user types.
         description: one line for `--help` and the docs.
         runs: whether what is written can be run on a CPU by what qgraph has installed, and is verified so.
+        compiled: whether it has code of ours, and runs on the config's target alone.
     """
 
     name: str
     description: str
     runs: bool = False
+    compiled: bool = False
 
     @property
     def suffix(self) -> str:
@@ -46,17 +48,20 @@ class Export:
         return import_module(f"qgraph.export.{self.name.replace('-', '_')}")
 
 
-EXPORTS: dict[str, Export] = {
+EXPORTS = {
     export.name: export
     for export in (
-        Export("ort", "ONNX Runtime with our kernels: load libqgraph_ort.so first (`qgraph sdk`)", runs=True),
+        Export("ort", "ONNX Runtime on CPUs with our kernels: libqgraph_ort.so", runs=True, compiled=True),
+        Export("ort-cpu", "stock ONNX Runtime on CPUs: MatMulNBits", runs=True),
+        Export("ort-cuda", "stock ONNX Runtime on NVIDIA GPUs: its NVFP4 MatMul, or MatMulNBits"),
+        Export("tensorrt", "TensorRT: DequantizeLinear as NVIDIA's Model Optimizer writes it; NVFP4 alone"),
     )
 }
 
 
 @dataclass(frozen=True)
 class Note:
-    """A low-bit node that the engine computes in float, and why."""
+    """A layer or lookup that the engine computes in float, and why."""
 
     node: str
     reason: str
@@ -67,28 +72,31 @@ class Note:
 
 @dataclass
 class Context:
-    """How an export is to be done, and what it says of its work.
+    """How to export, and what an export says of its work.
 
     Attributes:
         target, packing, compute: of the config, for an export that has code of ours.
+        exact: for verification: the same weights, but no rounding of the engine's own that the low-bit file
+            does not have; roundings of activations that it has stay nodes, under the names of their outputs.
         on_node: called with (done, total, name) before a node that takes long.
-        done: names of the low-bit nodes that the engine computes as such.
-        notes: on the others.
+        done: names of the layers and lookups that the engine computes from low-bit weights.
+        notes: on those that it does not.
     """
 
     target: str = "x86_64-linux"
     packing: str = "fast"
     compute: str = "f32"
+    exact: bool = False
     on_node: Callable[[int, int, str], None] = lambda done, total, name: None
     done: list[str] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
     def keep(self, node: ir.Node) -> None:
-        """The engine has a low-bit form of this node."""
+        """The engine computes this layer or lookup from low-bit weights."""
         self.done.append(str(node.name))
 
     def leave(self, node: ir.Node, reason: str) -> None:
-        """It has none."""
+        """It is left in float."""
         self.notes.append(Note(str(node.name), reason))
 
 
@@ -98,15 +106,9 @@ def export_model(name: str, lowbit: Path, context: Context) -> ir.Model:
     Raises UsageError where the file has no low-bit layer, or none that the engine can compute as such.
     """
     from qgraph.passes import load_model, prepare_model
-    from qgraph.passes.lowbit_functions import lowbit_nodes
 
-    model = prepare_model(load_model(lowbit))
-    if not lowbit_nodes(model):
-        raise UsageError(f"export '{name}': {lowbit} has no low-bit layer")
-    model = EXPORTS[name].module.export(model, context)
+    model = EXPORTS[name].module.export(prepare_model(load_model(lowbit)), context)
     if not context.done:
-        reasons = "; ".join(dict.fromkeys(note.reason for note in context.notes))
-        raise UsageError(
-            f"export '{name}': none of the layers of {lowbit} has a low-bit form there: {reasons}"
-        )
+        reasons = "; ".join(dict.fromkeys(note.reason for note in context.notes)) or "it has none"
+        raise UsageError(f"export '{name}' has no low-bit form of any layer of {lowbit}: {reasons}")
     return model

@@ -8,6 +8,8 @@ makes of the node alone, for any number of rows: a `.qg` file as an initializer,
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +21,10 @@ from qgraph.errors import UsageError
 from qgraph.export import Context
 from qgraph.passes.base import constant, is_op, replace_node, shape_of
 from qgraph.passes.lowbit_functions import DOMAIN, lowbit_nodes, rounding_nodes
+from qgraph.passes.remove_unused import RemoveUnused
+
+if TYPE_CHECKING:
+    from qgraph.evaluate.runners import Runner
 
 _ROWS = "rows"  # the dim of an artifact's input and output that is not fixed
 
@@ -46,11 +52,9 @@ def export(model: ir.Model, context: Context) -> ir.Model:
             packer.pack([node])
         else:
             model.graph.remove(node, safe=True)
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del model.graph.initializers[name]
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
+    RemoveUnused()(model)
     return model
 
 
@@ -62,7 +66,7 @@ def _behind(node: ir.Node) -> list[ir.Node]:
         uses = value.uses()
         if len(uses) != 1 or value.is_graph_output():
             break
-        reader = uses[0].node
+        reader = next(iter(uses)).node
         if not is_op(reader, wanted) or reader.graph is not node.graph:
             continue
         if wanted == "Add" and not (reader.inputs[0] is value and _is_bias(reader.inputs[1])):
@@ -74,6 +78,13 @@ def _behind(node: ir.Node) -> list[ir.Node]:
 
 def _is_bias(value: ir.Value | None) -> bool:
     return constant(value) is not None and len(shape_of(value) or ()) == 1
+
+
+def open_runner(path: Path, threads: int) -> Runner:
+    """The file in ONNX Runtime, with our library."""
+    from qgraph.evaluate.runners import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(path, threads=threads)
 
 
 class _Packer:

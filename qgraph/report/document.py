@@ -20,14 +20,14 @@ class ExportReport:
     Attributes:
         name: of the engine (`qgraph.export.EXPORTS`).
         nbytes: of the file, external data included.
-        lowbit_nodes: how many low-bit nodes the engine computes as such.
+        layers: how many layers and lookups the engine computes from low-bit weights.
         notes: (node, reason) of those that it computes in float.
         verification: None where the machine's CPU cannot run the file.
     """
 
     name: str
     nbytes: int
-    lowbit_nodes: int
+    layers: int
     notes: list[tuple[str, str]]
     verification: Verification | None = None
 

@@ -64,9 +64,9 @@ def _rows(report: CompileReport) -> Iterator[Row]:
     if "artifact_weights" in sizes:
         yield "artifact", f"{size(sizes['artifact_weights'])} of weights, and the code of its kernels"
     for export in report.exports:
-        yield "export", f"{export.name}: {size(export.nbytes)}, {_count(export.lowbit_nodes, 'low-bit node')}"
+        yield "export", f"{export.name}: {size(export.nbytes)}, {_count(export.layers, 'low-bit layer')}"
         for reason, count in Counter(reason for _, reason in export.notes).items():
-            yield "", f"{_count(count, 'node')} in float: {reason}"
+            yield "", f"{_count(count, 'layer')} in float: {reason}"
     yield from _checks(report.verification, "")
     for export in report.exports:
         yield from _checks(export.verification, f"{export.name}: ")
@@ -77,13 +77,14 @@ def _checks(check: Verification | None, what: str) -> Iterator[Row]:
         yield "verify", f"{what}skipped: {check.reason}"
     elif check is not None:
         errors = [f"{worst:.1e} (allowed {limit:g})" for limit, worst in check.worst_by_limit().items()]
+        inputs = len({tuple(c.dims.items()) for c in check.comparisons})
         if len(errors) > 1:
             errors[1] += " where activations are rounded"
         where = f" ({', '.join(check.devices)})" if any(d != "cpu" for d in check.devices) else ""
         yield (
             "verify",
             (
-                f"{what}agrees with ONNX's reference evaluator on {len(check.comparisons)} inputs{where}: "
+                f"{what}agrees with ONNX's reference evaluator on {inputs} inputs{where}: "
                 f"relative error {'; '.join(errors)}"
             ),
         )
