@@ -71,15 +71,18 @@ class Context:
     """How to export, and what an export says of its work.
 
     Attributes:
-        exact: for verification: the same weights, but no rounding of the engine's own that the low-bit file
-            does not have; roundings of activations that it has stay nodes, under the names of their outputs.
+        exact: for verification: the same weights, but every rounding of activations as the low-bit file has
+            it, and none of the engine's own.
         done: names of the layers and lookups that the engine computes from low-bit weights.
         notes: on those that it does not.
+        rounds: names of values rounded to int8 by tokens, in place of which the engine rounds by blocks of so
+            many of their last axis; None where that is not all that it does.
     """
 
     exact: bool = False
     done: list[str] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    rounds: dict[str, int | None] = field(default_factory=dict)
 
     def keep(self, node: ir.Node) -> None:
         """The engine computes this layer or lookup from low-bit weights."""
