@@ -104,5 +104,5 @@ def export_model(name: str, lowbit: Path) -> tuple[ir.Model, Context]:
     model = EXPORTS[name].module.export(prepare_model(load_model(lowbit)), context)
     if not context.done:
         reasons = "; ".join(dict.fromkeys(note.reason for note in context.notes)) or "it has none"
-        raise UsageError(f"export '{name}' has no low-bit form of any layer of {lowbit}: {reasons}")
+        raise UsageError(f"export '{name}' has no low-bit form of any layer: {reasons}")
     return model, context
