@@ -76,11 +76,13 @@ class Context:
 
     Attributes:
         target, packing, compute: of the config, for an export that has code of ours.
-        exact: for verification: the same weights, but no rounding of the engine's own that the low-bit file
-            does not have; roundings of activations that it has stay nodes, under the names of their outputs.
+        exact: for verification: the same weights, but every rounding of activations as the low-bit file has
+            it, and none of the engine's own.
         on_node: called with (done, total, name) before a node that takes long.
         done: names of the layers and lookups that the engine computes from low-bit weights.
         notes: on those that it does not.
+        rounds: names of values rounded to int8 by tokens, in place of which the engine rounds by blocks of so
+            many of their last axis; None where that is not all that it does.
     """
 
     target: str = "x86_64-linux"
@@ -90,6 +92,7 @@ class Context:
     on_node: Callable[[int, int, str], None] = lambda done, total, name: None
     done: list[str] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    rounds: dict[str, int | None] = field(default_factory=dict)
 
     def keep(self, node: ir.Node) -> None:
         """The engine computes this layer or lookup from low-bit weights."""
@@ -110,5 +113,5 @@ def export_model(name: str, lowbit: Path, context: Context) -> ir.Model:
     model = EXPORTS[name].module.export(prepare_model(load_model(lowbit)), context)
     if not context.done:
         reasons = "; ".join(dict.fromkeys(note.reason for note in context.notes)) or "it has none"
-        raise UsageError(f"export '{name}' has no low-bit form of any layer of {lowbit}: {reasons}")
+        raise UsageError(f"export '{name}' has no low-bit form of any layer: {reasons}")
     return model

@@ -17,6 +17,7 @@ from qgraph.export import Context
 from qgraph.export.matmul_nbits import DOMAIN, EXACT, INT8, NBits, fp4_rows
 from qgraph.export.rewrite import finish, part
 from qgraph.export.round_activations import round_nvfp4
+from qgraph.formats import FORMATS
 from qgraph.passes.lowbit_functions import ROUNDINGS, lowbit_nodes
 from qgraph.passes.lowbit_weights import COLUMNS, LINEARS, LOOKUPS
 
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 
 
 def export(model: ir.Model, context: Context) -> ir.Model:
-    """See `qgraph.export`. With `context.exact` integers are multiplied as floats, and activations are
-    rounded by the
+    """See `qgraph.export`. With `context.exact` products are of floats, and activations are rounded by the
     scheme: the same weights, without what ONNX Runtime rounds."""
     nbits, nodes = NBits(), lowbit_nodes(model)
     for node in nodes:
@@ -35,9 +35,10 @@ def export(model: ir.Model, context: Context) -> ir.Model:
             source = x.producer()
             rounds = source is not None and source.op_type == ROUNDINGS["int8"]
             if source is not None and rounds and not context.exact:
-                x = part(source, 0)
-            accuracy = INT8 if rounds and not context.exact else EXACT
-            nbits.linear(node, x, accuracy=accuracy, wide=not rounds)
+                _note_rounding(node, context)
+                nbits.linear(node, part(source, 0), accuracy=INT8, wide=False)
+            else:
+                nbits.linear(node, x, accuracy=EXACT, wide=not rounds)
             context.keep(node)
     for node in nodes:
         if node.op_type in COLUMNS:
@@ -49,6 +50,13 @@ def export(model: ir.Model, context: Context) -> ir.Model:
         elif node.op_type == ROUNDINGS["nvfp4"]:
             round_nvfp4(node)
     return finish(model, {DOMAIN: 1})
+
+
+def _note_rounding(node: ir.Node, context: Context) -> None:
+    """How ONNX Runtime rounds the input of a layer; means are multiplied by what is not rounded."""
+    spec, name = FORMATS[LINEARS[node.op_type].format], str(part(node, 0).name)
+    block = None if spec.offset == "mean" else spec.block
+    context.rounds[name] = block if context.rounds.get(name, block) == block else None
 
 
 def open_runner(path: Path, threads: int) -> Runner:

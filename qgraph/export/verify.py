@@ -2,26 +2,30 @@
 artifact (qgraph/evaluate/verify.py); the judge is ONNX's reference evaluator.
 
 Where activations are rounded, a last bit decides now and then which way, and two correct implementations
-drift apart. So a twin is run as well: the same weights, with every rounding of the low-bit file and none of
-the engine's own (`Context.exact`). It is held to the limit piece by piece, from rounding to rounding, and
-these to the bit. What was written is held to `ROUNDED_LIMIT` there: what rounding to 8 bits may cost, and a
-wrong weight exceeds.
+drift apart. So twins of what was written are run, which show what goes into every rounding, and the judge
+goes on from there: what is compared lies between two roundings.
+* One has every rounding of the low-bit file and none of the engine's own (`Context.exact`), on the same
+  weights. It is held to the limit, and roundings to the bit.
+* Where the engine rounds in its own way instead, another does so, too, beside a judge for whom the inputs are
+  rounded as the engine does (`Context.rounds`). It is held to `ROUNDED_LIMIT`.
+What was written is then held to the latter, and to `WHOLE_LIMIT`: last bits may drift.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qgraph.errors import BudgetError
 from qgraph.evaluate.compare import compare
 from qgraph.evaluate.runners import ReferenceRunner, Runner
-from qgraph.evaluate.samples import InputSpec, input_ranges, make_inputs
+from qgraph.evaluate.samples import input_ranges, make_inputs
 from qgraph.evaluate.text_ports import POSITIONS, empty_cache
 from qgraph.evaluate.verify import (
-    ROUNDED_LIMITS,
+    REL_ERROR_LIMIT,
     Comparison,
     Verification,
     cases_of,
@@ -34,20 +38,37 @@ from qgraph.evaluate.verify import (
 )
 from qgraph.export import EXPORTS, Context
 from qgraph.passes import load_model, prepare_model
-from qgraph.passes.cache import find_cache
+from qgraph.passes.cache import Cache, find_cache
 from qgraph.passes.expose_roundings import expose_roundings
 from qgraph.passes.infer_shapes import CHECKS
 from qgraph.passes.save import save_lowbit
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import onnx_ir as ir
-
-    from qgraph.formats.activations import Rounding
 
     Arrays = Mapping[str, np.ndarray]
 
-ROUNDED_LIMIT = ROUNDED_LIMITS["int8"]
+ROUNDED_LIMIT = 1e-3  # a tie that goes the other way; without a rounding it is 1e-2 and more
+WHOLE_LIMIT = 0.25
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """How the export is made, how exact it is where it rounds nothing, and what inputs of the low-bit file
+    are made from."""
+
+    context: Context
+    limit: float
+    ranges: Mapping[str, tuple[int, int]]
+    bounds: Mapping[str, tuple[int, int]]
+    cache: Cache | None
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """Past input -> present output."""
+        return {str(p.past.name): str(p.present.name) for p in self.cache.pairs} if self.cache else {}
 
 
 def verify_export(
@@ -63,47 +84,21 @@ def verify_export(
     """Compare the file that an export has `written`, in this context, with the low-bit file that it was made
     of.
 
-    Raises BudgetError, naming output and dims, when an output differs by more than the limit, or a rounding
-    in any bit; UnsupportedError and InputError where the engine does not take the file.
+    Raises BudgetError, naming output and dims, when an output differs by more than a limit, or a rounding in
+    any bit; UnsupportedError and InputError where the engine does not take the file.
     """
-    module = EXPORTS[name].module
     model = prepare_model(load_model(lowbit))
-    cache = find_cache(model.graph)
-    pairs = {str(pair.past.name): str(pair.present.name) for pair in cache.pairs} if cache else {}
-    ranges, bounds = input_ranges(model), _bounds(model)
-    roundings = expose_roundings(model)
+    limit = rounded_limit(context.compute, "cpu") if EXPORTS[name].compiled else REL_ERROR_LIMIT
+    facts = _Facts(context, limit, input_ranges(model), _bounds(model), find_cache(model.graph))
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
-        twin = None
-        if roundings:
-            path = Path(folder) / "twin.onnx"
-            exact = Context(context.target, context.packing, context.compute, exact=True)
-            save_lowbit(module.export(model, exact), path)
-            twin = _Stepper(module.open_runner(path, threads), pairs)
-        reference = ReferenceRunner(
-            lowbit, given=[r.output for r in roundings], shown=[r.input for r in roundings]
-        )
-        given = {r.output for r in roundings}
-        inputs = [spec for spec in reference.specs if spec.name not in (*pairs, *given)]
-        limit = rounded_limit(context.compute if EXPORTS[name].compiled else "f32", "cpu")
-        checks = _Checks(name, limit, _Stepper(module.open_runner(written, threads), pairs), twin, roundings)
-        judge = _Stepper(reference, pairs)
-        if cache is None:
-            texts = [[dims] for dims in cases_of(inputs, bounds)]
-        else:
-            texts = texts_of(inputs, bounds, cache.total, within(bounds, cache.total, 1 << 24))
+        checks = _Checks(name, written, lowbit, facts, Path(folder), threads)
+        texts = checks.texts()
         total = sum(map(len, texts))
-        done = 0
         for text in texts:
-            for stepper in (checks.written, judge, *([twin] if twin else [])):
-                stepper.begin()
-            held = 0
+            checks.begin()
             for dims in text:
-                on_case(done, total, where_of(dims))
-                feeds = make_inputs(inputs, ranges, dims, seed + done)
-                if cache is not None and POSITIONS in feeds:
-                    feeds[POSITIONS] = positions(feeds[POSITIONS], held, ranges.get(POSITIONS, (0, 0))[1])
-                checks.step(feeds, dims, judge)
-                held, done = dims.get(cache.total, 0) if cache else 0, done + 1
+                on_case(checks.done, total, where_of(dims))
+                checks.step(dims, seed + checks.done)
     return Verification("passed", limit=limit, comparisons=checks.comparisons, devices=["cpu"])
 
 
@@ -112,7 +107,7 @@ class _Stepper:
 
     def __init__(self, runner: Runner, pairs: Mapping[str, str]) -> None:
         self._runner, self._pairs = runner, pairs
-        self._pasts: list[InputSpec] = [spec for spec in runner.specs if spec.name in pairs]
+        self._pasts = [spec for spec in runner.specs if spec.name in pairs]
         self._past: dict[str, np.ndarray] = {}
 
     def begin(self) -> None:
@@ -126,32 +121,102 @@ class _Stepper:
         return found
 
 
+class _Twin:
+    """What was written once more, showing inputs and outputs of roundings, beside a judge of its own."""
+
+    def __init__(
+        self, name: str, lowbit: Path, exact: bool, facts: _Facts, folder: Path, threads: int
+    ) -> None:
+        module, model = EXPORTS[name].module, prepare_model(load_model(lowbit))
+        self.roundings = expose_roundings(model)
+        of = facts.context
+        context = Context(of.target, of.packing, of.compute, exact=exact)
+        path = folder / f"{'exact' if exact else 'rounded'}.onnx"
+        save_lowbit(module.export(model, context), path)
+        self.rounds = context.rounds
+        self._steppers = (
+            _Stepper(module.open_runner(path, threads), facts.pairs),
+            _Stepper(
+                ReferenceRunner(
+                    lowbit,
+                    given=[r.output for r in self.roundings],
+                    shown=[r.input for r in self.roundings],
+                ),
+                facts.pairs,
+            ),
+        )
+
+    def begin(self) -> None:
+        """Another text."""
+        for stepper in self._steppers:
+            stepper.begin()
+
+    def step(self, feeds: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(outputs and inputs of roundings; the same by the judge, who goes on from these)."""
+        twin, judge = self._steppers
+        shown = {**feeds, **twin.run(feeds)}
+        given = {r.output: shown[r.output] for r in self.roundings}
+        for r in self.roundings:
+            if block := self.rounds.get(r.output):
+                given[r.output] = _round_blocks(shown[r.input], block)
+        return shown, judge.run({**feeds, **given})
+
+
 class _Checks:
     """Compares step by step."""
 
     def __init__(
-        self,
-        name: str,
-        limit: float,
-        written: _Stepper,
-        twin: _Stepper | None,
-        roundings: Sequence[Rounding],
+        self, name: str, written: Path, lowbit: Path, facts: _Facts, folder: Path, threads: int
     ) -> None:
-        self._name, self._limit = name, limit
-        self.written, self._twin, self._roundings = written, twin, roundings
+        self._name, self._facts = name, facts
+        runner = EXPORTS[name].module.open_runner(written, threads)
+        self._inputs = [spec for spec in runner.specs if spec.name not in facts.pairs]
+        self._written = _Stepper(runner, facts.pairs)
+        self._exact = _Twin(name, lowbit, True, facts, folder, threads)
+        self._rounded = _Twin(name, lowbit, False, facts, folder, threads) if self._exact.roundings else None
+        if self._rounded is not None and not self._rounded.rounds:
+            self._rounded = None
         self.comparisons: list[Comparison] = []
+        self.done = self._held = 0
 
-    def step(self, feeds: Arrays, dims: Mapping[str, int], judge: _Stepper) -> None:
-        """One run of all."""
-        got = self.written.run(feeds)
-        if self._twin is None:
-            self._hold(got, judge.run(feeds), dims, self._limit)
-            return
-        shown = {**feeds, **self._twin.run(feeds)}
-        require_exact(f"export '{self._name}'", self._roundings, shown, where_of(dims))
-        wanted = judge.run({**feeds, **{r.output: shown[r.output] for r in self._roundings}})
-        self._hold(shown, wanted, dims, self._limit)
-        self._hold(got, {name: wanted[name] for name in got}, dims, ROUNDED_LIMIT)
+    def texts(self) -> list[list[dict[str, int]]]:
+        """The dims of the steps of each text; without a cache a text is one step."""
+        bounds, cache = self._facts.bounds, self._facts.cache
+        if cache is None:
+            return [[dims] for dims in cases_of(self._inputs, bounds)]
+        return texts_of(self._inputs, bounds, cache.total, within(bounds, cache.total, 1 << 24))
+
+    def begin(self) -> None:
+        """Another text."""
+        self._held = 0
+        self._written.begin()
+        for twin in (self._exact, self._rounded):
+            if twin is not None:
+                twin.begin()
+
+    def step(self, dims: Mapping[str, int], seed: int) -> None:
+        """One run of all. BudgetError where a limit is exceeded."""
+        feeds = self._feeds(dims, seed)
+        shown, wanted = self._exact.step(feeds)
+        require_exact(f"export '{self._name}'", self._exact.roundings, shown, where_of(dims))
+        self._hold(shown, wanted, dims, self._facts.limit)
+        if self._rounded is not None:
+            shown, wanted = self._rounded.step(feeds)
+            if None not in self._rounded.rounds.values():
+                self._hold(shown, wanted, dims, ROUNDED_LIMIT)
+        got = self._written.run(feeds)
+        limit = WHOLE_LIMIT if self._exact.roundings else self._facts.limit
+        self._hold(got, {output: shown[output] for output in got}, dims, limit)
+        self.done += 1
+
+    def _feeds(self, dims: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
+        feeds = make_inputs(self._inputs, self._facts.ranges, dims, seed)
+        if self._facts.cache is not None:
+            if POSITIONS in feeds:
+                highest = self._facts.ranges.get(POSITIONS, (0, 0))[1]
+                feeds[POSITIONS] = positions(feeds[POSITIONS], self._held, highest)
+            self._held = dims[self._facts.cache.total]
+        return feeds
 
     def _hold(self, got: Arrays, wanted: Arrays, dims: Mapping[str, int], limit: float) -> None:
         errors = {name: found.rel_error for name, found in compare(got, wanted).items()}
@@ -159,10 +224,22 @@ class _Checks:
         for name, error in errors.items():
             if not error <= limit:
                 raise BudgetError(
-                    f"export '{self._name}' disagrees with the low-bit ONNX model: output '{name}' at "
+                    f"export '{self._name}' disagrees with the low-bit ONNX model: '{name}' at "
                     f"{where_of(dims)} has a relative error of {error:.2g}, allowed is {limit:g}; "
                     "nothing was written"
                 )
+
+
+def _round_blocks(x: npt.NDArray[np.float32], block: int) -> npt.NDArray[np.float32]:
+    """x [.., K] rounded to int8 by blocks of its last axis, as MatMulNBits does with `accuracy_level` 4."""
+    import numpy as np
+
+    K = x.shape[-1]
+    pads = [(0, 0)] * (x.ndim - 1) + [(0, -K % block)]
+    blocks = np.pad(x, pads).reshape(*x.shape[:-1], -1, block)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    return (np.rint(blocks * inverse) * scale).reshape(*x.shape[:-1], -1)[..., :K]
 
 
 def _bounds(model: ir.Model) -> dict[str, tuple[int, int]]:

@@ -79,7 +79,7 @@ def _checks(check: Verification | None, what: str) -> Iterator[Row]:
         errors = [f"{worst:.1e} (allowed {limit:g})" for limit, worst in check.worst_by_limit().items()]
         inputs = len({tuple(c.dims.items()) for c in check.comparisons})
         if len(errors) > 1:
-            errors[1] += " where activations are rounded"
+            errors[-1] += " where activations are rounded"
         where = f" ({', '.join(check.devices)})" if any(d != "cpu" for d in check.devices) else ""
         yield (
             "verify",
