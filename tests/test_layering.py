@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | BASE,
     "config": {"schemes", "solvers", "codegen.isa", "codegen.targets"} | BASE,
     "models": {"evaluate"} | BASE,
+    "signing": {"report"} | BASE,
     "report": {"evaluate", "formats", "runtime"} | BASE,
     "calibration": {"passes", "solvers", "evaluate", "formats"} | BASE,
     "generation": {"evaluate"} | BASE,
