@@ -113,14 +113,11 @@ def _require_version(what: str, version: int, known: tuple[int, int], writer: st
     oldest, newest = known
     if oldest <= version <= newest:
         return
-    by = f"qgraph {writer}" if writer else "the qgraph that wrote it"
-    todo = (
-        f"update qgraph to {writer} or later"
-        if writer
-        else "update qgraph"
-        if version > newest
-        else f"compile the model again with this qgraph, or use {by}"
-    )
+    if version > newest:
+        todo = f"update qgraph to {writer} or later" if writer else "update qgraph"
+    else:
+        by = f"qgraph {writer}" if writer else "the qgraph that wrote it"
+        todo = f"compile the model again with this qgraph, or use {by}"
     reads = str(newest) if oldest == newest else f"{oldest} to {newest}"
     raise UnsupportedError(f"{what} {version}, this qgraph ({__version__}) reads {reads}: {todo}")
 

@@ -25,21 +25,17 @@ std::optional<Release> parse_release(std::string_view text) {
   return release;
 }
 
-// "the qgraph that wrote it", or with its number.
-std::string name_of(const std::string* writer) {
-  return writer && parse_release(*writer) ? cat("qgraph ", *writer) : "the qgraph that wrote it";
-}
-
 }  // namespace
 
 void require_version(const char* what, int64_t version, int64_t oldest, int64_t newest,
                      const std::string* writer) {
   if (version >= oldest && version <= newest) return;
-  const std::string by = name_of(writer);
-  const std::string reads = oldest == newest ? cat(newest) : cat(oldest, " to ", newest);
+  const std::string by = writer && parse_release(*writer) ? cat("qgraph ", *writer) : "";
   const std::string todo = version > newest
-                               ? cat("update the runtime to ", by, " or later")
-                               : cat("compile the model again with this qgraph, or use the runtime of ", by);
+                               ? cat("update the runtime", by.empty() ? "" : cat(" to ", by, " or later"))
+                               : cat("compile the model again with this qgraph, or use the runtime of ",
+                                     by.empty() ? "the qgraph that wrote it" : by);
+  const std::string reads = oldest == newest ? cat(newest) : cat(oldest, " to ", newest);
   fail(QG_UNSUPPORTED, what, " ", version, ", this library (qgraph ", QG_VERSION, ") reads ", reads, ": ",
        todo);
 }

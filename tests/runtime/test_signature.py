@@ -119,7 +119,7 @@ def test_nothing_is_parsed_before_the_signature_is_right(cache: Path, tmp_path: 
 def cut(header: Header) -> None:
     begin, end = header["qgraph.signature"]["data_offsets"]
     header["qgraph.signature"].update(shape=[95], data_offsets=[begin, end - 1])
-    header["w/x"] = {"dtype": "U8", "shape": [1], "data_offsets": [end - 1, end]}
+    header["qgraph.pad.x"] = {"dtype": "U8", "shape": [1], "data_offsets": [end - 1, end]}
 
 
 def swap(header: Header) -> None:
@@ -134,10 +134,10 @@ def test_the_place_of_the_signature(
     data = signed_by_hand(toy_parts, change)
     for key in (None, PUBLIC):
         with pytest.raises(
-            InputError, match="tensor 'qgraph.signature' is not the last but one, of 96 bytes"
+            InputError, match=r"tensor 'qgraph.signature' is not the last but one, of 96 bytes"
         ):
             load(data, tmp_path, key)
-    with pytest.raises(InputError, match="not the last but one|hash"):
+    with pytest.raises(InputError, match=r"not the last but one|hash"):
         read_artifact(tmp_path / "model.qg")
 
 
