@@ -9,7 +9,8 @@ namespace {
 
 using Release = std::array<int, 3>;
 
-// "1.2.3", or that and anything else behind it. Nothing for what is no release: files say what they like.
+// "1.2.3", or that and letters, digits, '.', '+' and '-' behind it. Nothing for what is no release: files say
+// what they like.
 std::optional<Release> parse_release(std::string_view text) {
   constexpr size_t kMaxText = 32;
   if (text.size() > kMaxText) return std::nullopt;
@@ -21,6 +22,10 @@ std::optional<Release> parse_release(std::string_view text) {
       release[part] = 10 * release[part] + (text[at] - '0');
     if (at == start) return std::nullopt;
     if (part + 1 < release.size() && (at == text.size() || text[at++] != '.')) return std::nullopt;
+  }
+  for (char c : text.substr(at)) {
+    const bool usual = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+    if (!usual && c != '.' && c != '+' && c != '-') return std::nullopt;
   }
   return release;
 }

@@ -103,6 +103,7 @@ VERSIONS = [
     (2, "0.9.1", NEWER.format(r"(qgraph )?0\.9\.1 or later")),
     (999, "12.0.0.dev1", NEWER.format(r"(qgraph )?12\.0\.0\.dev1 or later")),
     (2, None, r"update (the runtime|qgraph)$"),
+    (2, "0.9.1 \n", r"update (the runtime|qgraph)"),
     (0, "0.0.3", OLDER.format(r"(the runtime of )?qgraph 0\.0\.3")),
     (0, None, OLDER.format(r"(the runtime of )?the qgraph that wrote it")),
 ]
