@@ -51,6 +51,16 @@ def test_what_is_signed_is_verified_and_runs(folder: Path) -> None:
             assert done.err.startswith(f"error: {artifact}: {said}") and done.err.count("\n") == 1
 
 
+def test_generate_takes_a_key_for_artifacts_alone(folder: Path) -> None:
+    options = ("--prompt-ids", "1", "--ids", "--public-key", "key.pub")
+    unsigned = qgraph("generate", "model.qg", *options, cwd=folder)
+    assert unsigned.code == 7 and "the file is not signed" in unsigned.err
+    signed = qgraph("generate", "signed.qg", *options, cwd=folder)  # whose model is no language model
+    assert signed.code == 2 and "logits" in signed.err
+    onnx = qgraph("generate", "model.onnx", *options, cwd=folder)
+    assert onnx.code == 2 and "onnxruntime knows no signatures" in onnx.err
+
+
 def test_verify_refuses(folder: Path) -> None:
     data = (folder / "signed.qg").read_bytes()
     (folder / "changed.qg").write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
