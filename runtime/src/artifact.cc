@@ -140,6 +140,9 @@ void require_signature(const uint8_t* public_key, std::string_view header, size_
                        const Digest& root) {
   PublicKey key;
   std::memcpy(key.data(), public_key, key.size());
+  if (!ed25519_is_key(key)) {
+    fail(QG_INVALID_ARGUMENT, "public_key is no public key of Ed25519: ", short_name(key));
+  }
   const std::string wanted = cat("this program takes only what is signed by key ", short_name(key));
   if (body < kSealSize + kRootSize || header.find("\"qgraph.signature\"") == std::string_view::npos) {
     fail(QG_UNTRUSTED, "the file is not signed, and ", wanted, ": get the signed one");

@@ -1,5 +1,5 @@
 // The container of an artifact: finds its tensors and proves that every byte is what was written (FORMAT.md,
-// 1 to 6).
+// 1 to 7).
 #ifndef QGRAPH_SRC_ARTIFACT_H_
 #define QGRAPH_SRC_ARTIFACT_H_
 

@@ -239,4 +239,11 @@ bool ed25519_verify(const PublicKey& key, const uint8_t* message, size_t size, c
   return std::memcmp(r.data(), signature.data(), r.size()) == 0;
 }
 
+bool ed25519_is_key(const PublicKey& key) {
+  CurvePoint a;
+  if (!decode_point(key, &a)) return false;
+  const CurvePoint eightfold = doubled(doubled(doubled(a)));
+  return !equal(eightfold.X, kZero) || !equal(eightfold.Y, eightfold.Z);
+}
+
 }  // namespace qg

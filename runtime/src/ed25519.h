@@ -16,6 +16,10 @@ using Signature = std::array<uint8_t, 64>;
 // time depends on its input.
 bool ed25519_verify(const PublicKey& key, const uint8_t* message, size_t size, const Signature& signature);
 
+// Whether somebody can have the private key to it: a point, and not one of the eight of small order, for
+// which anybody can sign. 32 zeros are such a one, and what a forgotten key looks like.
+bool ed25519_is_key(const PublicKey& key);
+
 }  // namespace qg
 
 #endif  // QGRAPH_SRC_ED25519_H_

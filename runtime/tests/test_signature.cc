@@ -51,6 +51,11 @@ void test_keys(const std::string& path, const std::vector<uint8_t>& whole, const
   qgraph::PublicKey other = key;
   other[31] ^= 1;
   CHECK(load(whole, other.data()) == QG_UNTRUSTED && last_error_has("signed by key "));
+  // Not filled in, and no point.
+  for (uint8_t first : {0, 1, 2}) {
+    const qgraph::PublicKey none{first};
+    CHECK(load(whole, none.data()) == QG_INVALID_ARGUMENT && last_error_has("no public key of Ed25519: 0"));
+  }
   CHECK(std::strcmp(qg_status_name(QG_UNTRUSTED), "untrusted") == 0);
 
   CHECK(qgraph::Model::from_signed(path, key).inputs().size() == 2);

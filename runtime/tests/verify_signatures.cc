@@ -1,9 +1,8 @@
 // Verdicts of the runtime's Ed25519 on a corpus that tests/runtime/test_ed25519.py makes.
 //
-//   verify_signatures corpus     a corpus is a sequence of (u64 size, key [32], signature [64], message
-//   [size])
+//   verify_signatures corpus     a sequence of (u64 size, key [32], signature [64], message [size])
 //
-// Prints a line a record: 1 if the signature is right, else 0.
+// Prints two digits a record: 1 if the signature is right, else 0; 1 if somebody can have the key, else 0.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -29,7 +28,8 @@ int main(int argc, char** argv) {
     CHECK(corpus.size() - at >= size);
     // A copy of the exact length, so that a sanitizer sees a read past the end.
     const std::vector<uint8_t> message(corpus.data() + at, corpus.data() + at + size);
-    std::printf("%d\n", qg::ed25519_verify(key, message.data(), message.size(), signature));
+    std::printf("%d%d\n", qg::ed25519_verify(key, message.data(), message.size(), signature),
+                qg::ed25519_is_key(key));
     at += size;
   }
 }

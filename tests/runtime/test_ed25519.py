@@ -28,8 +28,8 @@ NEUTRAL = (0, 1)
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
-    """What the runtime says to each record."""
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[Record]], list[str]]:
+    """What the program `verify_signatures` says to each record, two digits."""
     folder = tmp_path_factory.mktemp("ed25519")
     program, corpus = folder / "verify_signatures", folder / "corpus"
     flags = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-pedantic"]
@@ -40,14 +40,24 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
     compiler = os.environ.get("CXX", "c++").split()
     run(*compiler, *flags, f"-I{RUNTIME / 'src'}", f"-I{RUNTIME / 'include'}", *sources, "-o", program)
 
-    def verify(records: list[Record]) -> list[bool]:
-        data = (
-            struct.pack("<Q", len(message)) + key + signature + message for key, signature, message in records
-        )
+    def said(records: list[Record]) -> list[str]:
+        data = (struct.pack("<Q", len(text)) + key + signature + text for key, signature, text in records)
         corpus.write_bytes(b"".join(data))
-        return [line == "1" for line in run(program, corpus).split()]
+        return run(program, corpus).split()
 
-    return verify
+    return said
+
+
+@pytest.fixture(scope="module")
+def verdicts(judge: Callable[[list[Record]], list[str]]) -> Verdicts:
+    """Whether signatures are right."""
+    return lambda records: [digits[0] == "1" for digits in judge(records)]
+
+
+@pytest.fixture(scope="module")
+def are_keys(judge: Callable[[list[Record]], list[str]]) -> Callable[[list[bytes]], list[bool]]:
+    """Whether somebody can have the private key."""
+    return lambda keys: [digits[1] == "1" for digits in judge([(key, bytes(64), b"") for key in keys])]
 
 
 def openssl(record: Record) -> bool:
@@ -190,6 +200,19 @@ def test_keys_in_another_encoding_than_the_canonical_one(verdicts: Verdicts) -> 
             records += [forged(encode(a, more=P), a), forged(encode(a, more=P, sign=1), (P - a[0], a[1]))]
     assert len(records) == 8
     assert verdicts(records) == [False] * 8
+
+
+def test_what_a_key_is(are_keys: Callable[[list[bytes]], list[bool]]) -> None:
+    """No point, not canonical, of small order: nobody's. Else somebody's, whatever else is in it."""
+    assert BASE is not None
+    nobodys = [encode(a) for a in SMALL] + [
+        encode(NEUTRAL, more=P),
+        encode(NEUTRAL, sign=1),
+        b"\2" + bytes(31),
+    ]
+    assert are_keys(nobodys) == [False] * 11
+    mixed = [encode(add(times(5, BASE), a)) for a in SMALL]
+    assert are_keys([*mixed, *(key for _, key, _, _ in VECTORS)]) == [True] * 13
 
 
 def test_what_is_no_point(verdicts: Verdicts) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from qgraph import runtime, signing
 from qgraph.codegen.static_library import write_library
 from qgraph.errors import InputError, ResourceError, SignatureError, UsageError
 from qgraph.report.artifact import read_artifact
+from qgraph.runtime import _native
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = KEY.public_key().public_bytes_raw()
@@ -141,6 +143,13 @@ def test_the_place_of_the_signature(
         read_artifact(tmp_path / "model.qg")
 
 
+def test_keys_that_nobody_has(cache: Path, toy_path: Path) -> None:
+    """As a buffer that was not filled in is: anybody can sign for the key of 32 zeros."""
+    for key in (bytes(32), bytes([1, *bytes(31)]), bytes([2, *bytes(31)])):
+        with pytest.raises(InputError, match="public_key is no public key of Ed25519: 0"):
+            runtime.load(toy_path, public_key=key)
+
+
 @pytest.mark.parametrize("key", [b"", bytes(31), bytes(33), "0" * 32])
 def test_keys_of_another_size(toy_path: Path, key: Any) -> None:
     with pytest.raises(InputError, match="give its 32 bytes"):
@@ -246,7 +255,9 @@ def test_without_cryptography(toy_path: Path, signed_toy: Path) -> None:
         "             lambda: signing.generate_key(folder / 'new')):\n"
         "    try:\n        call()\n    except errors.ResourceError as error:\n        print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, signed_toy, toy_path], capture_output=True, text=True)
+    env = {**os.environ, "QGRAPH_RUNTIME_LIBRARY": _native.library()._name}
+    command = [sys.executable, "-c", code, str(signed_toy), str(toy_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     message = "signatures need the package cryptography, which is not installed: pip install 'qgraph[sign]'"
     assert done.stdout.splitlines() == [message] * 3

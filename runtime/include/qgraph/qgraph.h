@@ -175,7 +175,8 @@ typedef struct qg_load_options {
   int32_t threads; /* that verify a large artifact, the caller's included; 0: one a core, at most 16 */
   const uint8_t* public_key; /* QG_PUBLIC_KEY_SIZE bytes, of Ed25519: what is not signed by its owner is
                                 QG_UNTRUSTED, which is found out before anything else of the file is looked at
-                                than its length and the hash of its header. NULL: signed or not, by anybody */
+                                than its length and the hash of its header. No key of anybody's, such as 32
+                                zeros, is QG_INVALID_ARGUMENT. NULL: signed or not, by anybody */
 } qg_load_options;
 
 #define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL, NULL, NULL, NULL, 0, NULL}
