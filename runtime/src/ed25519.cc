@@ -16,12 +16,12 @@ using Wide = std::array<uint32_t, kWords>;
 
 constexpr Wide kPrime = {0xffffffed, 0xffffffff, 0xffffffff, 0xffffffff,
                          0xffffffff, 0xffffffff, 0xffffffff, 0x7fffffff};
-constexpr Wide kOrder = {0x5cf5d3ed, 0x5812631a, 0xa2f79cd6, 0x14def9de, 0, 0, 0, 0x10000000};  // L
+constexpr Wide kBaseOrder = {0x5cf5d3ed, 0x5812631a, 0xa2f79cd6, 0x14def9de, 0, 0, 0, 0x10000000};  // L
 constexpr Wide kCurveD = {0x135978a3, 0x75eb4dca, 0x4141d8ab, 0x00700a4d,
                           0x7779e898, 0x8cc74079, 0x2b6ffe73, 0x52036cee};  // -121665 / 121666
 constexpr Wide kRootOfMinusOne = {0x4a0ea0b0, 0xc4ee1b27, 0xad2fe478, 0x2f431806,
                                   0x3dfbd7a7, 0x2b4d0099, 0x4fc1df0b, 0x2b832480};
-constexpr Wide kZero = {}, kOne = {1};
+constexpr Wide kFieldZero = {}, kFieldOne = {1};
 
 // ---- numbers ----
 
@@ -71,7 +71,7 @@ Wide modulo_order(const Digest512& digest) {
       word = word << 1 | carry;
       carry = next;
     }
-    if (!less(remainder, kOrder)) subtract_from(remainder, kOrder);
+    if (!less(remainder, kBaseOrder)) subtract_from(remainder, kBaseOrder);
   }
   return remainder;
 }
@@ -168,7 +168,7 @@ struct CurvePoint {
 constexpr CurvePoint kBasePoint = {
     {0x8f25d51a, 0xc9562d60, 0x9525a7b2, 0x692cc760, 0xfdd6dc5c, 0xc0a4e231, 0xcd6e53fe, 0x216936d3},
     {0x66666658, 0x66666666, 0x66666666, 0x66666666, 0x66666666, 0x66666666, 0x66666666, 0x66666666},
-    kOne,
+    kFieldOne,
     {0xa5b7dda3, 0x6dde8ab3, 0x775152f5, 0x20f09f80, 0x64abe37d, 0x66ea4e8e, 0xd78b7665, 0x67875f0f}};
 
 // RFC 8032, 5.1.3. False for what no point is encoded as.
@@ -178,14 +178,14 @@ bool decode_point(const PublicKey& bytes, CurvePoint* point) {
   y[7] &= 0x7fffffff;
   if (!less(y, kPrime)) return false;
   // x^2 = u / v, x = u v^3 (u v^7)^((p - 5) / 8), or that times the root of -1.
-  const Wide yy = y * y, u = yy - kOne, v = kCurveD * yy + kOne, v3 = v * v * v;
+  const Wide yy = y * y, u = yy - kFieldOne, v = kCurveD * yy + kFieldOne, v3 = v * v * v;
   Wide x = u * v3 * power(u * v3 * v3 * v);
   if (!equal(v * x * x, u)) x = x * kRootOfMinusOne;
   if (!equal(v * x * x, u)) return false;
   x = canonical(x);
-  if (x == kZero && sign) return false;
-  if ((x[0] & 1) != sign) x = kZero - x;
-  *point = {x, y, kOne, x * y};
+  if (x == kFieldZero && sign) return false;
+  if ((x[0] & 1) != sign) x = kFieldZero - x;
+  *point = {x, y, kFieldOne, x * y};
   return true;
 }
 
@@ -215,7 +215,7 @@ CurvePoint doubled(const CurvePoint& p) {
 // m p + n q.
 CurvePoint combine(const Wide& m, const CurvePoint& p, const Wide& n, const CurvePoint& q) {
   const CurvePoint choices[] = {p, q, p + q};
-  CurvePoint sum = {kZero, kOne, kOne, kZero};
+  CurvePoint sum = {kFieldZero, kFieldOne, kFieldOne, kFieldZero};
   for (size_t i = 256; i-- > 0;) {
     sum = doubled(sum);
     if (uint32_t which = bit(m, i) + 2 * bit(n, i)) sum = sum + choices[which - 1];
@@ -228,13 +228,13 @@ CurvePoint combine(const Wide& m, const CurvePoint& p, const Wide& n, const Curv
 bool ed25519_verify(const PublicKey& key, const uint8_t* message, size_t size, const Signature& signature) {
   const Wide s = read_wide(&signature[32]);
   CurvePoint a;
-  if (!less(s, kOrder) || !decode_point(key, &a)) return false;
+  if (!less(s, kBaseOrder) || !decode_point(key, &a)) return false;
   std::vector<uint8_t> hashed(signature.begin(), signature.begin() + 32);
   hashed.insert(hashed.end(), key.begin(), key.end());
   hashed.insert(hashed.end(), message, message + size);
   const Wide h = modulo_order(sha512(hashed.data(), hashed.size()));
   // S B = R + h A, as R = S B - h A. No other encoding of R than the canonical one is equal.
-  const CurvePoint minus_a = {kZero - a.X, a.Y, a.Z, kZero - a.T};
+  const CurvePoint minus_a = {kFieldZero - a.X, a.Y, a.Z, kFieldZero - a.T};
   const std::array<uint8_t, 32> r = encode_point(combine(s, kBasePoint, h, minus_a));
   return std::memcmp(r.data(), signature.data(), r.size()) == 0;
 }
@@ -243,7 +243,7 @@ bool ed25519_is_key(const PublicKey& key) {
   CurvePoint a;
   if (!decode_point(key, &a)) return false;
   const CurvePoint eightfold = doubled(doubled(doubled(a)));
-  return !equal(eightfold.X, kZero) || !equal(eightfold.Y, eightfold.Z);
+  return !equal(eightfold.X, kFieldZero) || !equal(eightfold.Y, eightfold.Z);
 }
 
 }  // namespace qg
