@@ -17,14 +17,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for golden_models, under pytest's importlib mode
 
-from golden_models import MODELS, load_runs, run
+from golden_models import MODELS, SIGNED, load_runs, run, write_key
 
 import qgraph
 from qgraph.codegen import package
 from qgraph.codegen.tiles import symbol
 from qgraph.errors import SignatureError, UnsupportedError
 from qgraph.report import artifact as reader
-from qgraph.signing import read_public_key, verify
+from qgraph.signing import read_public_key, sign, verify
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -211,6 +211,12 @@ def written_today(model: str, folder: Path) -> bytes:
 def test_todays_writer_writes_the_same(model: str, tmp_path: Path, without_code: None) -> None:
     """If this fails, README.md says what to do: raise the version, or add a set."""
     assert structure(written_today(model, tmp_path)) == structure((SETS[-1] / f"{model}.qg").read_bytes())
+
+
+def test_todays_signature_is_the_same(tmp_path: Path) -> None:
+    private, _ = write_key(tmp_path)
+    sign(SETS[-1] / f"{SIGNED}.qg", private, tmp_path / "signed.qg")
+    assert (tmp_path / "signed.qg").read_bytes() == (SETS[-1] / f"{SIGNED}.signed.qg").read_bytes()
 
 
 def test_the_test_sees_a_change(tmp_path: Path, without_code: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ def test_other_processors(cache: Path, toy_parts: Parts, tmp_path: Path) -> None
     parts = copy.deepcopy(toy_parts)
     del parts.plan["variants"][1:]
     with pytest.raises(
-        UnsupportedError, match="future needs warp_drive: run it on a CPU that has what it needs$"
+        UnsupportedError, match=r"future needs warp_drive: run it on a CPU that has what it needs$"
     ):
         load(parts.to_bytes(), tmp_path)
 
