@@ -71,11 +71,17 @@ def write_library(artifact: Path, name: str, library: Path, header: Path) -> Non
     Its target is one that `require_target` lets pass.
 
     Raises:
+        UsageError: the artifact is signed: what it becomes here has other bytes.
         UnsupportedError: the model is too large to link.
     """
     with artifact.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         view = memoryview(mapped)
         try:
+            if any(tensor.name == "qgraph.signature" for tensor in package.parse(view)[0]):
+                raise UsageError(
+                    f"{artifact} is signed, and a static library cannot carry its signature: make it of the "
+                    "unsigned artifact, and sign the program"
+                )
             _write(view, name, library, header)
         finally:
             view.release()

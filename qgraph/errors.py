@@ -40,3 +40,9 @@ class ResourceError(QGraphError):
     """The machine ran out of something or refused it: disk, memory, permission, a missing compiler."""
 
     exit_code = 6
+
+
+class SignatureError(QGraphError):
+    """An artifact that is not signed by the key that was asked for, or was changed after it was signed."""
+
+    exit_code = 7

@@ -36,10 +36,12 @@ def load(
     isa: str | None = None,
     device: str | None = None,
     memory_limit: int = 0,
+    public_key: bytes | None = None,
 ) -> Model:
     """Load an artifact: verify every byte of it, choose the code for the device, map or upload the weights.
 
     An artifact carries native code. Its hashes detect damage, not malice: loading equals running a program.
+    With `public_key` it is one that the owner of that key has signed.
 
     Args:
         path: the `.qg` file. It must not change in place while the model lives.
@@ -48,9 +50,12 @@ def load(
         device: "cpu", "cuda" (the first GPU) or "cuda:1"; None is the CPU if the file has code for it, else
             the first GPU. See `devices`.
         memory_limit: bytes for temporaries and state of a session, on its device; 0 is no limit.
+        public_key: of Ed25519, 32 bytes (`qgraph.signing.read_public_key`); what its owner has not signed is
+            refused before any of its code is loaded. None takes every artifact.
 
     Raises:
         InputError: no such file, damaged, or not an artifact.
+        SignatureError: unsigned, signed by another key, or changed after it was signed.
         UnsupportedError: an artifact of another format version, or without code for this device; or a device
             that is not there.
         ResourceError: no memory, or none that may be executed; a GPU that fails; or no compiler to build the
@@ -58,7 +63,9 @@ def load(
     """
     from qgraph.runtime.model import Model
 
-    return Model(path, threads=threads, isa=isa, device=device, memory_limit=memory_limit)
+    return Model(
+        path, threads=threads, isa=isa, device=device, memory_limit=memory_limit, public_key=public_key
+    )
 
 
 def devices() -> tuple[Device, ...]:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 
-from qgraph.errors import InputError, QGraphError, ResourceError, UnsupportedError
+from qgraph.errors import InputError, QGraphError, ResourceError, SignatureError, UnsupportedError
 from qgraph.runtime import build
 
 MAX_RANK = 8
+PUBLIC_KEY_SIZE = 32
 INPUT, OUTPUT = 0, 1
 
 # In the order of qg_dim_kind.
@@ -30,11 +31,20 @@ _ERRORS: dict[int, type[QGraphError]] = {
     6: ResourceError,  # out of memory
     7: InputError,  # bad data
     9: ResourceError,  # device error
+    10: SignatureError,  # untrusted
 }
 
 
 class LoadOptions(ctypes.Structure):
-    _fields_ = (("struct_size", c_size_t), ("isa", c_char_p), ("device", c_char_p))
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("isa", c_char_p),
+        ("device", c_char_p),
+        ("log", c_void_p),
+        ("log_context", c_void_p),
+        ("threads", c_int32),
+        ("public_key", c_char_p),
+    )
 
 
 class SessionOptions(ctypes.Structure):
@@ -139,14 +149,16 @@ def text(value: bytes | None) -> str:
     return value.decode()
 
 
-def load(path: str, isa: str | None, device: str | None) -> c_void_p:
+def load(path: str, isa: str | None, device: str | None, public_key: bytes | None) -> c_void_p:
     if "\0" in path:
         raise InputError(f"no such file: {path!r}")
     if device is not None and not isinstance(device, str):
         raise InputError(f"device is {device!r}: give its name, such as 'cuda'")
+    if public_key is not None and not (isinstance(public_key, bytes) and len(public_key) == PUBLIC_KEY_SIZE):
+        raise InputError(f"public_key is {public_key!r}: give its {PUBLIC_KEY_SIZE} bytes")
     handle = c_void_p()
     names = (None if name is None else name.encode() for name in (isa, device))
-    options = LoadOptions(ctypes.sizeof(LoadOptions), *names)
+    options = LoadOptions(ctypes.sizeof(LoadOptions), *names, None, None, 0, public_key)
     check(library().qg_load(os.fsencode(path), byref(options), byref(handle)))
     return handle
 

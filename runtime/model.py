@@ -102,6 +102,7 @@ class Model:
         isa: str | None = None,
         device: str | None = None,
         memory_limit: int = 0,
+        public_key: bytes | None = None,
     ) -> None:
         self._handle: c_void_p | None = None
         self._session: Session | None = None
@@ -109,7 +110,7 @@ class Model:
         self._threads, self._memory_limit = threads, memory_limit
         lib = _native.library()
         self.path = os.fsdecode(path)
-        handle = self._handle = _native.load(self.path, isa, device)
+        handle = self._handle = _native.load(self.path, isa, device, public_key)
         self.device = _native.text(lib.qg_model_device(handle))
         self.isa = _native.text(lib.qg_model_isa(handle))
         self.metadata = _native.metadata(handle)

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"schemes", "solvers", "export", "codegen.isa", "codegen.targets"} | BASE,
     "export": {"passes", "codegen", "evaluate", "formats", "schemes"} | BASE,
     "models": {"evaluate"} | BASE,
+    "signing": {"report"} | BASE,
     "report": {"evaluate", "formats", "runtime"} | BASE,
     "calibration": {"passes", "solvers", "evaluate", "formats"} | BASE,
     "generation": {"evaluate"} | BASE,

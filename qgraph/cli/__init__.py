@@ -27,6 +27,9 @@ VERBS = {
     "inspect": "Show what an artifact or an ONNX file holds.",
     "check": "Compare an artifact with its low-bit ONNX file and its original.",
     "eval": "Measure an artifact or an ONNX file on a task.",
+    "keygen": "Make a key pair to sign artifacts with.",
+    "sign": "Sign an artifact.",
+    "verify": "Check that an artifact is signed by a key.",
     "view": "Open an ONNX file in Netron.",
     "sdk": "Write what C and C++ programs are built against.",
     "schemes": "List the schemes.",
@@ -61,7 +64,8 @@ class VerbGroup(click.Group):
 @click.group(
     cls=VerbGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 ok, 2 usage, 3 bad input, 4 unsupported, 5 budget missed, 6 resources, 70 defect.",
+    epilog="Exit codes: 0 ok, 2 usage, 3 bad input, 4 unsupported, 5 budget missed, 6 resources, "
+    "7 signature, 70 defect.",
 )
 @click.version_option(__version__, prog_name="qgraph")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

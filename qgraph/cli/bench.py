@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qgraph.cli.console import escape, place, print_json, table
-from qgraph.cli.options import device_option, json_option, standard_options, threads_option
+from qgraph.cli.options import device_option, json_option, public_key_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
 from qgraph.errors import UsageError
 
@@ -43,6 +43,7 @@ _FLOAT = "ONNX Runtime, float"
 )
 @threads_option
 @device_option
+@public_key_option
 @json_option
 @standard_options
 def command(
@@ -55,6 +56,7 @@ def command(
     decode: int | None,
     threads: int,
     device: str | None,
+    public_key: bytes | None,
     as_json: bool,
 ) -> None:
     """Time the file ARTIFACT (.qg): median and 90th percentile of one run. With --onnx, ONNX Runtime takes
@@ -62,7 +64,7 @@ def command(
     prompt of --dim sequence=N tokens, and --decode tokens behind it, one a run."""
     from qgraph.runtime import load
 
-    with load(artifact, threads=threads, device=device) as model:
+    with load(artifact, threads=threads, device=device, public_key=public_key) as model:
         if model.has_state and inputs:
             raise UsageError("--input: a decoder with state is timed on seeded tokens: give --dim")
         if decode is not None and not model.has_state:

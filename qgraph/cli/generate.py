@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qgraph.cli.console import escape, print_json
-from qgraph.cli.options import device_option, json_option, standard_options, threads_option
+from qgraph.cli.options import device_option, json_option, public_key_option, standard_options, threads_option
 from qgraph.errors import InputError, UsageError
 from qgraph.generation import MAX_SAMPLES, MAX_TOKENS
 
@@ -86,6 +86,7 @@ _PATH = click.Path(path_type=Path)
 )
 @threads_option
 @device_option
+@public_key_option
 @json_option
 @standard_options
 def command(
@@ -110,6 +111,7 @@ def command(
     engine: str | None,
     threads: int,
     device: str | None,
+    public_key: bytes | None,
     as_json: bool,
 ) -> None:
     """Generate text with the causal language model MODEL: an artifact (.qg), or an ONNX file, which ONNX
@@ -134,6 +136,7 @@ def command(
         device=device,
         capacity=capacity,
         room=room,
+        public_key=public_key,
     ) as generator:
         if ignore_end:
             generator.ends = frozenset()

@@ -42,6 +42,8 @@ def _artifact(path: Path) -> dict[str, Any]:
         "nbytes": info.nbytes,
         "weight_nbytes": info.weight_bytes,
         **dict(sorted(info.metadata.items())),
+        # Anybody can write a key there: `verify` says whether it signed the file.
+        **({"signature": f"of key {info.seal[:32].hex()}, not verified"} if info.seal else {}),
         "inputs": info.tensors_of("inputs"),
         "outputs": info.tensors_of("outputs"),
         "dims": info.plan["dims"],

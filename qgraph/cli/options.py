@@ -37,6 +37,20 @@ device_option = click.option(
     callback=_device,
     help="Where an artifact runs: cpu, cuda (the first GPU), cuda:1.  [default: cpu if there is code for it]",
 )
+
+
+def _public_key(context: click.Context, option: click.Parameter, path: Path | None) -> bytes | None:
+    from qgraph.signing import read_public_key
+
+    return None if path is None else read_public_key(path)
+
+
+public_key_option = click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    callback=_public_key,
+    help="Refuse an artifact that is not signed by this key, a PEM file, before any of it is loaded.",
+)
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of generated inputs."
 )

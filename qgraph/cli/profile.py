@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qgraph.cli.console import place, print_json, table
-from qgraph.cli.options import device_option, json_option, standard_options, threads_option
+from qgraph.cli.options import device_option, json_option, public_key_option, standard_options, threads_option
 from qgraph.cli.tensors import make_feeds, tensor_options
 from qgraph.errors import UsageError
 
@@ -34,6 +34,7 @@ _SLOWEST = 15
 @click.option("--all", "every", is_flag=True, help=f"List all steps, not the {_SLOWEST} slowest.")
 @threads_option
 @device_option
+@public_key_option
 @json_option
 @standard_options
 def command(
@@ -46,6 +47,7 @@ def command(
     every: bool,
     threads: int,
     device: str | None,
+    public_key: bytes | None,
     as_json: bool,
 ) -> None:
     """Time every step of a run of the file ARTIFACT (.qg): by kernel, then step by step. Times are means over
@@ -53,7 +55,7 @@ def command(
     from qgraph.evaluate.profile import kernel_name
     from qgraph.runtime import load
 
-    with load(artifact, threads=threads, device=device) as model:
+    with load(artifact, threads=threads, device=device, public_key=public_key) as model:
         if past and (inputs or not model.has_state):
             raise UsageError("--past is for decoders with state, on seeded tokens")
         feeds = make_feeds(model, inputs, dims, seed)

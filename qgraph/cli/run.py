@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from qgraph.cli.console import escape, print_json, table
-from qgraph.cli.options import device_option, json_option, refuse_overwrite, standard_options, threads_option
+from qgraph.cli.options import (
+    device_option,
+    json_option,
+    public_key_option,
+    refuse_overwrite,
+    standard_options,
+    threads_option,
+)
 from qgraph.cli.tensors import input_files, make_feeds, tensor_options
 from qgraph.config import did_you_mean
 from qgraph.errors import UsageError
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz file.")
 @click.option("--isa", help="Use this code variant rather than the best one for the device.")
 @device_option
+@public_key_option
 @threads_option
 @json_option
 @standard_options
@@ -34,6 +42,7 @@ def command(
     output: Path | None,
     isa: str | None,
     device: str | None,
+    public_key: bytes | None,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -51,7 +60,7 @@ def command(
         raise UsageError(f"unknown isa '{isa}'{did_you_mean(isa, known)}")
     if output is not None:
         refuse_overwrite("--output", output, [artifact, *input_files(inputs)])
-    with load(artifact, threads=threads, isa=isa, device=device) as model:
+    with load(artifact, threads=threads, isa=isa, device=device, public_key=public_key) as model:
         feeds = make_feeds(model, inputs, dims, seed)
         outputs = run_once(model, feeds)
         variant, used = model.isa, model.device

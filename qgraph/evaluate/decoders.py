@@ -73,15 +73,24 @@ def open_decoder(
     device: str | None = None,
     capacity: int = 0,
     room: int = 0,
+    public_key: bytes | None = None,
 ) -> Decoder:
-    """A decoder for an artifact or an ONNX file. engine, threads and device: see `open_runner`. capacity:
-    tokens that a text may have. 0: of an artifact with state as much as `room` tokens need, as far as the
-    model goes, or without `room` its own default; of other models no limit but their own.
+    """A decoder for an artifact or an ONNX file. engine, threads, device and public_key: see `open_runner`.
+    capacity: tokens that a text may have. 0: of an artifact with state as much as `room` tokens need, as far
+    as the model goes, or without `room` its own default; of other models no limit but their own.
 
     Raises UsageError for a model that is no causal language model, UnsupportedError for a cache that cannot
     be followed; and as `open_runner` and `qgraph.runtime.load`.
     """
-    runner = open_runner(path, engine=engine, threads=threads, device=device, capacity=capacity, room=room)
+    runner = open_runner(
+        path,
+        engine=engine,
+        threads=threads,
+        device=device,
+        capacity=capacity,
+        room=room,
+        public_key=public_key,
+    )
     ports = text_ports(runner.specs, runner.outputs, logits=LOGITS, where=os.fspath(path))
     if isinstance(runner, ArtifactRunner) and runner.has_state:
         return StatefulDecoder(runner, ports)

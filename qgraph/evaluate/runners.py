@@ -260,11 +260,11 @@ def capacity_for(model: Model, tokens: int) -> int:
 
 
 def _open_artifact(
-    path: str | os.PathLike[str], *, threads: int, device: str | None, **state: int
+    path: str | os.PathLike[str], *, threads: int, device: str | None, public_key: bytes | None, **state: int
 ) -> ArtifactRunner:
     from qgraph.runtime import load
 
-    return ArtifactRunner(load(path, threads=threads, device=device), **state)
+    return ArtifactRunner(load(path, threads=threads, device=device, public_key=public_key), **state)
 
 
 _ENGINES: dict[str, Callable[..., Runner]] = {
@@ -282,22 +282,27 @@ def open_runner(
     device: str | None = None,
     capacity: int = 0,
     room: int = 0,
+    public_key: bytes | None = None,
 ) -> Runner:
     """A runner for the file. engine: "qgraph" (default for .qg), "onnxruntime" (default else), "reference".
     threads: 0 is one for every core, or what ONNX Runtime chooses. device: of an artifact, see
     `qgraph.runtime.load`; the other engines are on the CPU. capacity and room: of an artifact with state, see
-    `ArtifactRunner`.
+    `ArtifactRunner`. public_key: whose signature an artifact must have, see `qgraph.runtime.load`.
 
     Nothing falls back to another engine: what one cannot run is its error. Raises UsageError for an unknown
-    engine, and for one that is not on the device.
+    engine, and for one that is not on the device or knows no signatures.
     """
     engine = engine or ("qgraph" if Path(path).suffix == ".qg" else "onnxruntime")
     if engine not in _ENGINES:
         raise UsageError(f"unknown engine '{engine}'; known: {', '.join(_ENGINES)}")
     if engine == "qgraph":
-        return _open_artifact(path, threads=threads, device=device, capacity=capacity, room=room)
+        return _open_artifact(
+            path, threads=threads, device=device, public_key=public_key, capacity=capacity, room=room
+        )
     if device not in (None, "cpu"):
         raise UsageError(f"{path}: {engine} runs on the CPU, and the device '{device}' is for artifacts")
+    if public_key is not None:
+        raise UsageError(f"{path}: {engine} knows no signatures, and a public key is for artifacts")
     return _ENGINES[engine](path, threads=threads)
 
 

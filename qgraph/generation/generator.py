@@ -285,6 +285,7 @@ def open_generator(
     capacity: int = 0,
     room: int = 0,
     ends: Iterable[int] = (),
+    public_key: bytes | None = None,
 ) -> Generator:
     """A generator for a model in a file.
 
@@ -298,12 +299,21 @@ def open_generator(
             ends. 0 is the artifact's default.
         room: in place of a capacity: as much as this many tokens need, as far as the model goes.
         ends: ids that end a text, in place of those that the tokenizer and its companions tell.
+        public_key: whose signature an artifact must have, see `qgraph.runtime.load`.
 
     Raises UsageError for a model that is no causal language model, InputError for a tokenizer that is not
     its; and as `open_decoder`.
     """
     text = tokenizer if tokenizer is None or isinstance(tokenizer, Text) else Text(tokenizer)
-    decoder = open_decoder(model, engine=engine, threads=threads, device=device, capacity=capacity, room=room)
+    decoder = open_decoder(
+        model,
+        engine=engine,
+        threads=threads,
+        device=device,
+        capacity=capacity,
+        room=room,
+        public_key=public_key,
+    )
     return Generator(decoder, text, ends)
 
 
@@ -318,6 +328,7 @@ def generate(
     threads: int = 0,
     device: str | None = None,
     capacity: int = 0,
+    public_key: bytes | None = None,
     **sampling: float,
 ) -> Iterator[str]:
     """The pieces of one text, as they are made: `open_generator` and `Generator.stream` in one call.
@@ -338,7 +349,14 @@ def generate(
         ids = check_ids(ids, 0)
     room = len(ids) + max_tokens
     generator = open_generator(
-        model, text, engine=engine, threads=threads, device=device, capacity=capacity, room=room
+        model,
+        text,
+        engine=engine,
+        threads=threads,
+        device=device,
+        capacity=capacity,
+        room=room,
+        public_key=public_key,
     )
     tokens = generator.stream(ids, max_tokens=max_tokens, sampling=how, stop=stop)
     return _texts(generator, tokens)

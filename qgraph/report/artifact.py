@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qgraph import __version__
 from qgraph.errors import InputError, UnsupportedError
 
-FORMAT_VERSION = "1"
+# What can be read here: (oldest, newest) of runtime/src/version.h, to which a test compares them.
+FORMATS = (1, 1)
+PLAN_VERSIONS = (1, 1)
+SIGNATURE = "qgraph.signature"
 _PLANS = {"cpu": "qgraph.plan", "cuda": "qgraph.plan.cuda"}
 
 
@@ -25,13 +29,18 @@ class ArtifactInfo:
         nbytes: of the file.
         metadata: without the hashes.
         plans: "cpu" or "cuda" -> the plan as it stands in the file; at least one.
-        tensors: name -> (safetensors dtype, shape, bytes), without pads and root.
+        tensors: name -> (safetensors dtype, shape, bytes), without pads, signature and root.
+        root: what a signature is of.
+        seal: the tensor `qgraph.signature`, public key and signature, which is not verified here; empty
+            where the file is not signed.
     """
 
     nbytes: int
     metadata: Mapping[str, str]
     plans: Mapping[str, Mapping[str, Any]]
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
+    root: bytes
+    seal: bytes = b""
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -80,37 +89,68 @@ def read_artifact(path: Path) -> ArtifactInfo:
         data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    return parse_artifact(data, path)
+
+
+def parse_artifact(data: bytes, path: Path) -> ArtifactInfo:
+    """The artifact that `data` is the content of; `path` is for messages. Errors as of `read_artifact`."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 0 < length <= len(data) - 40:
         raise InputError(f"{path}: not a qgraph artifact, or truncated")
     head, body = data[: 8 + length], memoryview(data)[8 + length :]
-    if hashlib.sha256(head).digest() != data[-32:]:
+    root = hashlib.sha256(head).digest()
+    if root != data[-32:]:
         raise InputError(f"{path}: not a qgraph artifact, or damaged: the hash of its header does not match")
     try:
-        return _parse(json.loads(head[8:]), body, len(data))
+        return _parse(json.loads(head[8:]), body, len(data), root)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged artifact: {error}") from error
 
 
-def _parse(header: dict[str, Any], body: memoryview, nbytes: int) -> ArtifactInfo:
+def _require_version(what: str, version: int, known: tuple[int, int], writer: str) -> None:
+    oldest, newest = known
+    if oldest <= version <= newest:
+        return
+    if version > newest:
+        todo = f"update qgraph to {writer} or later" if writer else "update qgraph"
+    else:
+        by = f"qgraph {writer}" if writer else "the qgraph that wrote it"
+        todo = f"compile the model again with this qgraph, or use {by}"
+    reads = str(newest) if oldest == newest else f"{oldest} to {newest}"
+    raise UnsupportedError(f"{what} {version}, this qgraph ({__version__}) reads {reads}: {todo}")
+
+
+def _parse(header: dict[str, Any], body: memoryview, nbytes: int, root: bytes) -> ArtifactInfo:
     metadata: dict[str, str] = header.pop("__metadata__")
-    if metadata["qgraph.format"] != FORMAT_VERSION:
-        raise UnsupportedError(
-            f"artifact format {metadata['qgraph.format']}: this version reads {FORMAT_VERSION}"
-        )
-    tensors = {}
-    for name, entry in header.items():
+    writer = metadata.get("qgraph.version", "")
+    _require_version("artifact of format", int(metadata["qgraph.format"]), FORMATS, writer)
+    tensors, seal, position = {}, b"", 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
-        if name == "qgraph.root" or name.startswith("qgraph.pad."):
-            continue
-        if hashlib.sha256(body[begin:end]).hexdigest() != metadata.pop(f"sha256:{name}"):
-            raise ValueError(f"the hash of tensor {name} does not match")
-        tensors[name] = (entry["dtype"], tuple(entry["shape"]), end - begin)
+        if begin != position:
+            raise ValueError(f"tensor {name} leaves a hole or overlaps another")
+        position = end
+        if name.startswith("qgraph.pad."):
+            if any(body[begin:end]):
+                raise ValueError(f"the padding {name} is not zero")
+        elif name == SIGNATURE:
+            if (begin, end) != (len(body) - 128, len(body) - 32):
+                raise ValueError(f"tensor {name} is not the last but one, of 96 bytes")
+            seal = bytes(body[begin:end])
+        elif name != "qgraph.root":
+            if hashlib.sha256(body[begin:end]).hexdigest() != metadata.pop(f"sha256:{name}"):
+                raise ValueError(f"the hash of tensor {name} does not match")
+            tensors[name] = (entry["dtype"], tuple(entry["shape"]), end - begin)
+    if position != len(body) or header["qgraph.root"]["data_offsets"] != [position - 32, position]:
+        raise ValueError("its last tensor is not the root")
     plans = {}
     for device, name in _PLANS.items():
         if name in header:
             begin, end = header[name]["data_offsets"]
             plans[device] = json.loads(bytes(body[begin:end]))
+            _require_version("plan of version", plans[device]["version"], PLAN_VERSIONS, writer)
     if not plans:
         raise ValueError(f"there is no tensor '{_PLANS['cpu']}'")
-    return ArtifactInfo(nbytes, metadata, plans, tensors)
+    return ArtifactInfo(nbytes, metadata, plans, tensors, root, seal)

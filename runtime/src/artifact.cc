@@ -6,9 +6,11 @@
 #include <thread>
 
 #include "checked.h"
+#include "ed25519.h"
 #include "error.h"
 #include "json.h"
 #include "sha256.h"
+#include "version.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little-endian and read in place");
 
@@ -17,10 +19,14 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kMaxHeader = 100'000'000;  // the limit of the safetensors library
-constexpr std::string_view kFormat = "1";
 constexpr std::string_view kRoot = "qgraph.root";
 constexpr std::string_view kPad = "qgraph.pad.";
+constexpr std::string_view kSignature = "qgraph.signature";
 constexpr size_t kRootSize = sizeof(Digest);
+constexpr size_t kSealSize = sizeof(PublicKey) + sizeof(Signature);  // of the tensor kSignature
+// What is signed is this, its NUL included, and the root: no signature of something else is one of a file.
+constexpr char kSigned[] = "qgraph artifact signature 1";
+static_assert(sizeof(PublicKey) == QG_PUBLIC_KEY_SIZE);
 
 bool starts_with(std::string_view text, std::string_view prefix) {
   return text.substr(0, prefix.size()) == prefix;
@@ -85,7 +91,71 @@ std::vector<Tensor> read_tensors(const JsonCursor& header, int64_t size) {
       tensors.back().end - tensors.back().begin != kRootSize) {
     fail(QG_INVALID_FILE, "the last tensor is not '", kRoot, "'");
   }
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    if (t.name == kSignature && (i + 2 != tensors.size() || t.end - t.begin != kSealSize)) {
+      fail(QG_INVALID_FILE, "tensor '", kSignature, "' is not the last but one, of ", kSealSize, " bytes");
+    }
+  }
   return tensors;
+}
+
+bool is_signed(const std::vector<Tensor>& tensors) {
+  return tensors.size() > 1 && tensors[tensors.size() - 2].name == kSignature;
+}
+
+// The tensor kSignature as it lies in front of the root: whose signature it is, and the signature.
+struct Seal {
+  PublicKey key;
+  Signature signature;
+};
+
+Seal read_seal(const uint8_t* root) {
+  Seal seal;
+  std::memcpy(seal.key.data(), root - kSealSize, seal.key.size());
+  std::memcpy(seal.signature.data(), root - sizeof(Signature), seal.signature.size());
+  return seal;
+}
+
+bool is_right(const Seal& seal, const Digest& root) {
+  std::array<uint8_t, sizeof(kSigned) + kRootSize> message;
+  std::memcpy(message.data(), kSigned, sizeof(kSigned));
+  std::memcpy(message.data() + sizeof(kSigned), root.data(), root.size());
+  return ed25519_verify(seal.key, message.data(), message.size(), seal.signature);
+}
+
+// The beginning of a key, which is enough to tell whose it is.
+std::string short_name(const PublicKey& key) {
+  std::string text;
+  for (size_t i = 0; i < 8; ++i) {
+    text += "0123456789abcdef"[key[i] >> 4];
+    text += "0123456789abcdef"[key[i] & 15];
+  }
+  return text + "..";
+}
+
+// Throws unless the file, whose header's hash is right, ends with a right signature by this key. The header
+// is not parsed: it is not trusted yet. `end`: behind the last byte of the file.
+void require_signature(const uint8_t* public_key, std::string_view header, size_t body, const uint8_t* end,
+                       const Digest& root) {
+  PublicKey key;
+  std::memcpy(key.data(), public_key, key.size());
+  if (!ed25519_is_key(key)) {
+    fail(QG_INVALID_ARGUMENT, "public_key is no public key of Ed25519: ", short_name(key));
+  }
+  const std::string wanted = cat("this program takes only what is signed by key ", short_name(key));
+  if (body < kSealSize + kRootSize || header.find("\"qgraph.signature\"") == std::string_view::npos) {
+    fail(QG_UNTRUSTED, "the file is not signed, and ", wanted, ": get the signed one");
+  }
+  const Seal seal = read_seal(end - kRootSize);
+  if (seal.key != key) {
+    fail(QG_UNTRUSTED, "signed by key ", short_name(seal.key), ", but ", wanted,
+         ": get the file from the owner of that key");
+  }
+  if (!is_right(seal, root)) {
+    fail(QG_UNTRUSTED, "the signature is wrong: the file was damaged, or changed after it was signed, and ",
+         wanted, ": get it anew");
+  }
 }
 
 Digest parse_digest(const std::string& hex, const std::string& name) {
@@ -101,6 +171,16 @@ Digest parse_digest(const std::string& hex, const std::string& name) {
   }
   if (!valid) fail(QG_INVALID_FILE, "the hash of tensor '", name, "' is not a SHA-256 in hexadecimal");
   return digest;
+}
+
+int64_t parse_format(const std::string& text) {
+  int64_t version = 0;
+  for (char c : text) {
+    version = c >= '0' && c <= '9' && version < 1'000'000 ? 10 * version + (c - '0') : -1;
+    if (version < 0) break;
+  }
+  if (text.empty() || version < 0) fail(QG_INVALID_FILE, "'qgraph.format' is '", text, "', not a number");
+  return version;
 }
 
 struct Hashed {
@@ -143,7 +223,8 @@ void verify(const std::vector<Hashed>& all, unsigned threads) {
 
 }  // namespace
 
-Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>& outside, int32_t threads) {
+Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>& outside, int32_t threads,
+                   const uint8_t* public_key) {
   if (threads < 0) fail(QG_INVALID_ARGUMENT, "threads is ", threads, ", but must not be negative");
   uint64_t header_size = 0;
   if (size < sizeof(header_size) + kRootSize)
@@ -162,6 +243,7 @@ Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>&
 
   std::string_view text(reinterpret_cast<const char*>(data) + sizeof(header_size),
                         start - sizeof(header_size));
+  if (public_key) require_signature(public_key, text, size - start, data + size, root);
   const Json json = parse_json(text, "header");
   const JsonCursor header(json, "header");
   const JsonCursor metadata = header.member("__metadata__");
@@ -170,12 +252,14 @@ Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>&
   }
   const std::string* format = this->metadata("qgraph.format");
   if (!format) fail(QG_INVALID_FILE, "a safetensors file, but not an artifact: no 'qgraph.format'");
-  if (*format != kFormat) {
-    fail(QG_UNSUPPORTED, "artifact of format ", *format, ", this runtime (", QG_VERSION, ") reads format ",
-         kFormat);
-  }
+  require_version("artifact of format", parse_format(*format), kOldestFormat, kNewestFormat, writer());
 
-  const std::vector<Tensor> tensors = read_tensors(header, static_cast<int64_t>(size - start));
+  std::vector<Tensor> tensors;
+  try {
+    tensors = read_tensors(header, static_cast<int64_t>(size - start));
+  } catch (const Error& e) {
+    throw explained(e, writer());
+  }
   std::vector<Hashed> hashed;
   segments_.reserve(tensors.size() + outside.size());  // `hashed` points into it
   hashed.reserve(tensors.size() + outside.size());
@@ -188,7 +272,7 @@ Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>&
   for (const Tensor& t : tensors) {
     const uint8_t* bytes = data + start + t.begin;
     size_t count = static_cast<size_t>(t.end - t.begin);
-    if (t.name == kRoot) continue;
+    if (t.name == kRoot || t.name == kSignature) continue;
     if (starts_with(t.name, kPad)) {
       if (std::any_of(bytes, bytes + count, [](uint8_t b) { return b != 0; })) {
         fail(QG_INVALID_FILE, "the padding '", t.name, "' is damaged: it is not zero");
@@ -199,6 +283,10 @@ Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>&
   }
   for (const Segment& segment : outside) add(segment);
   verify(hashed, static_cast<unsigned>(threads));
+  // Of no known key: it tells nothing but that the signature's bytes are not damaged.
+  if (is_signed(tensors) && !public_key && !is_right(read_seal(data + size - kRootSize), root)) {
+    fail(QG_INVALID_FILE, "the signature is damaged: it is not that of the key beside it");
+  }
   std::sort(segments_.begin(), segments_.end(),
             [](const Segment& a, const Segment& b) { return a.name < b.name; });
 }

@@ -167,6 +167,8 @@ const char* qg_status_name(int32_t status) {
       return "internal error";
     case QG_DEVICE_ERROR:
       return "device error";
+    case QG_UNTRUSTED:
+      return "untrusted";
   }
   return "unknown status";
 }

@@ -1,5 +1,6 @@
 #include "model.h"
 
+#include <algorithm>
 #include <string_view>
 #include <utility>
 
@@ -32,6 +33,16 @@ std::string obstacle(const Device& device, const Variant& variant) {
   return missing;
 }
 
+// What to do about a file none of whose variants a device can run.
+std::string advice(const Device& device, const std::vector<Variant>& variants) {
+  const bool foreign = std::none_of(variants.begin(), variants.end(),
+                                    [&](const Variant& v) { return v.arch == device.arch(); });
+  if (device.platform() == Platform::kCuda)
+    return "compile the model again, with a CUDA compiler that knows this GPU";
+  return foreign ? cat("compile the model with --target ", device.arch(), "-linux")
+                 : "run it on a CPU that has what it needs";
+}
+
 const Variant& choose_variant(const Device& device, const std::vector<Variant>& variants, const char* isa) {
   std::string seen;
   for (const Variant& variant : variants) {
@@ -45,7 +56,8 @@ const Variant& choose_variant(const Device& device, const std::vector<Variant>& 
     seen += cat(seen.empty() ? "" : "; ", variant.isa, " ", problem);
   }
   if (isa) fail(QG_UNSUPPORTED, "the file has no variant '", isa, "', only ", seen);
-  fail(QG_UNSUPPORTED, "no code in the file fits ", device.text(), ": ", seen);
+  fail(QG_UNSUPPORTED, "no code in the file fits ", device.text(), ": ", seen, ": ",
+       advice(device, variants));
 }
 
 // The code images that are part of the program, as tensors of the container.
@@ -65,7 +77,7 @@ Model::Model(MappedFile file, const qg_static_model& artifact, const qg_load_opt
     : log_(options.log, options.log_context),
       file_(std::move(file)),
       artifact_(static_cast<const uint8_t*>(artifact.data), artifact.size, linked_code(artifact),
-                options.threads),
+                options.threads, options.public_key),
       device_(choose_device(artifact_, options.device)),
       plan_(parse_plan(artifact_, device_.platform())),
       variant_(&choose_variant(device_, plan_.variants, options.isa)),

@@ -8,11 +8,11 @@
 #include "dtype.h"
 #include "error.h"
 #include "json.h"
+#include "version.h"
 
 namespace qg {
 namespace {
 
-constexpr int64_t kPlanVersion = 1;
 constexpr std::string_view kReserved = "qgraph.";
 
 std::string_view plan_name(Platform platform) {
@@ -342,12 +342,13 @@ Plan parse_plan(const Artifact& artifact, Platform platform) {
   if (!segment) fail(QG_INVALID_FILE, "there is no tensor '", plan_name(platform), "'");
   const Json json = parse_json({reinterpret_cast<const char*>(segment->data), segment->size}, "plan");
   const JsonCursor root(json, "plan");
-  int64_t version = root.member("version").integer();
-  if (version != kPlanVersion) {
-    fail(QG_UNSUPPORTED, "plan of version ", version, ", this runtime (", QG_VERSION, ") reads ",
-         kPlanVersion);
+  require_version("plan of version", root.member("version").integer(), kOldestPlan, kNewestPlan,
+                  artifact.writer());
+  try {
+    return PlanParser(artifact, platform, root).parse();
+  } catch (const Error& e) {
+    throw explained(e, artifact.writer());
   }
-  return PlanParser(artifact, platform, root).parse();
 }
 
 }  // namespace qg

@@ -70,6 +70,11 @@ void test_c_face() {
   options.isa = "future";
   CHECK(toy_load(&options, &model) == QG_UNSUPPORTED && !model);
   CHECK(qg_load_static(nullptr, nullptr, &model) == QG_INVALID_ARGUMENT);
+
+  const uint8_t key[QG_PUBLIC_KEY_SIZE] = {3};
+  options = QG_LOAD_OPTIONS_INIT;
+  options.public_key = key;
+  CHECK(toy_load(&options, &model) == QG_UNTRUSTED && !model);
 }
 
 void test_refusals() {

@@ -84,8 +84,8 @@ def test_the_suffix_chooses_the_engine(model: Path, tmp_path: Path, monkeypatch:
 
     loaded = []
 
-    def load(path: Path, *, threads: int, device: str | None) -> SimpleNamespace:
-        loaded.append((path, threads, device))
+    def load(path: Path, *, threads: int, device: str | None, public_key: bytes | None) -> SimpleNamespace:
+        loaded.append((path, threads, device, public_key))
         tensor = SimpleNamespace(name="x", dtype=np.dtype(np.float32), shape=("n",))
         session = SimpleNamespace(run=lambda feeds: dict(feeds))
         return SimpleNamespace(
@@ -94,9 +94,9 @@ def test_the_suffix_chooses_the_engine(model: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(runtime, "load", load)
     assert open_runner(model).name == "onnxruntime"
-    runner = open_runner(tmp_path / "m.qg", threads=3, device="cuda:1")
+    runner = open_runner(tmp_path / "m.qg", threads=3, device="cuda:1", public_key=b"key")
     assert runner.name == "qgraph" and runner.inputs == ("x",)
-    assert loaded == [(tmp_path / "m.qg", 3, "cuda:1")]
+    assert loaded == [(tmp_path / "m.qg", 3, "cuda:1", b"key")]
     assert runner.run({"x": np.ones(1)})["x"] == 1
 
 
@@ -104,6 +104,11 @@ def test_only_artifacts_have_a_device(model: Path):
     assert open_runner(model, device="cpu").name == "onnxruntime"
     with pytest.raises(UsageError, match="reference runs on the CPU, and the device 'cuda' is for artifacts"):
         open_runner(model, engine="reference", device="cuda")
+
+
+def test_only_artifacts_have_a_signature(model: Path):
+    with pytest.raises(UsageError, match="onnxruntime knows no signatures"):
+        open_runner(model, public_key=bytes(32))
 
 
 def test_unknown_engine(model: Path):

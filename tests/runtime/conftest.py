@@ -17,6 +17,7 @@ from artifact_builder import CUDA, Parts
 from cmake_build import RACES, RUNTIME, cmake_build, sanitizer, tool
 
 import qgraph
+from qgraph import signing
 from qgraph.codegen.static_library import write_library
 from qgraph.runtime import sdk
 
@@ -82,12 +83,23 @@ def build_tests(folder: Path, sanitize: str, *options: str, targets: Sequence[st
 
 
 @pytest.fixture(scope="session")
-def test_models(toy_path: Path, decoder_path: Path, static_models: Path) -> tuple[str, ...]:
+def signed_toy(tmp_path_factory: pytest.TempPathFactory, toy_path: Path) -> Path:
+    """Folder with the toy signed, `signed.qg`, and whom by: `key`, 32 bytes, `key.pem` and `key.pub`."""
+    folder = tmp_path_factory.mktemp("signed")
+    private, public = signing.generate_key(folder / "key")
+    signing.sign(toy_path, private, folder / "signed.qg")
+    (folder / "key").write_bytes(signing.read_public_key(public))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_models(toy_path: Path, decoder_path: Path, static_models: Path, signed_toy: Path) -> tuple[str, ...]:
     """What tells CMake where the models are."""
     return (
         f"-DQGRAPH_TEST_ARTIFACT={toy_path}",
         f"-DQGRAPH_TEST_DECODER={decoder_path}",
         f"-DQGRAPH_TEST_STATIC={static_models}",
+        f"-DQGRAPH_TEST_SIGNED={signed_toy}",
     )
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import safetensors
-from artifact_builder import Parts, Tensor, container, header_of, padded, sign
+from artifact_builder import ARCH, Parts, Tensor, container, header_of, padded, sign
 
 from qgraph import runtime
 from qgraph.errors import InputError, UnsupportedError
+from qgraph.report.artifact import read_artifact
 
 
 def load(data: bytes, folder: Path) -> None:
@@ -96,14 +97,110 @@ def test_unchanged_and_reordered_headers_load(cache: Path, toy_parts: Parts, tmp
     load(sign(json.dumps(dict(reversed(header.items())), indent=1).encode(), body), tmp_path)
 
 
-def test_other_format_versions_are_unsupported(cache: Path, toy_parts: Parts, tmp_path: Path) -> None:
+# The version, what the file says of its writer, and what the runtime and `inspect` say to that.
+NEWER, OLDER = r"update (the runtime|qgraph) to {}", r"compile the model again with this qgraph, or use {}"
+VERSIONS = [
+    (2, "0.9.1", NEWER.format(r"(qgraph )?0\.9\.1 or later")),
+    (999, "12.0.0.dev1", NEWER.format(r"(qgraph )?12\.0\.0\.dev1 or later")),
+    (2, None, r"update (the runtime|qgraph)$"),
+    (2, "0.9.1 \n", r"update (the runtime|qgraph)"),
+    (0, "0.0.3", OLDER.format(r"(the runtime of )?qgraph 0\.0\.3")),
+    (0, None, OLDER.format(r"(the runtime of )?the qgraph that wrote it")),
+]
+
+
+@pytest.mark.parametrize(("version", "writer", "todo"), VERSIONS)
+@pytest.mark.parametrize("what", ["artifact of format", "plan of version"])
+def test_other_versions(
+    cache: Path, toy_parts: Parts, tmp_path: Path, what: str, version: int, writer: str | None, todo: str
+) -> None:
     parts = copy.deepcopy(toy_parts)
-    parts.metadata["qgraph.format"] = "2"
-    with pytest.raises(UnsupportedError, match=r"artifact of format 2, this runtime .* reads format 1"):
+    if what == "plan of version":
+        parts.plan["version"] = version
+    else:
+        parts.metadata["qgraph.format"] = str(version)
+    del parts.metadata["qgraph.version"]
+    if writer is not None:
+        parts.metadata["qgraph.version"] = writer
+    found = rf"^\S+/model.qg: {what} {version}, this (library )?\(?qgraph \(?[\d.]+\) reads 1: {todo}"
+    with pytest.raises(UnsupportedError, match=found):
+        load(parts.to_bytes(), tmp_path)
+    with pytest.raises(UnsupportedError, match=found):
+        read_artifact(tmp_path / "model.qg")
+
+
+@pytest.mark.parametrize("text", ["", "x", "1.5", "-1", "1 ", "99999999999999999999"])
+def test_formats_that_are_no_number(cache: Path, toy_parts: Parts, tmp_path: Path, text: str) -> None:
+    parts = copy.deepcopy(toy_parts)
+    parts.metadata["qgraph.format"] = text
+    with pytest.raises(InputError, match=f"'qgraph.format' is '{text}', not a number"):
+        load(parts.to_bytes(), tmp_path)
+
+
+# What a later qgraph may write though it should have raised a version: where, what, and what is said.
+UNKNOWN: list[tuple[tuple[str | int, ...], Any, str]] = [
+    (("steps", 0, "args", 0), ["stream", 1], r"plan.steps\[0\].args\[0\]\[0\] is the unknown kind 'stream'"),
+    (("values", 0, "dtype"), "f8", r"plan.values\[0\].dtype is the unknown dtype 'f8'"),
+    (("values", 4, "kind"), "ring", r"plan.values\[4\].kind is the unknown kind 'ring'"),
+    (("steps", 0, "blocks"), ["shift", 1, 2], r"plan.steps\[0\].blocks\S* .*unknown operator 'shift'"),
+    (("variants", 0, "entries"), None, r"plan.variants\[0\] has no 'entries'"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), UNKNOWN)
+@pytest.mark.parametrize(
+    ("writer", "newer"),
+    [("0.9.0", True), ("1.0.0rc1", True), ("0.1.0", False), ("0.0.9", False), ("new", False), (None, False)],
+)
+def test_what_a_later_qgraph_wrote(
+    cache: Path,
+    toy_parts: Parts,
+    tmp_path: Path,
+    path: tuple[str | int, ...],
+    value: Any,
+    message: str,
+    writer: str | None,
+    newer: bool,
+) -> None:
+    """A file is not damaged whose hashes are right: if its writer is later, the library is too old."""
+    parts = changed_plan(toy_parts, path, value)
+    del parts.metadata["qgraph.version"]
+    if writer is not None:
+        parts.metadata["qgraph.version"] = writer
+    hint = rf": the file is of qgraph {writer}, this library of [\d.]+: update the runtime$" if newer else "$"
+    with pytest.raises(UnsupportedError if newer else InputError, match=message + r"[^:]*" + hint):
+        load(parts.to_bytes(), tmp_path)
+
+
+def test_an_unknown_dtype_of_the_container(cache: Path, toy_parts: Parts, tmp_path: Path) -> None:
+    body, header = body_and_header(toy_parts)
+    header["w/bias"]["dtype"] = "F33"
+    header["__metadata__"]["qgraph.version"] = "0.9.0"
+    with pytest.raises(
+        UnsupportedError, match=r"unknown dtype 'F33': the file is of qgraph 0\.9\.0, .* update"
+    ):
+        load(sign(json.dumps(header).encode(), body), tmp_path)
+
+
+def test_damage_to_a_later_file_is_damage(cache: Path, toy_parts: Parts, tmp_path: Path) -> None:
+    body, header = body_and_header(toy_parts)
+    header["__metadata__"]["qgraph.version"] = "0.9.0"
+    with pytest.raises(InputError, match="is damaged"):
+        load(sign(json.dumps(header).encode(), bytes([body[0] ^ 1]) + body[1:]), tmp_path)
+
+
+def test_other_processors(cache: Path, toy_parts: Parts, tmp_path: Path) -> None:
+    parts = copy.deepcopy(toy_parts)
+    for variant in parts.plan["variants"]:
+        variant["arch"] = "riscv64"
+    todo = rf"this machine \({ARCH}\): .*base is for riscv64: compile the model with --target {ARCH}-linux$"
+    with pytest.raises(UnsupportedError, match=rf"model.qg: no code in the file fits .*{todo}"):
         load(parts.to_bytes(), tmp_path)
     parts = copy.deepcopy(toy_parts)
-    parts.plan["version"] = 2
-    with pytest.raises(UnsupportedError, match="plan of version 2"):
+    del parts.plan["variants"][1:]
+    with pytest.raises(
+        UnsupportedError, match=r"future needs warp_drive: run it on a CPU that has what it needs$"
+    ):
         load(parts.to_bytes(), tmp_path)
 
 
@@ -159,6 +256,21 @@ def test_a_damaged_large_file_names_the_first_tensor(cache: Path, toy_parts: Par
     for _ in range(5):
         with pytest.raises(InputError, match="tensor 'w/big2' is damaged"):
             load(bytes(data), tmp_path)
+
+
+def changed_plan(original: Parts, path: tuple[str | int, ...], value: Any) -> Parts:
+    """With `value` at `path` of the plan; None removes."""
+    parts = copy.deepcopy(original)
+    place: Any = parts.plan
+    for key in path[:-1]:
+        place = place[key]
+    if value is None:
+        del place[path[-1]]
+    elif isinstance(place, list) and path[-1] == len(place):
+        place.append(value)
+    else:
+        place[path[-1]] = value
+    return parts
 
 
 # (where, what to put there, what the runtime says); None removes.
@@ -221,16 +333,7 @@ PLANS: list[tuple[tuple[str | int, ...], Any, str]] = [
 def test_plan(
     cache: Path, toy_parts: Parts, tmp_path: Path, path: tuple[str | int, ...], value: Any, message: str
 ) -> None:
-    parts = copy.deepcopy(toy_parts)
-    place: Any = parts.plan
-    for key in path[:-1]:
-        place = place[key]
-    if value is None:
-        del place[path[-1]]
-    elif isinstance(place, list) and path[-1] == len(place):
-        place.append(value)
-    else:
-        place[path[-1]] = value
+    parts = changed_plan(toy_parts, path, value)
     with pytest.raises(InputError, match=message) as caught:
         load(parts.to_bytes(), tmp_path)
     assert "\n" not in str(caught.value)

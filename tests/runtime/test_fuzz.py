@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from artifact_builder import Parts, header_of, padded, returning_code, sign
+from artifact_builder import Parts, Tensor, header_of, padded, returning_code, sign
 from cmake_build import sanitizer
 
 PLANS, TEXTS, HEADERS = 2000, 400, 400
@@ -102,10 +102,14 @@ def corpus(
         for _ in range(rng.choice([1, 1, 3])):
             damaged[rng.randrange(len(damaged))] = rng.choice(b'0123456789"[]{},:\\ue-.xE\x00\x80\xff ')
         files.append(with_plan(parts, bytes(damaged)[: rng.choice([None, rng.randrange(len(text))])]))
-    tensors = padded(parts.tensors())
-    body = b"".join(t.data for t in tensors)
-    for _ in range(headers):
+    for i in range(headers):
+        # Every other one has a signature, of nobody: what is fuzzed is its place.
+        signature = [Tensor("qgraph.signature", "U8", [96], bytes(96))] if i % 2 else []
+        tensors = padded(parts.tensors()) + signature
+        body = b"".join(t.data for t in tensors)
         header = copy.deepcopy(header_of(tensors, parts.metadata))
+        if i % 4 == 1:  # as it should be, but for the mutation; else with a hash of its own
+            del header["__metadata__"]["sha256:qgraph.signature"]
         mutate(header, rng)
         files.append(sign(dump(header), body))
         # And the body's bytes under hashes that fit them.

@@ -15,6 +15,7 @@ TESTS = [
     "test_corruption",
     "test_state",
     "test_hooks",
+    "test_signature",
     "test_static",
 ]
 

@@ -30,8 +30,8 @@
  * Models run on the CPU or on an NVIDIA GPU (qg_load_options.device): see "devices" at the end.
  *
  * An artifact carries native code. Its hashes detect damage, they do not make it trustworthy: loading an
- * artifact equals running a program. Do not change a file in place while it is loaded: its weights are
- * mapped, not copied.
+ * artifact equals running a program. qg_load_options.public_key demands a signature. Do not change a file in
+ * place while it is loaded: its weights are mapped, not copied.
  */
 #ifndef QGRAPH_QGRAPH_H_
 #define QGRAPH_QGRAPH_H_
@@ -53,6 +53,9 @@ extern "C" {
 /* Highest rank of a tensor. */
 #define QG_MAX_RANK 8
 
+/* Bytes of the public key that artifacts are signed for (`qgraph keygen`, `qgraph sign`). */
+#define QG_PUBLIC_KEY_SIZE 32
+
 /* Defined by whom compiles the runtime into a library of their own, to nothing: then that exports none of
  * it. */
 #ifndef QG_API
@@ -73,7 +76,8 @@ typedef enum qg_status {
   QG_OUT_OF_MEMORY = 6,    /* no memory or threads left, or above the session's memory limit */
   QG_BAD_DATA = 7,         /* a kernel met input data it refuses, such as an index out of range */
   QG_INTERNAL = 8,         /* a defect of the runtime */
-  QG_DEVICE_ERROR = 9      /* the GPU or its driver failed */
+  QG_DEVICE_ERROR = 9,     /* the GPU or its driver failed */
+  QG_UNTRUSTED = 10        /* not signed by the owner of qg_load_options.public_key */
 } qg_status;
 
 typedef enum qg_dtype {
@@ -169,9 +173,13 @@ typedef struct qg_load_options {
   qg_log log;         /* of the model and its sessions; NULL: none */
   void* log_context;
   int32_t threads; /* that verify a large artifact, the caller's included; 0: one a core, at most 16 */
+  const uint8_t* public_key; /* QG_PUBLIC_KEY_SIZE bytes, of Ed25519: what is not signed by its owner is
+                                QG_UNTRUSTED, which is found out before anything else of the file is looked at
+                                than its length and the hash of its header. No key of anybody's, such as 32
+                                zeros, is QG_INVALID_ARGUMENT. NULL: signed or not, by anybody */
 } qg_load_options;
 
-#define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL, NULL, NULL, NULL, 0}
+#define QG_LOAD_OPTIONS_INIT {sizeof(qg_load_options), NULL, NULL, NULL, NULL, 0, NULL}
 
 /* Maps the file, verifies every byte of it, then parses the plan and maps the code; for a GPU it uploads code
  * and weights. `options` may be NULL.

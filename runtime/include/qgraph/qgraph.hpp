@@ -3,6 +3,7 @@
 #ifndef QGRAPH_QGRAPH_HPP_
 #define QGRAPH_QGRAPH_HPP_
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -61,6 +62,8 @@ struct dtype_of<bool> {
   static constexpr qg_dtype value = QG_BOOL;
 };
 
+using PublicKey = std::array<std::uint8_t, QG_PUBLIC_KEY_SIZE>;
+
 struct TensorInfo {
   std::string name;
   qg_dtype dtype;
@@ -85,6 +88,13 @@ class Model {
     check(qg_load_memory(data, size, &options, &raw));
     model.handle_.reset(raw);
     return model;
+  }
+  // Refuses, with status QG_UNTRUSTED and before any of its code is loaded, what the owner of the key has not
+  // signed.
+  static Model from_signed(const std::string& path, const PublicKey& key,
+                           qg_load_options options = with(nullptr, nullptr)) {
+    options.public_key = key.data();
+    return Model(path, options);
   }
   // One that is linked into the program: `qgraph compile --format static-lib`.
   explicit Model(const qg_static_model& artifact, const qg_load_options& options = with(nullptr, nullptr)) {

@@ -1,0 +1,1 @@
+../../qgraph/signing.py
