@@ -13,7 +13,7 @@ class Isa:
 
     Attributes:
         name: as in the plan's `variants` and in `--isa`.
-        arch: `x86_64` or `aarch64`, as `uname -m` says it.
+        arch: `x86_64` or `aarch64`, as `uname -m` says it, or `wasm32`.
         triple: LLVM target triple.
         mcpu: LLVM CPU name, the baseline of the variant.
         mattr: LLVM features on top of it.
@@ -90,6 +90,18 @@ ISAS: dict[str, Isa] = {
             "bytes16",
             "widen",
         ),
+        # WebAssembly with vectors. It has no fused multiply-add: a term of a sum is rounded twice.
+        Isa(
+            "wasm32",
+            "wasm32",
+            "wasm32-unknown-unknown",
+            "generic",
+            ("+simd128", "+bulk-memory"),
+            ("simd128",),
+            4,
+            "bytes16",
+            "widen",
+        ),
     )
 }
 
@@ -97,6 +109,7 @@ ISAS: dict[str, Isa] = {
 TARGETS: dict[str, tuple[str, ...]] = {
     "x86_64-linux": ("x86-64-v4-amx", "x86-64-v4", "x86-64-v3"),
     "aarch64-linux": ("aarch64",),
+    "wasm32": ("wasm32",),
 }
 
 

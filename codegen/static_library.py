@@ -28,11 +28,13 @@ from qgraph.codegen.elf_object import (
     MACHINES,
     WRITE,
     Buffer,
+    Member,
     Section,
     write_archive,
     write_object,
 )
-from qgraph.codegen.targets import parse_target
+from qgraph.codegen.targets import WASM, parse_target
+from qgraph.codegen.wasm_library import library_members
 from qgraph.errors import UnsupportedError, UsageError
 
 # Programs are linked for the small code model: all of one within 2 GiB.
@@ -59,9 +61,9 @@ def require_target(target: str) -> None:
             f"a static library is linked into a program, which runs on a CPU: give --target cpu,{target}"
         )
     for isa in isas:
-        if isa.arch not in MACHINES:
+        if isa.arch not in (*MACHINES, WASM):
             raise UnsupportedError(
-                f"static libraries are written for {' and '.join(MACHINES)}, not {isa.arch}"
+                f"static libraries are written for {', '.join((*MACHINES, WASM))}, not {isa.arch}"
             )
 
 
@@ -91,14 +93,23 @@ def _write(data: memoryview, name: str, library: Path, header: Path) -> None:
     plan = json.loads(bytes(named["qgraph.plan"].raw))
     codes = dict.fromkeys(variant["code"] for variant in plan["variants"])  # each once, in this order
     images = [(code.removeprefix(_CODE), named.pop(code).raw) for code in codes]
-    hashes = {f"sha256:{_CODE}{isa}": hashlib.sha256(image).hexdigest() for isa, image in images}
+    hashes = {}
+    if plan["variants"][0]["arch"] != WASM:  # of a table that the linker makes there is no hash
+        hashes = {f"sha256:{_CODE}{isa}": hashlib.sha256(image).hexdigest() for isa, image in images}
     isas = [variant["isa"] for variant in plan["variants"]]
     if cuda := named.get("qgraph.plan.cuda"):
         isas += [variant["isa"] for variant in json.loads(bytes(cuda.raw))["variants"]]
     pieces = list(package.serialize(list(named.values()), metadata | hashes))
-    made = _object(plan["variants"][0]["arch"], name, pieces, images)
+    first = plan["variants"][0]
+    if first["arch"] == WASM:
+        ((isa, image),) = images
+        members = library_members(
+            name, pieces, isa, image, dict(zip(plan["kernels"], first["entries"], strict=True))
+        )
+    else:
+        members = [Member("model.o", _object(first["arch"], name, pieces, images), [f"{name}_artifact"])]
     with library.open("wb") as file:
-        for piece in write_archive("model.o", made, [f"{name}_artifact"]):
+        for piece in write_archive(members):
             file.write(piece)
     header.write_text(_header(name, plan, isas, metadata))
 

@@ -66,6 +66,8 @@ def llvm_target(isa: Isa) -> Any:
     spec: dict[str, Any] = {"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.mcpu}
     if isa.mattr:
         spec["mattr"] = list(isa.mattr)
+    if isa.arch == "wasm32":
+        spec["vector-width"] = 128  # TVM does not know, and warns
     target = tvm.target.Target(spec)
     return target.with_host(target)
 
@@ -107,7 +109,7 @@ def _build(functions: dict[str, Any], isa: Isa) -> Any:
 
 
 def compile_object(functions: dict[str, Any], isa: Isa) -> bytes:
-    """Compile TIR functions (symbol -> PrimFunc) for `isa` into one ELF relocatable object."""
+    """Compile TIR functions (symbol -> PrimFunc) for `isa` into one relocatable object."""
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
         path = Path(folder) / "kernels.o"
         _build(functions, isa).write_to_file(str(path), "o")

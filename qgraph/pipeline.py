@@ -515,6 +515,10 @@ class _Run:
             from qgraph.codegen.static_library import require_target
 
             require_target(config.target)
+        elif ".qg" in suffixes:
+            from qgraph.codegen.targets import require_loadable
+
+            require_loadable(config.target)
         self.source, self.config, self.dry_run, self.suffixes = source, config, dry_run, suffixes
         self.prefix = _prefix(source, config.scheme if ".onnx" in suffixes else "", output)
         inputs = {file.resolve() for file in (source, *config.files())}

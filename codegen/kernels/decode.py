@@ -49,7 +49,11 @@ def _permute16(isa: Isa) -> E2M1Decoder:
     return E2M1Decoder(raw, 1.0, signed_zero=True)
 
 
-_BYTE_LOOKUP = {8: "llvm.x86.avx2.pshuf.b", 4: "llvm.aarch64.neon.tbl1.v16i8"}
+_BYTE_LOOKUP = {
+    "x86_64": "llvm.x86.avx2.pshuf.b",
+    "aarch64": "llvm.aarch64.neon.tbl1.v16i8",
+    "wasm32": "llvm.wasm.swizzle",
+}
 
 
 def _bytes16(isa: Isa) -> E2M1Decoder:
@@ -77,7 +81,7 @@ def lookup_bytes(table: Sequence[int], words: Any, isa: Isa) -> Any:
         found = T.call_llvm_pure_intrin(permute, entries, at, dtype=f"uint8x{size}")
     else:
         nibbles = T.bitwise_and(words, _bits(0x0F0F0F0F, lanes))
-        lookup = T.llvm_lookup_intrinsic_id(_BYTE_LOOKUP[lanes])
+        lookup = T.llvm_lookup_intrinsic_id(_BYTE_LOOKUP[isa.arch])
         at = T.reinterpret(f"uint8x{size}", nibbles)
         found = T.call_llvm_pure_intrin(lookup, entries, at, dtype=f"uint8x{size}")
     return T.reinterpret(f"uint32x{lanes}", found)

@@ -7,7 +7,16 @@ import io
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from qgraph.codegen.elf_object import ALLOC, EXECUTE, MACHINES, WRITE, Section, write_archive, write_object
+from qgraph.codegen.elf_object import (
+    ALLOC,
+    EXECUTE,
+    MACHINES,
+    WRITE,
+    Member,
+    Section,
+    write_archive,
+    write_object,
+)
 
 
 def sections() -> list[Section]:
@@ -50,7 +59,7 @@ def test_object(machine: str) -> None:
 @pytest.mark.parametrize("symbol", ["even_name_", "odd_name_"])
 def test_archive(size: int, symbol: str) -> None:
     content = bytes(range(size))
-    data = b"".join(write_archive("model.o", [content[:2], content[2:]], [symbol]))
+    data = b"".join(write_archive([Member("model.o", [content[:2], content[2:]], [symbol])]))
     assert data[:8] == b"!<arch>\n"
     members, at = [], 8
     while at < len(data):
