@@ -6,6 +6,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__arm__)
+#include <sys/auxv.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -146,8 +149,35 @@ bool cpu_has(std::string_view name) { return name == "neon"; }  // part of the b
 std::string cpu_features() { return "neon"; }
 bool cpu_has_sha_ni() { return false; }
 
+#elif defined(__arm__) && __ARM_ARCH >= 7 && defined(__ARM_FP)
+
+namespace {
+
+// Of a process in 32 bits, whatever the kernel and its `uname -m` are.
+bool hwcap(int n) { return bit(getauxval(AT_HWCAP), n); }
+
+}  // namespace
+
+std::string_view machine_arch() { return "armv7l"; }
+bool cpu_has(std::string_view name) {
+  return (name == "neon" && hwcap(12)) || (name == "vfpv4" && hwcap(16));
+}
+std::string cpu_features() {
+  std::string names = cpu_has("neon") ? "neon" : "";
+  if (cpu_has("vfpv4")) names += names.empty() ? "vfpv4" : " vfpv4";
+  return names.empty() ? "baseline" : names;
+}
+bool cpu_has_sha_ni() { return false; }
+
+#elif defined(__riscv) && __riscv_xlen == 64
+
+std::string_view machine_arch() { return "riscv64"; }
+bool cpu_has(std::string_view) { return false; }  // its variants ask for nothing beyond rv64gc
+std::string cpu_features() { return "baseline"; }
+bool cpu_has_sha_ni() { return false; }
+
 #else
-#error "qgraph's runtime supports x86_64 and aarch64"
+#error "qgraph's runtime supports x86_64, aarch64, armv7 with floating point, and riscv64"
 #endif
 
 }  // namespace qg

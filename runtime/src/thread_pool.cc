@@ -15,7 +15,7 @@ namespace {
 void spin_pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(__arm__)
   __asm__ volatile("yield");
 #endif
 }
