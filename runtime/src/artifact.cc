@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <thread>
 
 #include "checked.h"
+#include "code_image.h"
 #include "error.h"
 #include "json.h"
 #include "sha256.h"
+#include "thread_pool.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little-endian and read in place");
 
@@ -124,18 +125,9 @@ void verify(const std::vector<Hashed>& all, unsigned threads) {
   };
   size_t bytes = 0;
   for (const Hashed& h : all) bytes += h.segment->size;
-  std::vector<std::thread> helpers;
-  if (bytes >= kParallelBytes) {
-    threads = std::min(threads > 0 ? threads : std::thread::hardware_concurrency(), kMaxThreads);
-    helpers.reserve(threads);
-    try {
-      for (unsigned i = 1; i < threads; ++i) helpers.emplace_back(work);
-    } catch (...) {
-      // No more threads to be had: the ones we have do the work.
-    }
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  threads = std::min(threads > 0 ? threads : static_cast<unsigned>(available_cores()), kMaxThreads);
+  on_threads(
+      bytes < kParallelBytes ? 1 : threads, [](void* f) { (*static_cast<decltype(work)*>(f))(); }, &work);
   if (damaged < all.size()) {
     fail(QG_INVALID_FILE, "tensor '", all[damaged].segment->name, "' is damaged: its SHA-256 differs");
   }
@@ -197,7 +189,13 @@ Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>&
     }
     add({t.name, bytes, count});
   }
-  for (const Segment& segment : outside) add(segment);
+  for (const Segment& segment : outside) {
+    if (kCodeIsHashed) {
+      add(segment);
+    } else {
+      segments_.push_back(segment);
+    }
+  }
   verify(hashed, static_cast<unsigned>(threads));
   std::sort(segments_.begin(), segments_.end(),
             [](const Segment& a, const Segment& b) { return a.name < b.name; });

@@ -31,6 +31,8 @@ CodeImage::CodeImage(const uint8_t* code, size_t size) {
   __builtin___clear_cache(begin, begin + mapped_);
 }
 
+const void* CodeImage::at(size_t offset) const { return static_cast<const uint8_t*>(address_) + offset; }
+
 CodeImage::~CodeImage() {
   if (mapped_ > 0) munmap(address_, mapped_);
 }

@@ -176,8 +176,15 @@ bool cpu_has(std::string_view) { return false; }  // its variants ask for nothin
 std::string cpu_features() { return "baseline"; }
 bool cpu_has_sha_ni() { return false; }
 
+#elif defined(__wasm32__)
+
+std::string_view machine_arch() { return "wasm32"; }
+bool cpu_has(std::string_view name) { return name == "simd128"; }  // else no module with kernels could begin
+std::string cpu_features() { return "simd128"; }
+bool cpu_has_sha_ni() { return false; }
+
 #else
-#error "qgraph's runtime supports x86_64, aarch64, armv7 with floating point, and riscv64"
+#error "qgraph's runtime supports x86_64, aarch64, armv7 with floating point, riscv64, and wasm32"
 #endif
 
 }  // namespace qg

@@ -33,6 +33,8 @@ class DefaultFloatEnvironment {
 #elif defined(__riscv)
   DefaultFloatEnvironment() { __asm__ volatile("fscsr %0, zero" : "=r"(before_)); }
   ~DefaultFloatEnvironment() { __asm__ volatile("fscsr %0" : : "r"(before_)); }
+#else
+  DefaultFloatEnvironment() {}  // WebAssembly has no other
 #endif
   DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
   DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
@@ -42,7 +44,7 @@ class DefaultFloatEnvironment {
   unsigned before_;
 #elif defined(__arm__)
   uint32_t before_;
-#else
+#elif !defined(__wasm__)
   uint64_t before_;
 #endif
 };

@@ -8,6 +8,9 @@
 // one prototype for each number of words calls every kernel. The kernels are machine code that no C++
 // compiler sees, hence the language's rule about calling through another function type has nothing to bear
 // on.
+//
+// WebAssembly checks the type of what is called through a pointer. There all kernels have one type, and get
+// their arguments as a row of int64 in memory (FORMAT.md).
 #ifndef QGRAPH_SRC_KERNEL_CALL_H_
 #define QGRAPH_SRC_KERNEL_CALL_H_
 
@@ -22,6 +25,14 @@ constexpr size_t kMaxKernelArgs = 32;
 
 namespace detail {
 
+#if defined(__wasm__)
+using Word = int64_t;
+constexpr size_t kMaxWords = kMaxKernelArgs;
+
+inline void call_words(const void* kernel, const Word* words, size_t) {
+  reinterpret_cast<void (*)(const Word*)>(const_cast<void*>(kernel))(words);
+}
+#else
 using Word = intptr_t;
 static_assert(sizeof(Word) == sizeof(void*) && (sizeof(Word) == 8 || sizeof(Word) == 4));
 // Pointers and integers in turn leave a word free before each integer.
@@ -50,6 +61,12 @@ constexpr std::array<Caller, sizeof...(N)> callers(std::index_sequence<N...>) {
   return {call_n<N>...};
 }
 
+inline void call_words(const void* kernel, const Word* words, size_t count) {
+  static constexpr auto kCallers = callers(std::make_index_sequence<kMaxWords + 1>());
+  kCallers[count](kernel, words);
+}
+#endif
+
 }  // namespace detail
 
 // The arguments of a call, in order, at most kMaxKernelArgs.
@@ -67,10 +84,7 @@ class KernelArgs {
     }
   }
 
-  void call(const void* kernel) const {
-    static constexpr auto kCallers = detail::callers(std::make_index_sequence<detail::kMaxWords + 1>());
-    kCallers[count_](kernel, words_);
-  }
+  void call(const void* kernel) const { detail::call_words(kernel, words_, count_); }
 
  private:
   size_t count_ = 0;

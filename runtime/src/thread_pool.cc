@@ -48,6 +48,18 @@ int available_cores() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
+void on_threads(unsigned threads, void (*work)(void* context), void* context) {
+  std::vector<std::thread> helpers;
+  helpers.reserve(threads);
+  try {
+    for (unsigned i = 1; i < threads; ++i) helpers.emplace_back(work, context);
+  } catch (...) {
+    // No more threads to be had: the ones we have do the work.
+  }
+  work(context);
+  for (std::thread& helper : helpers) helper.join();
+}
+
 ThreadPool::ThreadPool(int threads, HostPool host)
     : threads_(threads), host_(host), generation_(count_forks()) {
   if (host_.parallel_for) return;
