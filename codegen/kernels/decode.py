@@ -111,9 +111,20 @@ def e2m1(words: Any, isa: Isa) -> Any:
 E4M3_UNIT = 256.0
 
 
-def e4m3_units(bits: Any, lanes: int) -> Any:
+# Architectures where a conversion of float16 is a call, of a lane.
+_WITHOUT_FLOAT16 = {"wasm32"}
+
+
+def e4m3_units(bits: Any, isa: Isa) -> Any:
     """E4M3 bits (u8 lanes) / E4M3_UNIT as float32, exact, subnormals and sign included. NaN (0x7F, 0xFF) is
     no scale."""
+    lanes = isa.lanes
+    if isa.arch in _WITHOUT_FLOAT16:
+        # As below, to where float32 has them, whose bias is 120 more; the sign leaves four copies.
+        wide = T.cast(T.reinterpret(f"int8x{lanes}", bits), f"int32x{lanes}")
+        moved = T.shift_left(wide, T.broadcast(T.int32(20), lanes))
+        single = T.bitwise_and(moved, T.broadcast(T.int32(-0x78000001), lanes))
+        return T.reinterpret(f"float32x{lanes}", single) * T.broadcast(T.float32(2.0**120 / E4M3_UNIT), lanes)
     # Mantissa and exponent moved to where float16 has them, whose bias is 8 more. The sign is copied upwards
     # first, so that one shift moves all; it leaves a copy in the one bit that float16 has more.
     wide = T.cast(T.reinterpret(f"int8x{lanes}", bits), f"int16x{lanes}")
@@ -122,6 +133,6 @@ def e4m3_units(bits: Any, lanes: int) -> Any:
     return T.cast(T.reinterpret(f"float16x{lanes}", half), f"float32x{lanes}")
 
 
-def e4m3(bits: Any, lanes: int) -> Any:
+def e4m3(bits: Any, isa: Isa) -> Any:
     """E4M3 bits (u8 lanes) as float32, exact."""
-    return e4m3_units(bits, lanes) * T.broadcast(T.float32(E4M3_UNIT), lanes)
+    return e4m3_units(bits, isa) * T.broadcast(T.float32(E4M3_UNIT), isa.lanes)

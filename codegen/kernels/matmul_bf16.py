@@ -20,7 +20,7 @@ from qgraph.codegen.bf16_rows import INPUTS, WORDS, parts_of
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import TILED, kernel
 from qgraph.codegen.kernels.amx import BF16, ROW_BYTES, ROWS, SIZE, At, Rows, multiply, on_stack
-from qgraph.codegen.kernels.decode import E4M3_UNIT, e4m3_units
+from qgraph.codegen.kernels.decode import E4M3_UNIT
 from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.function import Function
 from qgraph.codegen.kernels.loops import index
@@ -112,8 +112,7 @@ class _Product:
         units[1] = units[1] * T.cast(low + 1 < index(self._blocks), "float32")
         halves = []
         for block, unit in zip((low, high), units, strict=True):
-            scale = e4m3_units(self._weights[1][place.tile, block, place.lanes], LANES)
-            scale = named(scale * splat(named(unit), LANES))
+            scale = named(self._reader.units(self._weights, place, block) * splat(named(unit), LANES))
             halves.append(
                 [raw * scale for raw in self._reader.raw(self._weights, place, block, index(0), GROUP)]
             )

@@ -71,7 +71,7 @@ class NVFP4Bytes(ByteReader):
         return [lookup_bytes(self._table, half, self._isa) for half in (word, high)]
 
     def scales(self, w: Buffers, at: Columns, block: Expr) -> list[Expr]:
-        return [e4m3_units(w[1][at.tile, block, at.lanes], self._isa.lanes)]
+        return [e4m3_units(w[1][at.tile, block, at.lanes], self._isa)]
 
     def unit(self, w: Buffers) -> Expr:
         return w[2][0] * T.float32(E4M3_UNIT / 2)
