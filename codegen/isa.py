@@ -23,7 +23,8 @@ class Isa:
         decode: how a kernel looks up 4-bit codes (codegen/kernels/decode.py): `permute` (of float32 lanes by
             16 entries, of bytes by 64) or `bytes16` (of bytes by 16 entries, widened for floats).
         dot: how a kernel multiplies bytes (codegen/kernels/dot.py): `vnni` (four products a lane and their
-            sum at once), `maddubs` (pairs, in 16 bits, then sums of pairs) or `widen` (one by one, in 32).
+            sum at once), `maddubs` (pairs, in 16 bits, then sums of pairs), `halves` (as 16 bits, pairs and
+            their sum at once) or `widen` (one by one, in 32).
         base: the variant that this one extends by tiles (AMX), or empty. Both are one code image, in which
             they share all kernels that have no form for tiles (codegen/tiles.py).
     """
@@ -43,7 +44,7 @@ class Isa:
     def computes(self) -> tuple[str, ...]:
         """What rounds the activations of many rows, of `qgraph.schemes.COMPUTES`, and is faster here than
         float32; the others are done like `f32`."""
-        digits = {"vnni": ("int16", "int8"), "maddubs": ("int8",), "widen": ()}[self.dot]
+        digits = {"vnni": ("int16", "int8"), "maddubs": ("int8",), "halves": (), "widen": ()}[self.dot]
         return ("bf16", *digits) if self.base else digits
 
 
@@ -100,7 +101,7 @@ ISAS: dict[str, Isa] = {
             ("simd128",),
             4,
             "bytes16",
-            "widen",
+            "halves",
         ),
     )
 }
