@@ -443,7 +443,7 @@ def _devices_here(wanted: Target) -> tuple[list[str], str]:
     if wanted.runs_on(platform.machine()):
         found.append("cpu")
     elif wanted.isas:
-        missing.append(f"this machine does not run {wanted.isas[0].arch}-linux")
+        missing.append(f"this machine does not run {wanted.name.split(',')[0]}")
     if wanted.cuda:
         problem = device_problem()
         if problem:
