@@ -141,12 +141,11 @@ FLOAT = ("nvfp4", "ternary", "int3", "int4")
 ROUNDED = ("nvfp4-w4a8", "ternary-w2a8", "int8-w8a8")
 K, N = 160, 48  # no multiple of a block of 128, and half a panel
 
-SHOW_ALL = """
+SHOW = """
 #include <cstdio>
 #include <cstdlib>
 #include "qgraph.hpp"
-#include "{first}.h"
-#include "{second}.h"
+{includes}
 
 static void show(const qg_static_model& artifact, std::int64_t rows) {{
   const qgraph::Model model(artifact);
@@ -165,47 +164,71 @@ static void show(const qg_static_model& artifact, std::int64_t rows) {{
 }}
 
 int main(int, char** argv) {{
-  show({first}_artifact, std::atoll(argv[1]));
-  show({second}_artifact, std::atoll(argv[1]));
+  const std::int64_t rows = std::atoll(argv[1]);
+  {calls}
 }}
 """
 
 
-def products(schemes: tuple[str, ...], folder: Path, name: str) -> tuple[Path, Path]:
-    """A model of one product for each scheme: its low-bit file and its library."""
-    names = [f"p{i}" for i in range(len(schemes))]
-    outputs = ", ".join(f"float[rows, {N}] {name}_out" for name in names)
-    nodes = "\n".join(f"[{name}] {name}_out = MatMul(x, {name}_weight)" for name in names)
-    text = f'<ir_version: 11, opset_import: ["" : 23]> g (float[rows, {K}] x) => ({outputs}) {{\n{nodes}\n}}'
-    model = onnx.parser.parse_model(text)
+def build(folder: Path, name: str, nodes: list[str], outputs: list[str], **options: object) -> Path:
+    """The low-bit file of a model of the input x [rows, K]; beside it its library."""
+    declared = ", ".join(outputs)
+    text = f'<ir_version: 11, opset_import: ["" : 23]> g (float[rows, {K}] x) => ({declared}) {{'
+    model = onnx.parser.parse_model("\n".join([text, *nodes, "}"]))
     rng = np.random.default_rng(0)
-    for node in names:
-        weight = rng.standard_normal((K, N)).astype(np.float32)
-        model.graph.initializer.append(numpy_helper.from_array(weight, f"{node}_weight"))
+    for weight in {name for node in model.graph.node for name in node.input if name.endswith("_weight")}:
+        array = rng.standard_normal((K, N)).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(array, weight))
     onnx.save(model, folder / f"{name}.float.onnx")
-    layers = tuple(f"{node}={scheme}" for node, scheme in zip(names, schemes, strict=True))
-    options = {"scheme": schemes[0], "layers": layers, "include": ("*",), "strict": True}
     lowbit = qgraph.quantize(folder / f"{name}.float.onnx", output=folder / name, **options).onnx
     assert lowbit is not None
     built = qgraph.build(lowbit, output=folder / name, target="wasm32", format="static-lib")
-    assert built.library is not None
-    return lowbit, built.library
+    assert built.library == folder / f"lib{name}.a"
+    return lowbit
+
+
+def products(schemes: tuple[str, ...], folder: Path, name: str) -> Path:
+    """A model of one product for each scheme."""
+    nodes = [f"[p{i}] y{i} = MatMul(x, p{i}_weight)" for i in range(len(schemes))]
+    outputs = [f"float[rows, {N}] y{i}" for i in range(len(schemes))]
+    layers = tuple(f"p{i}={scheme}" for i, scheme in enumerate(schemes))
+    options = {"scheme": schemes[0], "layers": layers, "include": ("*",), "strict": True}
+    return build(folder, name, nodes, outputs, **options)
+
+
+def compare(runtime: Path, lowbits: list[Path], rows: tuple[int, ...], rtol: float = 0) -> None:
+    """A program with these models against ONNX's reference evaluator: to 1e-5 of the largest element, or with
+    `rtol` each element by itself."""
+    includes = "\n".join(f'#include "{path.stem}.h"' for path in lowbits)
+    calls = " ".join(f"show({path.stem}_artifact, rows);" for path in lowbits)
+    source = SHOW.format(includes=includes, calls=calls, k=K)
+    command = program(source, runtime, *(path.with_name(f"lib{path.stem}.a") for path in lowbits))
+    output = lowbits[0].with_name("output.txt")
+    for count in rows:
+        with output.open("w") as file:  # not a pipe: Node.js may lose what does not fit into one
+            subprocess.run([*command, str(count)], stdout=file, check=True)
+        i = np.arange(count * K)
+        x = ((i * 7919 % 2003 - 1001) / 512).astype(np.float32).reshape(count, K)
+        wanted = [item for path in lowbits for item in ReferenceRunner(path).run({"x": x}).items()]
+        lines = output.read_text().splitlines()
+        for (name, want), line in zip(wanted, lines, strict=True):
+            got = np.array(line.split(), np.float32).reshape(want.shape)
+            atol = 1e-6 if rtol else 1e-5 * np.abs(want).max()
+            np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=name)
 
 
 def test_formats(runtime: Path, tmp_path: Path) -> None:
-    """Two models in one program, with kernels of the same names; few rows and many."""
+    """Two models in one program; few rows and many."""
     models = [products(FLOAT, tmp_path, "floats"), products(ROUNDED, tmp_path, "rounded")]
-    source = SHOW_ALL.format(first="floats", second="rounded", k=K)
-    command = program(source, runtime, *(library for _, library in models))
-    for rows in (3, 11):
-        lines = run(*command, str(rows)).splitlines()
-        i = np.arange(rows * K)
-        x = ((i * 7919 % 2003 - 1001) / 512).astype(np.float32).reshape(rows, K)
-        wanted = [value for lowbit, _ in models for value in ReferenceRunner(lowbit).run({"x": x}).values()]
-        assert len(lines) == len(wanted) == len(FLOAT + ROUNDED)
-        for scheme, line, want in zip(FLOAT + ROUNDED, lines, wanted, strict=True):
-            got = np.array(line.split(), np.float32).reshape(want.shape)
-            np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=scheme)
+    compare(runtime, models, (3, 11))
+
+
+def test_functions(runtime: Path, tmp_path: Path) -> None:
+    """Where they were reduced by fused multiply-adds elsewhere: exp of +-80 has its full precision."""
+    nodes = ["forty = Constant<value = float {40.0}>()", "wide = Mul(x, forty)"]
+    nodes += ["y0 = Exp(wide)", "y1 = Sin(wide)", "y2 = Tanh(x)", "y3 = Mod<fmod = 1>(wide, forty)"]
+    outputs = [f"float[rows, {K}] y{i}" for i in range(4)]
+    compare(runtime, [build(tmp_path, "functions", nodes, outputs, scheme="none")], (3,), rtol=5e-7)
 
 
 # ---- what goes wrong
