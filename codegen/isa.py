@@ -13,15 +13,16 @@ class Isa:
 
     Attributes:
         name: as in the plan's `variants` and in `--isa`.
-        arch: `x86_64` or `aarch64`, as `uname -m` says it, or `wasm32`.
+        arch: `x86_64`, `aarch64`, `armv7l` or `riscv64`, as `uname -m` says it, or `wasm32`.
         triple: LLVM target triple.
         mcpu: LLVM CPU name, the baseline of the variant.
         mattr: LLVM features on top of it.
         features: what the runtime must find in the CPU before it runs the variant (names of
             runtime/FORMAT.md).
         lanes: float32 elements of the widest register.
-        decode: how a kernel looks up 4-bit codes (codegen/kernels/decode.py): `permute` (of float32 lanes by
-            16 entries, of bytes by 64) or `bytes16` (of bytes by 16 entries, widened for floats).
+        decode: how a kernel decodes 4-bit codes (codegen/kernels/decode.py): by a lookup, `permute` (of
+            float32 lanes by 16 entries, of bytes by 64) or `bytes16` (of bytes by 16 entries, widened for
+            floats), or by `arithmetic`, where there are no vectors.
         dot: how a kernel multiplies bytes (codegen/kernels/dot.py): `vnni` (four products a lane and their
             sum at once), `maddubs` (pairs, in 16 bits, then sums of pairs), `halves` (as 16 bits, pairs and
             their sum at once) or `widen` (one by one, in 32).
@@ -39,6 +40,10 @@ class Isa:
     decode: str
     dot: str
     base: str = ""
+
+    @property
+    def pointer_bits(self) -> int:
+        return 32 if self.arch in ("armv7l", "wasm32") else 64
 
     @property
     def computes(self) -> tuple[str, ...]:
@@ -91,6 +96,32 @@ ISAS: dict[str, Isa] = {
             "bytes16",
             "widen",
         ),
+        Isa(
+            "armv7",
+            "armv7l",
+            "armv7-unknown-linux-gnueabihf",
+            "cortex-a7",
+            # Fused multiply-adds, which the kernels' bits rest on, came with VFPv4. Scalars are left to VFP,
+            # which has subnormals; vectors have none.
+            ("+neon", "+vfp4", "-neonfp"),
+            ("neon", "vfpv4", "idiva"),
+            4,
+            "bytes16",
+            "widen",
+        ),
+        Isa(
+            "riscv64",
+            "riscv64",
+            "riscv64-unknown-linux-gnu",
+            "generic-rv64",
+            # rv64gc, what every distribution is built for. Without vectors: LLVM takes them apart. Nothing
+            # is left to a linker that could relax it.
+            ("+m", "+a", "+f", "+d", "+c", "-relax"),
+            (),
+            4,
+            "arithmetic",
+            "widen",
+        ),
         # WebAssembly with vectors. It has no fused multiply-add: a term of a sum is rounded twice.
         Isa(
             "wasm32",
@@ -110,6 +141,8 @@ ISAS: dict[str, Isa] = {
 TARGETS: dict[str, tuple[str, ...]] = {
     "x86_64-linux": ("x86-64-v4-amx", "x86-64-v4", "x86-64-v3"),
     "aarch64-linux": ("aarch64",),
+    "armv7-linux": ("armv7",),
+    "riscv64-linux": ("riscv64",),
     "wasm32": ("wasm32",),
 }
 

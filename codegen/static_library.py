@@ -16,7 +16,6 @@ import hashlib
 import json
 import mmap
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ MAX_BYTES = 3 << 29
 # Images address their constants by pages on aarch64; a mapping's alignment on any target.
 _PAGE = 4096
 _CODE = "qgraph.code."
-_MODEL, _ENTRY = 40, 24  # bytes of qg_static_model and qg_static_code
+_MODEL = 5  # words of a qg_static_model
 
 
 def library_name(prefix: str) -> str:
@@ -125,16 +124,19 @@ def _object(
     strings = b"".join(isa.encode() + b"\0" for isa, _ in images)
     constants = Section(f".rodata.qgraph.{name}", ALLOC, package.ALIGN, [*container, strings])
     codes = [Section(f".text.qgraph.{isa}", ALLOC | EXECUTE, _PAGE, [image]) for isa, image in images]
-    # qg_static_model {struct_size, data, size, code, code_count}, then the qg_static_code {isa, data, size}.
-    table = struct.pack("<QQQQQ", _MODEL, 0, size, 0, len(images))
+    # qg_static_model {struct_size, data, size, code, code_count}, then the qg_static_code {isa, data, size}:
+    # words all of them.
+    word = MACHINES[machine].bits // 8
     place = len(codes) + 1  # sections: constants, codes, table
-    addresses = {8: (0, 0), 24: (place, _MODEL)}
+    words = [_MODEL * word, 0, size, 0, len(images)]
+    addresses = {word: (0, 0), 3 * word: (place, _MODEL * word)}
     for i, (_, image) in enumerate(images):
-        entry = len(table)
-        addresses |= {entry: (0, texts[i]), entry + 8: (i + 1, 0)}
-        table += struct.pack("<QQQ", 0, 0, len(image))
-    pointers = Section(".data.rel.ro", ALLOC | WRITE, 8, [table], addresses)
-    symbols = {f"{name}_artifact": (place, 0, _MODEL)}
+        entry = len(words) * word
+        addresses |= {entry: (0, texts[i]), entry + word: (i + 1, 0)}
+        words += [0, 0, len(image)]
+    table = b"".join(value.to_bytes(word, "little") for value in words)
+    pointers = Section(".data.rel.ro", ALLOC | WRITE, word, [table], addresses)
+    symbols = {f"{name}_artifact": (place, 0, _MODEL * word)}
     return write_object(machine, [constants, *codes, pointers], symbols)
 
 

@@ -46,8 +46,8 @@ def parse_target(name: str) -> Target:
         if part not in NAMES:
             raise UsageError(f"unknown target '{part}': choose from {', '.join(NAMES)}")
     if CPU in parts:
-        own = f"{platform.machine()}-linux"
-        if own not in TARGETS:
+        own = next((name for name in TARGETS if get_target(name)[0].arch == platform.machine()), None)
+        if own is None:
             raise UsageError(
                 f"target '{CPU}': there is no code for {platform.machine()}; name another target"
             )

@@ -20,7 +20,7 @@ from qgraph.codegen.bf16_rows import INPUTS, WORDS, parts_of
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import TILED, kernel
 from qgraph.codegen.kernels.amx import BF16, ROW_BYTES, ROWS, SIZE, At, Rows, multiply, on_stack
-from qgraph.codegen.kernels.decode import E4M3_UNIT
+from qgraph.codegen.kernels.decode import E4M3_UNIT, e4m3_units
 from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.function import Function
 from qgraph.codegen.kernels.loops import index
@@ -41,7 +41,7 @@ def _matmul_bf16(arguments: tuple[tuple[str, str], ...], spec: KernelSpec, isa: 
     reader = NVFP4Reader(spec["k"], spec["n"], isa)
 
     def start(f: Function, weights: list[Any], result: Result) -> _Product:
-        return _Product(spec, f, weights, reader, result)
+        return _Product(spec, isa, f, weights, reader, result)
 
     return tiled_matmul(spec, symbol, arguments, reader.operands, start)
 
@@ -56,8 +56,15 @@ class _Product:
     depth = ROW_BYTES
 
     def __init__(
-        self, spec: KernelSpec, f: Function, weights: list[Any], reader: NVFP4Reader, result: Result
+        self,
+        spec: KernelSpec,
+        isa: Isa,
+        f: Function,
+        weights: list[Any],
+        reader: NVFP4Reader,
+        result: Result,
     ) -> None:
+        self._isa = isa
         self._y, self._weights, self._reader, self._result = f.buffers["y"], weights, reader, result
         codes = "codes" in f.buffers
         self._left = flat(f.buffers["codes" if codes else "digits"], "int32")
@@ -112,7 +119,8 @@ class _Product:
         units[1] = units[1] * T.cast(low + 1 < index(self._blocks), "float32")
         halves = []
         for block, unit in zip((low, high), units, strict=True):
-            scale = named(self._reader.units(self._weights, place, block) * splat(named(unit), LANES))
+            scale = e4m3_units(self._weights[1][place.tile, block, place.lanes], self._isa)
+            scale = named(scale * splat(named(unit), LANES))
             halves.append(
                 [raw * scale for raw in self._reader.raw(self._weights, place, block, index(0), GROUP)]
             )

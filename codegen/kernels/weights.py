@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qgraph.codegen.isa import Isa
-from qgraph.codegen.kernels.decode import e2m1_decoder, e4m3, e4m3_units
+from qgraph.codegen.kernels.decode import e2m1_decoder, e4m3
 from qgraph.codegen.kernels.vector import f32, splat
 from qgraph.codegen.kernels.vmath import Expr
 from qgraph.codegen.packing import GROUP, LANES, WORD
@@ -117,10 +117,6 @@ class NVFP4Reader(Reader):
 
     def scale(self, w: Buffers, at: Columns, block: Expr) -> Expr:
         return e4m3(w[1][at.tile, block, at.lanes], self._isa) * splat(w[2][0], self._lanes)
-
-    def units(self, w: Buffers, at: Columns, block: Expr) -> Expr:
-        """The scale of a block alone, in units of E4M3_UNIT."""
-        return e4m3_units(w[1][at.tile, block, at.lanes], self._isa)
 
     def scaled(self, value: Expr, scale: Expr) -> Expr:
         # The decoder's unit comes first, where it is exact.
