@@ -54,9 +54,12 @@ def load_tvm() -> Any:
 
 
 def _fused(call: Any) -> Any:
+    from tvm.target import Target
     from tvm.tirx import call_llvm_pure_intrin
 
-    return call_llvm_pure_intrin(str(call.ty.dtype), "llvm.fma", *call.args)
+    # WebAssembly has none: there, it would be a call of the C library.
+    apart = str(Target.current().attrs["mtriple"]).startswith("wasm")
+    return call_llvm_pure_intrin(str(call.ty.dtype), "llvm.fmuladd" if apart else "llvm.fma", *call.args)
 
 
 class _InspectProxy:
@@ -114,7 +117,8 @@ def _lower(mod: Any, target: Any) -> Any:
 def _build(functions: dict[str, Any], isa: Isa) -> Any:
     tvm = load_tvm()
     target = llvm_target(isa)
-    lowered = _lower(tvm.IRModule(functions), target)
+    with target:  # `_fused` asks for it
+        lowered = _lower(tvm.IRModule(functions), target)
     return tvm.get_global_func("target.build.llvm")(lowered, target)
 
 
