@@ -137,8 +137,8 @@ def test_the_program_of_the_docs(
 # ---- every way to read weights
 
 
-FLOAT = ("nvfp4", "ternary", "int3", "int4")
-ROUNDED = ("nvfp4-w4a8", "ternary-w2a8", "int8-w8a8")
+FLOAT = ("nvfp4", "ternary", "int4")
+ROUNDED = ("nvfp4-w4a8", "int8-w8a8")
 K, N = 160, 48  # no multiple of a block of 128, and half a panel
 
 SHOW = """
