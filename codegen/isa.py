@@ -27,6 +27,7 @@ class Isa:
             sum at once), `maddubs` (pairs, in 16 bits, then sums of pairs) or `widen` (one by one, in 32).
         base: the variant that this one extends by tiles (AMX), or empty. Both are one code image, in which
             they share all kernels that have no form for tiles (codegen/tiles.py).
+        registers: vectors of `lanes` that its registers hold, all together where it has none but scalar ones.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Isa:
     decode: str
     dot: str
     base: str = ""
+    registers: int = 32
 
     @property
     def pointer_bits(self) -> int:
@@ -83,7 +85,7 @@ ISAS: dict[str, Isa] = {
             base=_V4.name,
         ),
         _V4,
-        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), _AVX2, 8, "bytes16", "maddubs"),
+        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), _AVX2, 8, "bytes16", "maddubs", registers=16),
         Isa(
             "aarch64",
             "aarch64",
@@ -107,6 +109,7 @@ ISAS: dict[str, Isa] = {
             4,
             "bytes16",
             "widen",
+            registers=16,
         ),
         Isa(
             "riscv64",
@@ -120,6 +123,7 @@ ISAS: dict[str, Isa] = {
             4,
             "arithmetic",
             "widen",
+            registers=8,
         ),
     )
 }
