@@ -28,6 +28,7 @@ class Isa:
             their sum at once) or `widen` (one by one, in 32).
         base: the variant that this one extends by tiles (AMX), or empty. Both are one code image, in which
             they share all kernels that have no form for tiles (codegen/tiles.py).
+        registers: vectors of `lanes` that its registers hold, all together where it has none but scalar ones.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Isa:
     decode: str
     dot: str
     base: str = ""
+    registers: int = 32
 
     @property
     def pointer_bits(self) -> int:
@@ -84,7 +86,7 @@ ISAS: dict[str, Isa] = {
             base=_V4.name,
         ),
         _V4,
-        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), _AVX2, 8, "bytes16", "maddubs"),
+        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), _AVX2, 8, "bytes16", "maddubs", registers=16),
         Isa(
             "aarch64",
             "aarch64",
@@ -108,6 +110,7 @@ ISAS: dict[str, Isa] = {
             4,
             "bytes16",
             "widen",
+            registers=16,
         ),
         Isa(
             "riscv64",
@@ -121,6 +124,7 @@ ISAS: dict[str, Isa] = {
             4,
             "arithmetic",
             "widen",
+            registers=8,
         ),
         # WebAssembly with vectors. It has no fused multiply-add: a term of a sum is rounded twice.
         Isa(

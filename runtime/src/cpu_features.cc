@@ -153,18 +153,27 @@ bool cpu_has_sha_ni() { return false; }
 
 namespace {
 
-// Of a process in 32 bits, whatever the kernel and its `uname -m` are.
-bool hwcap(int n) { return bit(getauxval(AT_HWCAP), n); }
+// Bits of AT_HWCAP, of a process in 32 bits, whatever the kernel and its `uname -m` are.
+struct HwCap {
+  std::string_view name;
+  int bit;
+};
+constexpr HwCap kHwCaps[] = {{"neon", 12}, {"vfpv4", 16}, {"idiva", 17}};
 
 }  // namespace
 
 std::string_view machine_arch() { return "armv7l"; }
 bool cpu_has(std::string_view name) {
-  return (name == "neon" && hwcap(12)) || (name == "vfpv4" && hwcap(16));
+  for (const HwCap& cap : kHwCaps) {
+    if (cap.name == name) return bit(getauxval(AT_HWCAP), cap.bit);
+  }
+  return false;
 }
 std::string cpu_features() {
-  std::string names = cpu_has("neon") ? "neon" : "";
-  if (cpu_has("vfpv4")) names += names.empty() ? "vfpv4" : " vfpv4";
+  std::string names;
+  for (const HwCap& cap : kHwCaps) {
+    if (cpu_has(cap.name)) names += (names.empty() ? "" : " ") + std::string(cap.name);
+  }
   return names.empty() ? "baseline" : names;
 }
 bool cpu_has_sha_ni() { return false; }
