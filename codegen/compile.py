@@ -14,6 +14,7 @@ from qgraph.codegen.isa import Isa
 from qgraph.codegen.link import CodeImage, link
 from qgraph.codegen.spec import KernelSpec
 from qgraph.codegen.tiles import symbol
+from qgraph.codegen.wasm_library import archive_image
 
 
 @cache
@@ -49,7 +50,7 @@ def sealed(content: str, suffix: str, make: Callable[[], bytes]) -> bytes:
 
 
 def compile_kernel(spec: KernelSpec, isa: Isa) -> bytes:
-    """One kernel as an ELF relocatable object, from the cache when it was compiled before."""
+    """One kernel as a relocatable object, from the cache when it was compiled before."""
 
     def make() -> bytes:
         # TVM takes seconds to import; a build whose kernels are all cached does without.
@@ -86,7 +87,7 @@ def compile_image(
     specs: Sequence[KernelSpec], isas: Sequence[Isa], on_kernel: Callable[[str], None] | None = None
 ) -> CodeImage:
     """Compile and link `specs` for the variants of one image; entries are by `tiles.symbol`. Equal specs give
-    equal bytes, cached or not."""
+    equal bytes, cached or not. For WebAssembly, where a program's linker links, the objects are the image."""
     objects: dict[str, bytes] = {}
     for isa in isas:
         for spec in specs:
@@ -95,4 +96,6 @@ def compile_image(
             if on_kernel is not None:
                 on_kernel(name)
             objects[name] = compile_kernel(spec, isa)
+    if isas[0].arch == "wasm32":
+        return archive_image(objects)
     return link(objects, list(objects), compile_support(isas[0]))

@@ -1,4 +1,4 @@
-"""Writes ELF64 relocatable objects, and archives of them: data that a linker takes into a program.
+"""Writes ELF relocatable objects, and archives of objects: data that a linker takes into a program.
 
 So a library needs no assembler, compiler or `ar` of the target. After the System V ABI's chapters on object
 files; archives in the variant with a `/` symbol table that GNU ld, gold, lld and mold read.
@@ -12,13 +12,34 @@ from dataclasses import dataclass, field
 
 Buffer = bytes | memoryview
 
-# Machine -> (e_machine, the relocation that is a whole 64-bit address).
-MACHINES = {"x86_64": (62, 1), "aarch64": (183, 257)}
+
+@dataclass(frozen=True)
+class Machine:
+    """What an object says of its machine.
+
+    Attributes:
+        number: `e_machine`.
+        absolute: the relocation that is a whole address.
+        bits: of an address.
+        flags: `e_flags`, of the ABI that programs for Linux are linked for.
+    """
+
+    number: int
+    absolute: int
+    bits: int = 64
+    flags: int = 0
+
+
+MACHINES = {
+    "x86_64": Machine(62, 1),
+    "aarch64": Machine(183, 257),
+    "armv7l": Machine(40, 2, bits=32, flags=0x05000000),  # EABI version 5
+    "riscv64": Machine(243, 2, flags=0x5),  # compressed instructions, LP64D
+}
 
 WRITE, ALLOC, EXECUTE = 1, 2, 4
-_PROGBITS, _SYMTAB, _STRTAB, _RELA = 1, 2, 3, 4
+_PROGBITS, _SYMTAB, _STRTAB, _RELA, _REL = 1, 2, 3, 4, 9
 _GLOBAL_OBJECT, _LOCAL_SECTION = 1 << 4 | 1, 3
-_HEADER, _SECTION, _SYMBOL = 64, 64, 24
 
 
 @dataclass
@@ -28,7 +49,7 @@ class Section:
     Attributes:
         flags: of WRITE, ALLOC, EXECUTE.
         pieces: the content, piece by piece: what is large is not copied.
-        addresses: offset in this section -> (index of a section in the object's list, offset in it), 64-bit
+        addresses: offset in this section -> (index of a section in the object's list, offset in it),
             addresses that the linker fills in.
     """
 
@@ -41,6 +62,50 @@ class Section:
     @property
     def size(self) -> int:
         return sum(len(piece) for piece in self.pieces)
+
+
+class _Layout:
+    """The structures of ELF64, or of ELF32, as bytes."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.wide = machine, machine.bits == 64
+        self.word = "Q" if self.wide else "I"
+        self.header, self.section, self.symbol = (64, 64, 24) if self.wide else (52, 40, 16)
+
+    def pack_symbol(self, name: int, info: int, section: int, value: int, size: int) -> bytes:
+        if self.wide:
+            return struct.pack("<IBBHQQ", name, info, 0, section, value, size)
+        return struct.pack("<IIIBBH", name, value, size, info, 0, section)
+
+    def pack_section(self, name: int, kind: int, flags: int, at: int, size: int, *rest: int) -> bytes:
+        """`rest` is link, info, align and the size of an entry."""
+        w = self.word
+        return struct.pack(f"<II{w}{w}{w}{w}II{w}{w}", name, kind, flags, 0, at, size, *rest)
+
+    def pack_header(self, sections_at: int, sections: int) -> bytes:
+        w, machine = self.word, self.machine
+        ident = b"\x7fELF" + bytes([2 if self.wide else 1, 1, 1]) + bytes(9)  # little-endian
+        last = (machine.flags, self.header, 0, 0, self.section, sections, sections - 1)
+        return ident + struct.pack(f"<HHI{w}{w}{w}IHHHHHH", 1, machine.number, 1, 0, 0, sections_at, *last)
+
+    def relocations(self, section: Section) -> tuple[str, int, bytes, int]:
+        """Prefix of the name, type, content, and size of an entry, of a table for a section's addresses."""
+        kind, out = self.machine.absolute, b""
+        for place, (target, offset) in section.addresses.items():
+            if self.wide:
+                out += struct.pack("<QQq", place, (target + 1) << 32 | kind, offset)
+            else:
+                out += struct.pack("<II", place, (target + 1) << 8 | kind)
+        return (".rela", _RELA, out, 24) if self.wide else (".rel", _REL, out, 8)
+
+    def content(self, section: Section) -> Sequence[Buffer]:
+        """Where a relocation has no room for the offset in its target, that lies in the section."""
+        if self.wide or not section.addresses:
+            return section.pieces
+        data = bytearray(b"".join(section.pieces))
+        for place, (_, offset) in section.addresses.items():
+            struct.pack_into("<I", data, place, offset)
+        return [bytes(data)]
 
 
 class _Strings:
@@ -62,19 +127,19 @@ def write_object(
 
     `symbols` are the global ones, all of them data: name -> (index of a section, offset, size).
     """
-    number, absolute = MACHINES[machine]
+    layout = _Layout(MACHINES[machine])
     names, strings = _Strings(), _Strings()
     # Section 0 is null, those given follow, and each has a local symbol of the same number.
-    table = [bytes(_SYMBOL)]
-    table += [struct.pack("<IBBHQQ", 0, _LOCAL_SECTION, 0, i + 1, 0, 0) for i in range(len(sections))]
+    table = [bytes(layout.symbol)]
+    table += [layout.pack_symbol(0, _LOCAL_SECTION, i + 1, 0, 0) for i in range(len(sections))]
     for name, (index, offset, size) in symbols.items():
-        table.append(struct.pack("<IBBHQQ", strings.add(name), _GLOBAL_OBJECT, 0, index + 1, offset, size))
+        table.append(layout.pack_symbol(strings.add(name), _GLOBAL_OBJECT, index + 1, offset, size))
     related = [i for i, section in enumerate(sections) if section.addresses]
     first_table = len(sections) + 1 + len(related)
 
     out: list[Buffer] = [b""]  # the header, once all is known
-    headers = [bytes(_SECTION)]
-    at = _HEADER
+    headers = [bytes(layout.section)]
+    at = layout.header
 
     def add(
         name: str, kind: int, pieces: Sequence[Buffer], align: int, flags: int = 0, link: int = 0,
@@ -84,46 +149,68 @@ def write_object(
         pad, size = -at % align, sum(len(piece) for piece in pieces)
         out.extend((bytes(pad), *pieces))
         at += pad
-        fields = (names.add(name), kind, flags, 0, at, size, link, info, align, entry)
-        headers.append(struct.pack("<IIQQQQIIQQ", *fields))
+        headers.append(layout.pack_section(names.add(name), kind, flags, at, size, link, info, align, entry))
         at += size
 
     for section in sections:
-        add(section.name, _PROGBITS, section.pieces, section.align, section.flags)
+        add(section.name, _PROGBITS, layout.content(section), section.align, section.flags)
     for i in related:
-        relocations = [
-            struct.pack("<QQq", place, (target + 1) << 32 | absolute, offset)
-            for place, (target, offset) in sections[i].addresses.items()
-        ]
-        name = f".rela{sections[i].name}"
-        add(name, _RELA, relocations, 8, link=first_table, info=i + 1, entry=24)
-    add(".symtab", _SYMTAB, table, 8, link=first_table + 1, info=len(sections) + 1, entry=_SYMBOL)
+        prefix, kind, relocations, entry = layout.relocations(sections[i])
+        add(prefix + sections[i].name, kind, [relocations], 8, link=first_table, info=i + 1, entry=entry)
+    add(".symtab", _SYMTAB, table, 8, link=first_table + 1, info=len(sections) + 1, entry=layout.symbol)
     add(".strtab", _STRTAB, [bytes(strings.data)], 1)
     add(".note.GNU-stack", _PROGBITS, [], 1)  # the stack need not be executable
     names_offset = names.add(".shstrtab")
     content = bytes(names.data)
-    headers.append(struct.pack("<IIQQQQIIQQ", names_offset, _STRTAB, 0, 0, at, len(content), 0, 0, 1, 0))
+    headers.append(layout.pack_section(names_offset, _STRTAB, 0, at, len(content), 0, 0, 1, 0))
     at += len(content)
     pad = -at % 8
     out += [content, bytes(pad), *headers]
-    ident = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)  # 64 bits, little-endian
-    last = (0, _HEADER, 0, 0, _SECTION, len(headers), len(headers) - 1)
-    out[0] = ident + struct.pack("<HHIQQQIHHHHHH", 1, number, 1, 0, 0, at + pad, *last)
+    out[0] = layout.pack_header(at + pad, len(headers))
     return out
 
 
-def write_archive(name: str, pieces: Sequence[Buffer], symbols: Sequence[str]) -> list[Buffer]:
-    """The pieces of an archive with one member, of at most 15 characters, that defines `symbols`."""
+@dataclass(frozen=True)
+class Member:
+    """A file of an archive: its name, of at most 15 characters, its content, piece by piece, and the symbols
+    that it defines."""
 
-    def member(title: str, size: int) -> bytes:
-        return b"%-16s%-12d%-6d%-6d%-8s%-10d`\n" % (title.encode(), 0, 0, 0, b"644", size)
+    name: str
+    pieces: Sequence[Buffer]
+    symbols: Sequence[str]
 
-    size = sum(len(piece) for piece in pieces)
-    listing = b"".join(symbol.encode() + b"\0" for symbol in symbols)
-    index_size = 4 + 4 * len(symbols) + len(listing)
+
+_ARCHIVE, _TITLE = b"!<arch>\n", 60
+
+
+def write_archive(members: Sequence[Member]) -> list[Buffer]:
+    """The pieces of an archive."""
+
+    def title(name: str, size: int) -> bytes:
+        return b"%-16s%-12d%-6d%-6d%-8s%-10d`\n" % (name.encode(), 0, 0, 0, b"644", size)
+
+    sizes = [sum(len(piece) for piece in member.pieces) for member in members]
+    count = sum(len(member.symbols) for member in members)
+    listing = b"".join(symbol.encode() + b"\0" for member in members for symbol in member.symbols)
+    index_size = 4 + 4 * count + len(listing)
     index_size += index_size % 2
-    start = b"!<arch>\n"
-    offset = len(start) + 60 + index_size
-    index = struct.pack(f">I{len(symbols)}I", len(symbols), *[offset] * len(symbols)) + listing
-    head = start + member("/", index_size) + index.ljust(index_size, b"\0") + member(f"{name}/", size)
-    return [head, *pieces, b"\n" * (size % 2)]
+    out: list[Buffer] = [b""]
+    offsets, at = [], len(_ARCHIVE) + _TITLE + index_size
+    for member, size in zip(members, sizes, strict=True):
+        offsets += [at] * len(member.symbols)
+        out += [title(f"{member.name}/", size), *member.pieces, b"\n" * (size % 2)]
+        at += _TITLE + size + size % 2
+    index = struct.pack(f">I{count}I", count, *offsets) + listing
+    out[0] = _ARCHIVE + title("/", index_size) + index.ljust(index_size, b"\0")
+    return out
+
+
+def read_archive(data: Buffer) -> list[memoryview]:
+    """The contents of the members of an archive that `write_archive` wrote."""
+    members, view, at = [], memoryview(data), len(_ARCHIVE)
+    while at < len(view):
+        size = int(bytes(view[at + 48 : at + 58]))
+        at += _TITLE
+        members.append(view[at : at + size])
+        at += size + size % 2
+    return members[1:]  # the first is the index

@@ -13,19 +13,22 @@ class Isa:
 
     Attributes:
         name: as in the plan's `variants` and in `--isa`.
-        arch: `x86_64` or `aarch64`, as `uname -m` says it.
+        arch: `x86_64`, `aarch64`, `armv7l` or `riscv64`, as `uname -m` says it, or `wasm32`.
         triple: LLVM target triple.
         mcpu: LLVM CPU name, the baseline of the variant.
         mattr: LLVM features on top of it.
         features: what the runtime must find in the CPU before it runs the variant (names of
             runtime/FORMAT.md).
         lanes: float32 elements of the widest register.
-        decode: how a kernel looks up 4-bit codes (codegen/kernels/decode.py): `permute` (of float32 lanes by
-            16 entries, of bytes by 64) or `bytes16` (of bytes by 16 entries, widened for floats).
+        decode: how a kernel decodes 4-bit codes (codegen/kernels/decode.py): by a lookup, `permute` (of
+            float32 lanes by 16 entries, of bytes by 64) or `bytes16` (of bytes by 16 entries, widened for
+            floats), or by `arithmetic`, where there are no vectors.
         dot: how a kernel multiplies bytes (codegen/kernels/dot.py): `vnni` (four products a lane and their
-            sum at once), `maddubs` (pairs, in 16 bits, then sums of pairs) or `widen` (one by one, in 32).
+            sum at once), `maddubs` (pairs, in 16 bits, then sums of pairs), `halves` (as 16 bits, pairs and
+            their sum at once) or `widen` (one by one, in 32).
         base: the variant that this one extends by tiles (AMX), or empty. Both are one code image, in which
             they share all kernels that have no form for tiles (codegen/tiles.py).
+        registers: vectors of `lanes` that its registers hold, all together where it has none but scalar ones.
     """
 
     name: str
@@ -38,12 +41,17 @@ class Isa:
     decode: str
     dot: str
     base: str = ""
+    registers: int = 32
+
+    @property
+    def pointer_bits(self) -> int:
+        return 32 if self.arch in ("armv7l", "wasm32") else 64
 
     @property
     def computes(self) -> tuple[str, ...]:
         """What rounds the activations of many rows, of `qgraph.schemes.COMPUTES`, and is faster here than
         float32; the others are done like `f32`."""
-        digits = {"vnni": ("int16", "int8"), "maddubs": ("int8",), "widen": ()}[self.dot]
+        digits = {"vnni": ("int16", "int8"), "maddubs": ("int8",), "halves": (), "widen": ()}[self.dot]
         return ("bf16", *digits) if self.base else digits
 
 
@@ -78,7 +86,7 @@ ISAS: dict[str, Isa] = {
             base=_V4.name,
         ),
         _V4,
-        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), _AVX2, 8, "bytes16", "maddubs"),
+        Isa("x86-64-v3", "x86_64", _X86, "x86-64-v3", (), _AVX2, 8, "bytes16", "maddubs", registers=16),
         Isa(
             "aarch64",
             "aarch64",
@@ -90,6 +98,46 @@ ISAS: dict[str, Isa] = {
             "bytes16",
             "widen",
         ),
+        Isa(
+            "armv7",
+            "armv7l",
+            "armv7-unknown-linux-gnueabihf",
+            "cortex-a7",
+            # Fused multiply-adds, which the kernels' bits rest on, came with VFPv4. Scalars are left to VFP,
+            # which has subnormals; vectors have none.
+            ("+neon", "+vfp4", "-neonfp"),
+            ("neon", "vfpv4", "idiva"),
+            4,
+            "bytes16",
+            "widen",
+            registers=16,
+        ),
+        Isa(
+            "riscv64",
+            "riscv64",
+            "riscv64-unknown-linux-gnu",
+            "generic-rv64",
+            # rv64gc, what every distribution is built for. Without vectors: LLVM takes them apart. Nothing
+            # is left to a linker that could relax it.
+            ("+m", "+a", "+f", "+d", "+c", "-relax"),
+            (),
+            4,
+            "arithmetic",
+            "widen",
+            registers=8,
+        ),
+        # WebAssembly with vectors. It has no fused multiply-add: a term of a sum is rounded twice.
+        Isa(
+            "wasm32",
+            "wasm32",
+            "wasm32-unknown-unknown",
+            "generic",
+            ("+simd128", "+bulk-memory"),
+            ("simd128",),
+            4,
+            "bytes16",
+            "halves",
+        ),
     )
 }
 
@@ -97,6 +145,9 @@ ISAS: dict[str, Isa] = {
 TARGETS: dict[str, tuple[str, ...]] = {
     "x86_64-linux": ("x86-64-v4-amx", "x86-64-v4", "x86-64-v3"),
     "aarch64-linux": ("aarch64",),
+    "armv7-linux": ("armv7",),
+    "riscv64-linux": ("riscv64",),
+    "wasm32": ("wasm32",),
 }
 
 

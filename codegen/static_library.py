@@ -16,7 +16,6 @@ import hashlib
 import json
 import mmap
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,13 @@ from qgraph.codegen.elf_object import (
     MACHINES,
     WRITE,
     Buffer,
+    Member,
     Section,
     write_archive,
     write_object,
 )
-from qgraph.codegen.targets import parse_target
+from qgraph.codegen.targets import WASM, parse_target
+from qgraph.codegen.wasm_library import library_members
 from qgraph.errors import UnsupportedError, UsageError
 
 # Programs are linked for the small code model: all of one within 2 GiB.
@@ -40,7 +41,7 @@ MAX_BYTES = 3 << 29
 # Images address their constants by pages on aarch64; a mapping's alignment on any target.
 _PAGE = 4096
 _CODE = "qgraph.code."
-_MODEL, _ENTRY = 40, 24  # bytes of qg_static_model and qg_static_code
+_MODEL = 5  # words of a qg_static_model
 
 
 def library_name(prefix: str) -> str:
@@ -59,9 +60,9 @@ def require_target(target: str) -> None:
             f"a static library is linked into a program, which runs on a CPU: give --target cpu,{target}"
         )
     for isa in isas:
-        if isa.arch not in MACHINES:
+        if isa.arch not in (*MACHINES, WASM):
             raise UnsupportedError(
-                f"static libraries are written for {' and '.join(MACHINES)}, not {isa.arch}"
+                f"static libraries are written for {', '.join((*MACHINES, WASM))}, not {isa.arch}"
             )
 
 
@@ -97,14 +98,23 @@ def _write(data: memoryview, name: str, library: Path, header: Path) -> None:
     plan = json.loads(bytes(named["qgraph.plan"].raw))
     codes = dict.fromkeys(variant["code"] for variant in plan["variants"])  # each once, in this order
     images = [(code.removeprefix(_CODE), named.pop(code).raw) for code in codes]
-    hashes = {f"sha256:{_CODE}{isa}": hashlib.sha256(image).hexdigest() for isa, image in images}
+    hashes = {}
+    if plan["variants"][0]["arch"] != WASM:  # of a table that the linker makes there is no hash
+        hashes = {f"sha256:{_CODE}{isa}": hashlib.sha256(image).hexdigest() for isa, image in images}
     isas = [variant["isa"] for variant in plan["variants"]]
     if cuda := named.get("qgraph.plan.cuda"):
         isas += [variant["isa"] for variant in json.loads(bytes(cuda.raw))["variants"]]
     pieces = list(package.serialize(list(named.values()), metadata | hashes))
-    made = _object(plan["variants"][0]["arch"], name, pieces, images)
+    first = plan["variants"][0]
+    if first["arch"] == WASM:
+        ((isa, image),) = images
+        members = library_members(
+            name, pieces, isa, image, dict(zip(plan["kernels"], first["entries"], strict=True))
+        )
+    else:
+        members = [Member("model.o", _object(first["arch"], name, pieces, images), [f"{name}_artifact"])]
     with library.open("wb") as file:
-        for piece in write_archive("model.o", made, [f"{name}_artifact"]):
+        for piece in write_archive(members):
             file.write(piece)
     header.write_text(_header(name, plan, isas, metadata))
 
@@ -120,16 +130,19 @@ def _object(
     strings = b"".join(isa.encode() + b"\0" for isa, _ in images)
     constants = Section(f".rodata.qgraph.{name}", ALLOC, package.ALIGN, [*container, strings])
     codes = [Section(f".text.qgraph.{isa}", ALLOC | EXECUTE, _PAGE, [image]) for isa, image in images]
-    # qg_static_model {struct_size, data, size, code, code_count}, then the qg_static_code {isa, data, size}.
-    table = struct.pack("<QQQQQ", _MODEL, 0, size, 0, len(images))
+    # qg_static_model {struct_size, data, size, code, code_count}, then the qg_static_code {isa, data, size}:
+    # words all of them.
+    word = MACHINES[machine].bits // 8
     place = len(codes) + 1  # sections: constants, codes, table
-    addresses = {8: (0, 0), 24: (place, _MODEL)}
+    words = [_MODEL * word, 0, size, 0, len(images)]
+    addresses = {word: (0, 0), 3 * word: (place, _MODEL * word)}
     for i, (_, image) in enumerate(images):
-        entry = len(table)
-        addresses |= {entry: (0, texts[i]), entry + 8: (i + 1, 0)}
-        table += struct.pack("<QQQ", 0, 0, len(image))
-    pointers = Section(".data.rel.ro", ALLOC | WRITE, 8, [table], addresses)
-    symbols = {f"{name}_artifact": (place, 0, _MODEL)}
+        entry = len(words) * word
+        addresses |= {entry: (0, texts[i]), entry + word: (i + 1, 0)}
+        words += [0, 0, len(image)]
+    table = b"".join(value.to_bytes(word, "little") for value in words)
+    pointers = Section(".data.rel.ro", ALLOC | WRITE, word, [table], addresses)
+    symbols = {f"{name}_artifact": (place, 0, _MODEL * word)}
     return write_object(machine, [constants, *codes, pointers], symbols)
 
 

@@ -9,6 +9,7 @@ from qgraph.codegen.isa import TARGETS, Isa, get_target
 from qgraph.errors import UsageError
 
 CUDA = "cuda"
+WASM = "wasm32"
 CPU = "cpu"  # that of the machine which compiles
 # The names that `--target` takes, alone or with commas between them.
 NAMES = (*TARGETS, CPU, CUDA)
@@ -45,8 +46,8 @@ def parse_target(name: str) -> Target:
         if part not in NAMES:
             raise UsageError(f"unknown target '{part}': choose from {', '.join(NAMES)}")
     if CPU in parts:
-        own = f"{platform.machine()}-linux"
-        if own not in TARGETS:
+        own = next((name for name in TARGETS if get_target(name)[0].arch == platform.machine()), None)
+        if own is None:
             raise UsageError(
                 f"target '{CPU}': there is no code for {platform.machine()}; name another target"
             )
@@ -56,5 +57,15 @@ def parse_target(name: str) -> Target:
         raise UsageError(
             f"target '{name}': an artifact has code for one kind of CPU, not for {', '.join(cpus)}"
         )
+    if WASM in parts and CUDA in parts:
+        raise UsageError(f"target '{name}': a WebAssembly program has no GPU: give --target {WASM}")
     isas = get_target(cpus[0]) if cpus else ()
     return Target(",".join([*cpus, *([CUDA] if CUDA in parts else [])]), isas, CUDA in parts)
+
+
+def require_loadable(name: str) -> None:
+    """Raises UsageError for a target whose programs cannot load code, from a `.qg` file for instance."""
+    if any(isa.arch == WASM for isa in parse_target(name).isas):
+        raise UsageError(
+            f"a WebAssembly program cannot load code from a file: --target {WASM} needs --format static-lib"
+        )

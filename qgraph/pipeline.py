@@ -450,7 +450,7 @@ def _devices_here(wanted: Target) -> tuple[list[str], str]:
     if wanted.runs_on(platform.machine()):
         found.append("cpu")
     elif wanted.isas:
-        missing.append(f"this machine does not run {wanted.isas[0].arch}-linux")
+        missing.append(f"this machine does not run {wanted.name.split(',')[0]}")
     if wanted.cuda:
         problem = device_problem()
         if problem:
@@ -567,6 +567,10 @@ class _Run:
             from qgraph.codegen.static_library import require_target
 
             require_target(config.target)
+        elif ".qg" in suffixes:
+            from qgraph.codegen.targets import require_loadable
+
+            require_loadable(config.target)
         self.exports = tuple(dict.fromkeys(config.export))
         self.source, self.config, self.dry_run = source, config, dry_run
         self.suffixes = (*(EXPORTS[name].suffix for name in self.exports), *suffixes)

@@ -7,6 +7,7 @@ include. So names in the anonymous namespaces of these sources are unique across
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 
 from qgraph.errors import QGraphError
 from qgraph.runtime.build import ROOT
@@ -14,6 +15,9 @@ from qgraph.runtime.build import ROOT
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 _GUARD = re.compile(r"^#ifndef (QGRAPH_\w+_H_)\n#define \1\n(.*)^#endif  // \1\n", re.MULTILINE | re.DOTALL)
 _PUBLIC = "qgraph/"
+# What needs an operating system, and what stands in for it in WebAssembly.
+_NATIVE = ("code_image.cc", "cuda_*.cc", "mapped_file.cc", "thread_pool.cc")
+_WASM = "wasm_platform.cc"
 
 
 def amalgamate() -> dict[str, str]:
@@ -22,9 +26,12 @@ def amalgamate() -> dict[str, str]:
         name: (ROOT / "include" / "qgraph" / name).read_text().replace(f'"{_PUBLIC}', '"')
         for name in ("qgraph.h", "qgraph.hpp")
     }
+    names = sorted(path.name for path in (ROOT / "src").glob("*.cc"))
+    native = [name for name in names if any(fnmatch(name, pattern) for pattern in _NATIVE)]
     seen: set[str] = set()
-    sources = sorted((ROOT / "src").glob("*.cc"))
-    body = "".join(f"\n// ---- {path.name} ----\n\n{_inlined(path.name, seen)}" for path in sources)
+    # Last, so that a header that others need, too, is not among what is left out.
+    body = _joined([name for name in names if name not in native and name != _WASM], seen)
+    body += f"\n#if !defined(__wasm__)\n{_joined(native, set(seen))}\n#endif\n{_joined([_WASM], seen)}"
     version = re.search(r'QG_VERSION "(.*?)"', public["qgraph.h"])
     assert version is not None
     head = (
@@ -35,6 +42,10 @@ def amalgamate() -> dict[str, str]:
         '#include "qgraph.h"\n'
     )
     return {**public, "qgraph.cc": head + body}
+
+
+def _joined(names: list[str], seen: set[str]) -> str:
+    return "".join(f"\n// ---- {name} ----\n\n{_inlined(name, seen)}" for name in names)
 
 
 def _inlined(name: str, seen: set[str]) -> str:

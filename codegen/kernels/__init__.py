@@ -45,6 +45,8 @@ _MODULES = (
     "split_bf16",
     "split_digits",
     "support",
+    "support_arm",
+    "support_float",
 )
 
 

@@ -27,7 +27,7 @@ from tvm.tirx import PrimFunc
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
-from qgraph.codegen.kernels.gemm import TILES, accumulate
+from qgraph.codegen.kernels.gemm import accumulate, accumulator
 from qgraph.codegen.kernels.signature import drop_parameters
 from qgraph.codegen.kernels.vector import f32, first, lanes_at, load_first, reduce_lanes, splat, store_first
 from qgraph.codegen.kernels.vmath import const_like, let, named, vexp_nonpositive, vtanh
@@ -60,7 +60,7 @@ def attention(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
 
     L = isa.lanes
-    R, V = TILES[L]
+    R, V = accumulator(isa)
     KT = 8 * R  # keys of a tile
     assert KT <= ATTENTION_TILE
     Dv_rows = -(-Dv // R) * R

@@ -29,11 +29,13 @@ def multiply_add(isa: Isa, acc: Expr, weights: Sequence[Expr], inputs: Sequence[
         return acc
     if isa.dot == "widen":
         return acc + _by_one(weights, inputs, isa.lanes)
+    if isa.dot == "halves":
+        return acc + _by_halves(weights, inputs, isa)
     fit = _INT16 // (2 * largest * _INT8)  # sums of pairs that are sure to fit 16 bits
     if not fit:
-        return acc + _by_halves(weights, inputs, isa.lanes)
+        return acc + _by_halves(weights, inputs, isa)
     for start in range(0, len(weights), fit):
-        acc = acc + _maddubs(weights[start : start + fit], inputs[start : start + fit], isa.lanes)
+        acc = acc + _maddubs(weights[start : start + fit], inputs[start : start + fit], isa)
     return acc
 
 
@@ -50,24 +52,29 @@ def _vpdpbusd(acc: Expr, w: Expr, x: Expr) -> Expr:
     return _call("llvm.x86.avx512.vpdpbusd.512", "int32x16", acc, weights, inputs)
 
 
-def _maddubs(weights: Sequence[Expr], inputs: Sequence[Expr], lanes: int) -> Expr:
+def _maddubs(weights: Sequence[Expr], inputs: Sequence[Expr], isa: Isa) -> Expr:
     total: Any = None
+    lanes = isa.lanes
     for w, x in zip(weights, inputs, strict=True):
         pair = (T.reinterpret(f"uint8x{4 * lanes}", w), T.reinterpret(f"int8x{4 * lanes}", _spread(x, lanes)))
         sums = _call("llvm.x86.avx2.pmadd.ub.sw", f"int16x{2 * lanes}", *pair)
         total = sums if total is None else total + sums
-    return _pair_sums(total, T.broadcast(T.int16(1), 2 * lanes), lanes)
+    return _pair_sums(total, T.broadcast(T.int16(1), 2 * lanes), isa)
 
 
-def _pair_sums(a: Expr, b: Expr, lanes: int) -> Expr:
+_PAIR_SUMS = {"maddubs": "llvm.x86.avx2.pmadd.wd", "halves": "llvm.wasm.dot"}
+
+
+def _pair_sums(a: Expr, b: Expr, isa: Isa) -> Expr:
     """a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] of int16 lanes."""
-    return _call("llvm.x86.avx2.pmadd.wd", f"int32x{lanes}", a, b)
+    return _call(_PAIR_SUMS[isa.dot], f"int32x{isa.lanes}", a, b)
 
 
-def _by_halves(weights: Sequence[Expr], inputs: Sequence[Expr], lanes: int) -> Expr:
+def _by_halves(weights: Sequence[Expr], inputs: Sequence[Expr], isa: Isa) -> Expr:
     """Bytes with an even and with an odd index apart, as 16 bits: no sum of two products of those overflows
     32."""
     total: Any = None
+    lanes = isa.lanes
     for w, x in zip(weights, inputs, strict=True):
         unsigned = T.reinterpret(f"uint16x{2 * lanes}", w)
         signed = named(T.reinterpret(f"int16x{2 * lanes}", _spread(x, lanes)))
@@ -78,7 +85,7 @@ def _by_halves(weights: Sequence[Expr], inputs: Sequence[Expr], lanes: int) -> E
         )
         odd = T.shift_right(unsigned, T.broadcast(T.uint16(8), 2 * lanes)), T.shift_right(signed, eight)
         for a, b in (even, odd):
-            sums = _pair_sums(T.reinterpret(f"int16x{2 * lanes}", a), b, lanes)
+            sums = _pair_sums(T.reinterpret(f"int16x{2 * lanes}", a), b, isa)
             total = sums if total is None else total + sums
     return total
 

@@ -145,7 +145,7 @@ def _decode_row(f: Function, isa: Isa, row: Expr, source: Expr, h: int) -> None:
 
     def decode_block(b: Expr, size: int) -> None:
         at = source * -(-h // GROUP) + b
-        scale = e4m3(T.broadcast(f.buffers["block_scale"][at], lanes), lanes)
+        scale = e4m3(T.broadcast(f.buffers["block_scale"][at], lanes), isa)
         scale = named(scale * T.broadcast(f.buffers["global_scale"][0], lanes))
         for start in range(0, size, lanes):
             word = at * (GROUP // WORD) + start // WORD

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from tvm.script import tirx as T
 
+from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels.vector import f32, lanes_at, splat
 
-# Rows x vectors of the accumulator tile, by lanes of the ISA: as many as its registers hold beside one row of
-# the right operand and one element of the left.
-TILES = {16: (8, 2), 8: (6, 2), 4: (6, 4)}
+# Rows x vectors of the accumulator tile, by lanes of the ISA and its registers: as many as these hold beside
+# one row of the right operand and one element of the left; at least two rows of 16 columns.
+_TILES = {(16, 32): (8, 2), (8, 16): (6, 2), (4, 32): (6, 4), (4, 16): (2, 4), (4, 8): (2, 4)}
+
+
+def accumulator(isa: Isa) -> tuple[int, int]:
+    """Rows and vectors of the accumulator tile."""
+    return _TILES[isa.lanes, isa.registers]
+
+
+def vectors(isa: Isa) -> Callable[[int], Any]:
+    """The loop over vectors that are done one after another: unrolled, unless each is many instructions."""
+    return T.unroll if isa.decode != "arithmetic" else lambda count: T.serial(T.int64(count))
 
 
 @T.inline

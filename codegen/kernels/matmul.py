@@ -28,7 +28,7 @@ from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.function import UNBOUNDED
-from qgraph.codegen.kernels.gemm import TILES, accumulate
+from qgraph.codegen.kernels.gemm import accumulate, accumulator, vectors
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.matmul_digits import open_digits
 from qgraph.codegen.kernels.signature import drop_parameters
@@ -96,7 +96,8 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
 
     L = isa.lanes
     parts = LANES // L  # vectors of one n16 tile
-    tile_rows, tile_vectors = TILES[L]
+    tile_rows, tile_vectors = accumulator(isa)
+    each = vectors(isa)
     if n_block % (tile_vectors * L):
         tile_vectors = parts
     width = tile_vectors * L  # columns of the accumulator tile
@@ -147,7 +148,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
     @T.inline
     def add_block(acc, X, W, S, m0, rows, panel, group, kb, count, R):
         """acc[R, tile_vectors] += the first `count` inputs of block kb, weights straight from registers."""
-        for v in T.unroll(tile_vectors):
+        for v in each(tile_vectors):
             # The scale is applied to the sum of the block's products.
             part = T.alloc_buffer((chains(R), R, L), "float32", scope="local")
             for h in T.unroll(chains(R)):
@@ -206,7 +207,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
     @T.inline
     def decode_block(P, W, panel, group, kb, k, count):
         """The first `count` inputs of block kb to rows k .. of the panel on the stack."""
-        for v in T.unroll(tile_vectors):
+        for v in each(tile_vectors):
             grid = T.alloc_buffer((2, L), "float32", scope="local")
             grid[0, lanes_at(0, L)] = reader.scale(W, columns(panel, group, v), kb)
             if reader.has_offset:

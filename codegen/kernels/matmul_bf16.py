@@ -41,7 +41,7 @@ def _matmul_bf16(arguments: tuple[tuple[str, str], ...], spec: KernelSpec, isa: 
     reader = NVFP4Reader(spec["k"], spec["n"], isa)
 
     def start(f: Function, weights: list[Any], result: Result) -> _Product:
-        return _Product(spec, f, weights, reader, result)
+        return _Product(spec, isa, f, weights, reader, result)
 
     return tiled_matmul(spec, symbol, arguments, reader.operands, start)
 
@@ -56,8 +56,15 @@ class _Product:
     depth = ROW_BYTES
 
     def __init__(
-        self, spec: KernelSpec, f: Function, weights: list[Any], reader: NVFP4Reader, result: Result
+        self,
+        spec: KernelSpec,
+        isa: Isa,
+        f: Function,
+        weights: list[Any],
+        reader: NVFP4Reader,
+        result: Result,
     ) -> None:
+        self._isa = isa
         self._y, self._weights, self._reader, self._result = f.buffers["y"], weights, reader, result
         codes = "codes" in f.buffers
         self._left = flat(f.buffers["codes" if codes else "digits"], "int32")
@@ -112,7 +119,7 @@ class _Product:
         units[1] = units[1] * T.cast(low + 1 < index(self._blocks), "float32")
         halves = []
         for block, unit in zip((low, high), units, strict=True):
-            scale = e4m3_units(self._weights[1][place.tile, block, place.lanes], LANES)
+            scale = e4m3_units(self._weights[1][place.tile, block, place.lanes], self._isa)
             scale = named(scale * splat(named(unit), LANES))
             halves.append(
                 [raw * scale for raw in self._reader.raw(self._weights, place, block, index(0), GROUP)]

@@ -38,7 +38,7 @@ from qgraph.formats import FORMATS
 
 # By how the ISA multiplies bytes, rows of a chunk that are done this way at most. VNNI is faster than float32
 # at any number of them, AVX2 until decoding to the stack pays; without either it is not worth it.
-_MOST = {"vnni": 1 << 30, "maddubs": 8, "widen": 0}
+_MOST = {"vnni": 1 << 30, "maddubs": 8, "halves": 0, "widen": 0}
 _ROWS = {3: 4, 2: 6, 1: 12}  # that share unpacked weights, by digits: registers hold 12 sums and the weights
 _UNROLLED = 4  # words of a block that are unrolled
 _AHEAD = 64  # words, of 16 columns 64 bytes, that are asked for ahead (see matmul_int8.py)

@@ -14,7 +14,7 @@ from tvm.tirx import PrimFunc
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
-from qgraph.codegen.kernels.gemm import TILES, accumulate
+from qgraph.codegen.kernels.gemm import accumulate, accumulator
 from qgraph.codegen.kernels.vector import f32, lanes_at, load_first, store_first
 from qgraph.codegen.spec import KernelSpec
 from qgraph.errors import QGraphError
@@ -35,7 +35,7 @@ def matmul_dynamic(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     if m_block < 1 or n_block < 16 or n_block % 16 or n_block > _PANEL_FLOATS // 16:
         raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
     L = isa.lanes
-    tile_rows, tile_vectors = TILES[L]
+    tile_rows, tile_vectors = accumulator(isa)
     while n_block % (tile_vectors * L):
         tile_vectors //= 2
     width = tile_vectors * L

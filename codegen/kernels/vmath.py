@@ -72,7 +72,8 @@ _EXP2 = (
     0.009618025521185816, 0.0013333422534102257, 0.00015469758203643768, 1.5316487855488344e-05,
 )  # fmt: skip
 
-_LN2_HI, _LN2_LO = 0.693147182464599609375, -1.904654299957768e-09  # float32(ln 2) and the rest
+# ln 2 in 16 bits, and the rest: times an exponent the first is exact, where multiply-adds are not fused, too.
+_LN2_HI, _LN2_LO = 0.693145751953125, 1.428606765330187e-06
 _PIO2_HI, _PIO2_LO = 1.5707963267948966, 6.123233995736766e-17  # float64(pi/2) and the rest
 # Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves that integer in the low bits.
 _ROUND32, _ROUND32_BITS = 12582912.0, 0x4B400000

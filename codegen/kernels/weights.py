@@ -106,7 +106,7 @@ class NVFP4Reader(Reader):
         )
         self.block = self.unit = GROUP
         self.decoded = True
-        self._lanes = isa.lanes
+        self._isa, self._lanes = isa, isa.lanes
         self._decoder = e2m1_decoder(isa)
 
     def raw(self, w: Buffers, at: Columns, block: Expr, unit: Expr, count: int) -> list[Expr]:
@@ -116,7 +116,7 @@ class NVFP4Reader(Reader):
         ]
 
     def scale(self, w: Buffers, at: Columns, block: Expr) -> Expr:
-        return e4m3(w[1][at.tile, block, at.lanes], self._lanes) * splat(w[2][0], self._lanes)
+        return e4m3(w[1][at.tile, block, at.lanes], self._isa) * splat(w[2][0], self._lanes)
 
     def scaled(self, value: Expr, scale: Expr) -> Expr:
         # The decoder's unit comes first, where it is exact.

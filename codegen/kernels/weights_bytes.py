@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from qgraph.codegen.int8_input import Int8Input, int8_input
 from qgraph.codegen.isa import Isa
-from qgraph.codegen.kernels.decode import E4M3_UNIT, e4m3_units, lookup_bytes
+from qgraph.codegen.kernels.decode import E4M3_UNIT, doubled_bytes, e4m3_units
 from qgraph.codegen.kernels.vector import splat
 from qgraph.codegen.kernels.vmath import Expr, const_like, convert
 from qgraph.codegen.kernels.weights import Buffers, Columns, NVFP4Reader, Operand
@@ -63,15 +63,14 @@ class NVFP4Bytes(ByteReader):
         wanted = int8_input(NVFP4.name)
         assert wanted is not None
         self.input, self._isa = wanted, isa
-        self._table = [int(2 * value) + wanted.offset for value in e2m1.VALUES]
-        self.largest = max(self._table)
+        self.largest = int(2 * max(e2m1.VALUES)) + wanted.offset
 
     def bytes(self, word: Expr) -> list[Expr]:
         high = T.shift_right(word, const_like(word, 4))
-        return [lookup_bytes(self._table, half, self._isa) for half in (word, high)]
+        return [doubled_bytes(half, self.input.offset, self._isa) for half in (word, high)]
 
     def scales(self, w: Buffers, at: Columns, block: Expr) -> list[Expr]:
-        return [e4m3_units(w[1][at.tile, block, at.lanes], self._isa.lanes)]
+        return [e4m3_units(w[1][at.tile, block, at.lanes], self._isa)]
 
     def unit(self, w: Buffers) -> Expr:
         return w[2][0] * T.float32(E4M3_UNIT / 2)

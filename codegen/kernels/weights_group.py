@@ -8,7 +8,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from qgraph.codegen.isa import Isa
-from qgraph.codegen.kernels.decode import permute16
+from qgraph.codegen.kernels.decode import float16, permute16
 from qgraph.codegen.kernels.vector import f32
 from qgraph.codegen.kernels.vmath import Expr, const_like, lanes_of, named
 from qgraph.codegen.kernels.weights import Buffers, Columns, F32Reader, NVFP4Reader, Operand, Reader
@@ -49,7 +49,7 @@ class GroupReader(Reader):
         offsets = {"none": (), "zero_point": (zeros,), "mean": (scales,)}[self._spec.offset]
         self.operands = (codes, scales, *offsets)
         self.has_offset = self._spec.offset == "mean"
-        self._lanes = isa.lanes
+        self._isa, self._lanes = isa, isa.lanes
         if block % 32:  # so that blocks begin with a word of their own
             raise QGraphError(f"blocks of {block} inputs: a multiple of 32 is needed")
         self.unit = _UNITS[layout]
@@ -77,10 +77,10 @@ class GroupReader(Reader):
         return T.cast(nibble, f"float32x{self._lanes}")
 
     def scale(self, w: Buffers, at: Columns, block: Expr) -> Expr:
-        return T.cast(w[1][at.tile, block, at.lanes], f"float32x{self._lanes}")
+        return float16(w[1][at.tile, block, at.lanes], self._isa)
 
     def offset(self, w: Buffers, at: Columns, block: Expr) -> Expr:
-        return T.cast(w[2][at.tile, block, at.lanes], f"float32x{self._lanes}")
+        return float16(w[2][at.tile, block, at.lanes], self._isa)
 
 
 def open_reader(weight: str, spec: KernelSpec, isa: Isa) -> Reader:

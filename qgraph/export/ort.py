@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qgraph import __version__
 from qgraph.codegen import build_artifact
-from qgraph.codegen.targets import CUDA, parse_target
+from qgraph.codegen.targets import CUDA, parse_target, require_loadable
 from qgraph.errors import UsageError
 from qgraph.export import Context
 from qgraph.passes.base import constant, is_op, replace_node, shape_of
@@ -37,6 +37,7 @@ def export(model: ir.Model, context: Context) -> ir.Model:
 
     Raises UsageError for a target without a CPU.
     """
+    require_loadable(context.target)
     cpus = [part for part in parse_target(context.target).name.split(",") if part != CUDA]
     if not cpus:
         raise UsageError(f"export 'ort' runs on CPUs: give --target cpu,{context.target}")

@@ -3,13 +3,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <thread>
 
 #include "checked.h"
+#include "code_image.h"
 #include "ed25519.h"
 #include "error.h"
 #include "json.h"
 #include "sha256.h"
+#include "thread_pool.h"
 #include "version.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little-endian and read in place");
@@ -204,18 +205,9 @@ void verify(const std::vector<Hashed>& all, unsigned threads) {
   };
   size_t bytes = 0;
   for (const Hashed& h : all) bytes += h.segment->size;
-  std::vector<std::thread> helpers;
-  if (bytes >= kParallelBytes) {
-    threads = std::min(threads > 0 ? threads : std::thread::hardware_concurrency(), kMaxThreads);
-    helpers.reserve(threads);
-    try {
-      for (unsigned i = 1; i < threads; ++i) helpers.emplace_back(work);
-    } catch (...) {
-      // No more threads to be had: the ones we have do the work.
-    }
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  threads = std::min(threads > 0 ? threads : static_cast<unsigned>(available_cores()), kMaxThreads);
+  on_threads(
+      bytes < kParallelBytes ? 1 : threads, [](void* f) { (*static_cast<decltype(work)*>(f))(); }, &work);
   if (damaged < all.size()) {
     fail(QG_INVALID_FILE, "tensor '", all[damaged].segment->name, "' is damaged: its SHA-256 differs");
   }
@@ -281,7 +273,13 @@ Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>&
     }
     add({t.name, bytes, count});
   }
-  for (const Segment& segment : outside) add(segment);
+  for (const Segment& segment : outside) {
+    if (kCodeIsHashed) {
+      add(segment);
+    } else {
+      segments_.push_back(segment);
+    }
+  }
   verify(hashed, static_cast<unsigned>(threads));
   // Of no known key: it tells nothing but that the signature's bytes are not damaged.
   if (is_signed(tensors) && !public_key && !is_right(read_seal(data + size - kRootSize), root)) {

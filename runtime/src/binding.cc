@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "address.h"
 #include "checked.h"
 
 namespace qg {
@@ -28,6 +29,7 @@ std::optional<int64_t> dense_bytes(const int64_t* shape, size_t rank, qg_dtype d
   for (size_t i = 0; i < rank; ++i) {
     if (!checked_mul(bytes, shape[i], &bytes)) return std::nullopt;
   }
+  if (!addressable(bytes)) return std::nullopt;
   return bytes;
 }
 
@@ -46,8 +48,7 @@ Binding checked_binding(const char* kind, const Port& port, const Value& value, 
   }
   std::optional<int64_t> bytes = dense_bytes(tensor.shape, rank, value.dtype);
   if (!bytes) {
-    refuse(tensor_text(tensor.dtype, tensor.shape, rank),
-           " has a negative dimension or more than 2^63 bytes");
+    refuse(tensor_text(tensor.dtype, tensor.shape, rank), " has a negative dimension or ", kTooManyBytes);
   }
   if (!is_dense(tensor)) refuse("the strides are not dense row-major: copy the tensor first");
   if (!tensor.data && *bytes > 0) refuse("data is NULL");

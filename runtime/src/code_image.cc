@@ -26,10 +26,12 @@ CodeImage::CodeImage(const uint8_t* code, size_t size) {
     fail(QG_IO_ERROR, "the system does not let this process make memory executable: ",
          std::generic_category().message(code));
   }
-  // Where the instruction cache does not follow writes (aarch64); nothing on x86.
+  // Where the instruction cache does not follow writes (ARM, RISC-V); nothing on x86.
   char* begin = static_cast<char*>(address_);
   __builtin___clear_cache(begin, begin + mapped_);
 }
+
+const void* CodeImage::at(size_t offset) const { return static_cast<const uint8_t*>(address_) + offset; }
 
 CodeImage::~CodeImage() {
   if (mapped_ > 0) munmap(address_, mapped_);

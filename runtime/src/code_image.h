@@ -1,4 +1,4 @@
-// A code image in executable memory.
+// A code image in executable memory; in WebAssembly, a table of functions (FORMAT.md).
 #ifndef QGRAPH_SRC_CODE_IMAGE_H_
 #define QGRAPH_SRC_CODE_IMAGE_H_
 
@@ -7,6 +7,13 @@
 #include <utility>
 
 namespace qg {
+
+// Whether an image is bytes that were known when hashes were made.
+#if defined(__wasm__)
+constexpr bool kCodeIsHashed = false;
+#else
+constexpr bool kCodeIsHashed = true;
+#endif
 
 class CodeImage {
  public:
@@ -20,7 +27,8 @@ class CodeImage {
       : address_(std::exchange(other.address_, nullptr)), mapped_(std::exchange(other.mapped_, 0)) {}
   CodeImage& operator=(const CodeImage&) = delete;
 
-  const void* at(size_t offset) const { return static_cast<const uint8_t*>(address_) + offset; }
+  // The kernel of a plan's entry.
+  const void* at(size_t offset) const;
 
  private:
   void* address_ = nullptr;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "address.h"
 #include "aligned_buffer.h"
 #include "code_image.h"
 #include "cpu_features.h"
@@ -25,9 +26,7 @@ class CpuProgram final : public Program {
         variant_(variant),
         code_(variant.code_linked ? CodeImage(variant.code) : CodeImage(variant.code, variant.code_size)) {}
 
-  int64_t weight(size_t value) const override {
-    return reinterpret_cast<int64_t>(plan_.values[value].weight);
-  }
+  int64_t weight(size_t value) const override { return address_of(plan_.values[value].weight); }
   std::unique_ptr<Executor> executor(const Host& host) const override;
 
   const Plan& plan() const { return plan_; }
@@ -70,7 +69,7 @@ class CpuExecutor final : public Executor {
   int64_t held() const override { return static_cast<int64_t>(scratch_.size()); }
   void reserve() override { scratch_.reserve(static_cast<size_t>(needed())); }
 
-  int64_t status(size_t) override { return reinterpret_cast<int64_t>(&status_); }
+  int64_t status(size_t) override { return address_of(&status_); }
 
   Reach reach(const char*, const Port&, const Binding&) override { return Reach::kDirect; }
   void run(const StepTable& table, const std::vector<Transfer>& inputs, const std::vector<Transfer>& outputs,
@@ -124,17 +123,24 @@ void CpuExecutor::run(const StepTable& table, const std::vector<Transfer>&, cons
 void CpuExecutor::run_blocks(const void* context, int worker, int64_t begin, int64_t end) {
   const StepCall& call = *static_cast<const StepCall*>(context);
   const std::vector<Arg>& plan_args = call.step->args;
-  int64_t args[kMaxKernelArgs];
-  std::copy_n(call.args, plan_args.size(), args);
-  if (call.step->scratch_bytes > 0) {
-    int64_t own = reinterpret_cast<int64_t>(call.scratch) + worker * call.scratch_stride;
-    for (size_t i = 0; i < plan_args.size(); ++i) {
-      if (plan_args[i].kind == Arg::Kind::kScratch) args[i] = own + plan_args[i].scratch;
+  const int64_t scratch = address_of(call.scratch) + worker * call.scratch_stride;
+  KernelArgs args;
+  for (size_t i = 0; i < plan_args.size(); ++i) {
+    switch (plan_args[i].kind) {
+      case Arg::Kind::kInteger:
+        args.integer(call.args[i]);
+        break;
+      case Arg::Kind::kScratch:
+        args.pointer(scratch + plan_args[i].scratch);
+        break;
+      default:
+        args.pointer(call.args[i]);
+        break;
     }
   }
-  args[plan_args.size()] = begin;
-  args[plan_args.size() + 1] = end;
-  call_kernel(call.kernel, args, plan_args.size() + 2);
+  args.integer(begin);
+  args.integer(end);
+  args.call(call.kernel);
 }
 
 void CpuExecutor::run_step(const StepTable& table, size_t index) {

@@ -6,6 +6,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__arm__)
+#include <sys/auxv.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -146,8 +149,51 @@ bool cpu_has(std::string_view name) { return name == "neon"; }  // part of the b
 std::string cpu_features() { return "neon"; }
 bool cpu_has_sha_ni() { return false; }
 
+#elif defined(__arm__) && __ARM_ARCH >= 7 && defined(__ARM_FP)
+
+namespace {
+
+// Bits of AT_HWCAP, of a process in 32 bits, whatever the kernel and its `uname -m` are.
+struct HwCap {
+  std::string_view name;
+  int bit;
+};
+constexpr HwCap kHwCaps[] = {{"neon", 12}, {"vfpv4", 16}, {"idiva", 17}};
+
+}  // namespace
+
+std::string_view machine_arch() { return "armv7l"; }
+bool cpu_has(std::string_view name) {
+  for (const HwCap& cap : kHwCaps) {
+    if (cap.name == name) return bit(getauxval(AT_HWCAP), cap.bit);
+  }
+  return false;
+}
+std::string cpu_features() {
+  std::string names;
+  for (const HwCap& cap : kHwCaps) {
+    if (cpu_has(cap.name)) names += (names.empty() ? "" : " ") + std::string(cap.name);
+  }
+  return names.empty() ? "baseline" : names;
+}
+bool cpu_has_sha_ni() { return false; }
+
+#elif defined(__riscv) && __riscv_xlen == 64
+
+std::string_view machine_arch() { return "riscv64"; }
+bool cpu_has(std::string_view) { return false; }  // its variants ask for nothing beyond rv64gc
+std::string cpu_features() { return "baseline"; }
+bool cpu_has_sha_ni() { return false; }
+
+#elif defined(__wasm32__)
+
+std::string_view machine_arch() { return "wasm32"; }
+bool cpu_has(std::string_view name) { return name == "simd128"; }  // else no module with kernels could begin
+std::string cpu_features() { return "simd128"; }
+bool cpu_has_sha_ni() { return false; }
+
 #else
-#error "qgraph's runtime supports x86_64 and aarch64"
+#error "qgraph's runtime supports x86_64, aarch64, armv7 with floating point, riscv64, and wasm32"
 #endif
 
 }  // namespace qg

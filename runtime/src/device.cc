@@ -33,6 +33,7 @@ const Devices& devices() {
     } catch (const Error& e) {
       fresh->problem = e.what();
     }
+    if (fresh->list.size() == 1 && fresh->problem.empty()) fresh->problem = "this platform has no GPUs";
     return fresh;
   }();
   return found;

@@ -1,4 +1,5 @@
-// The default floating-point environment: round to nearest, subnormals kept, no traps.
+// The default floating-point environment: round to nearest, subnormals kept (vectors of 32-bit ARM have no
+// such mode, and take them for zero), no traps.
 #ifndef QGRAPH_SRC_FLOAT_ENVIRONMENT_H_
 #define QGRAPH_SRC_FLOAT_ENVIRONMENT_H_
 
@@ -23,6 +24,17 @@ class DefaultFloatEnvironment {
     __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
   }
   ~DefaultFloatEnvironment() { __asm__ volatile("msr fpcr, %0" : : "r"(before_)); }
+#elif defined(__arm__)
+  DefaultFloatEnvironment() {
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(before_));
+    __asm__ volatile("vmsr fpscr, %0" : : "r"(0));
+  }
+  ~DefaultFloatEnvironment() { __asm__ volatile("vmsr fpscr, %0" : : "r"(before_)); }
+#elif defined(__riscv)
+  DefaultFloatEnvironment() { __asm__ volatile("fscsr %0, zero" : "=r"(before_)); }
+  ~DefaultFloatEnvironment() { __asm__ volatile("fscsr %0" : : "r"(before_)); }
+#else
+  DefaultFloatEnvironment() {}  // WebAssembly has no other
 #endif
   DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
   DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
@@ -30,7 +42,9 @@ class DefaultFloatEnvironment {
  private:
 #if defined(__x86_64__)
   unsigned before_;
-#elif defined(__aarch64__)
+#elif defined(__arm__)
+  uint32_t before_;
+#elif !defined(__wasm__)
   uint64_t before_;
 #endif
 };

@@ -9,6 +9,7 @@
 #include <system_error>
 #include <utility>
 
+#include "address.h"
 #include "error.h"
 
 namespace qg {
@@ -28,8 +29,13 @@ class Descriptor {
   int fd_;
 };
 
+[[noreturn]] void too_large() {
+  fail(QG_UNSUPPORTED, "is larger than this process, of ", 8 * sizeof(void*), " bits, can map");
+}
+
 [[noreturn]] void system_failure(const char* action) {
   int code = errno;
+  if (code == EOVERFLOW) too_large();
   qg_status status = code == ENOENT || code == ENOTDIR ? QG_NOT_FOUND
                      : code == ENOMEM                  ? QG_OUT_OF_MEMORY
                                                        : QG_IO_ERROR;
@@ -46,6 +52,7 @@ MappedFile::MappedFile(const char* path) {
   if (fstat(file.get(), &info) != 0) system_failure("stat");
   if (!S_ISREG(info.st_mode)) fail(QG_INVALID_FILE, "is not a regular file");
   if (info.st_size == 0) fail(QG_INVALID_FILE, "is empty");
+  if (!addressable(info.st_size)) too_large();
   size_t size = static_cast<size_t>(info.st_size);
   void* address = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
   if (address == MAP_FAILED) system_failure("map");

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <utility>
 
+#include "address.h"
 #include "checked.h"
 #include "dtype.h"
 #include "error.h"
@@ -125,7 +126,7 @@ void Session::bind(size_t slot, const Port& port, Binding* old, const Binding& b
   *old = binding;
   if (binding.reach == Reach::kDirect) {
     slot_of_[port.value] = kNoSlot;
-    table_.bases[port.value] = reinterpret_cast<int64_t>(binding.data);
+    table_.bases[port.value] = address_of(binding.data);
   } else if (slot_of_[port.value] == kNoSlot) {
     slot_of_[port.value] = slot;
     layout_stale_ = true;
@@ -200,7 +201,7 @@ void Session::copy_state(const Session& from, const int64_t* rows, size_t count)
     fail(QG_INVALID_ARGUMENT, "a state of ", source.length(),
          " tokens does not fit a session with a capacity of ", state.capacity());
   }
-  if (rows && (count == 0 || count > static_cast<size_t>(INT64_MAX))) {
+  if (rows && (count == 0 || count > static_cast<size_t>(PTRDIFF_MAX))) {
     fail(QG_INVALID_ARGUMENT, "the number of rows to copy is ", count);
   }
   for (size_t i = 0; rows && i < count; ++i) {
@@ -218,8 +219,7 @@ void Session::copy_state(const Session& from, const int64_t* rows, size_t count)
 }
 
 void Session::point_to_state() {
-  state_->places(
-      [this](uint32_t value, uint8_t* data) { table_.bases[value] = reinterpret_cast<int64_t>(data); });
+  state_->places([this](uint32_t value, uint8_t* data) { table_.bases[value] = address_of(data); });
 }
 
 // ---- shapes
@@ -370,7 +370,7 @@ Session::Extent Session::extent(size_t index, const std::vector<int64_t>& dims) 
   std::optional<int64_t> bytes = dense_bytes(extent.shape, value.shape.size(), value.dtype);
   if (!bytes) {
     fail(QG_INVALID_ARGUMENT, label(), ": ", tensor_text(value.dtype, extent.shape, value.shape.size()),
-         " has a negative dimension or more than 2^63 bytes", dims_text(dims));
+         " has a negative dimension or ", kTooManyBytes, dims_text(dims));
   }
   extent.bytes = *bytes;
   return extent;
@@ -430,7 +430,7 @@ void Session::resolve_memory() {
   }
   for (size_t i = 0; i < plan.values.size(); ++i) {
     if (slot_of_[i] == kNoSlot) continue;
-    table_.bases[i] = reinterpret_cast<int64_t>(arena_->data()) + slot_offsets_[slot_of_[i]];
+    table_.bases[i] = address_of(arena_->data()) + slot_offsets_[slot_of_[i]];
   }
 }
 
@@ -467,8 +467,9 @@ std::optional<int64_t> Session::size_slots() {
 // that would bring all above the limit.
 void Session::make_room(std::optional<int64_t> arena, std::optional<int64_t> state) {
   int64_t scratch = executor_->needed(), total = 0;
-  if (!arena || !state || !checked_add(*arena, *state, &total) || !checked_add(total, scratch, &total)) {
-    fail(QG_OUT_OF_MEMORY, "temporaries and state of more than 2^63 bytes", dims_text());
+  if (!arena || !state || !checked_add(*arena, *state, &total) || !checked_add(total, scratch, &total) ||
+      !addressable(total)) {
+    fail(QG_OUT_OF_MEMORY, "temporaries and state of ", kTooManyBytes, dims_text());
   }
   if (memory_limit_ == 0) return;
   uint64_t needed = static_cast<uint64_t>(total);

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "address.h"
 #include "checked.h"
 #include "dtype.h"
 #include "error.h"
@@ -25,7 +26,7 @@ State::State(const Plan& plan, int64_t capacity, Executor& executor)
     if (!checked_mul(width, static_cast<int64_t>(kDTypes[value.dtype].size), &part.token_bytes) ||
         !checked_mul(part.heads, capacity_, &part.row_bytes) ||
         !checked_mul(part.row_bytes, part.token_bytes, &part.row_bytes)) {
-      fail(QG_OUT_OF_MEMORY, "a state of more than 2^63 bytes for a capacity of ", capacity_);
+      fail(QG_OUT_OF_MEMORY, "a state of ", kTooManyBytes, " for a capacity of ", capacity_);
     }
     parts_.push_back(part);
   }

@@ -15,7 +15,7 @@ namespace {
 void spin_pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(__arm__)
   __asm__ volatile("yield");
 #endif
 }
@@ -46,6 +46,18 @@ int available_cores() {
   if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
 #endif
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+void on_threads(unsigned threads, void (*work)(void* context), void* context) {
+  std::vector<std::thread> helpers;
+  helpers.reserve(threads);
+  try {
+    for (unsigned i = 1; i < threads; ++i) helpers.emplace_back(work, context);
+  } catch (...) {
+    // No more threads to be had: the ones we have do the work.
+  }
+  work(context);
+  for (std::thread& helper : helpers) helper.join();
 }
 
 ThreadPool::ThreadPool(int threads, HostPool host)

@@ -16,6 +16,10 @@ namespace qg {
 // Cores that this process may use: at least 1.
 int available_cores();
 
+// Calls work(context) on `threads` threads at once, or fewer where the system has no more: this one, at
+// least. Returns when all have returned. `work` must not throw.
+void on_threads(unsigned threads, void (*work)(void* context), void* context);
+
 // The caller of run() is worker 0 and takes blocks like the others. It never waits for a thread that has not
 // begun: when the blocks are used up the job closes, and a worker that the operating system wakes late finds
 // nothing to do. So a busy machine costs help, not time. Blocks are handed out by a counter; which thread
@@ -44,6 +48,9 @@ class ThreadPool {
   void run(int64_t blocks, int64_t grain, Work work, const void* context);
 
  private:
+#if defined(__wasm__)
+  const int threads_ = 1;  // there are no others
+#else
   struct Job {
     Work work;
     const void* context;
@@ -82,6 +89,7 @@ class ThreadPool {
   std::atomic<int> sleepers_{0};
 
   int generation_;  // of the process, see orphaned()
+#endif
 };
 
 // Deletes a pool, unless it is orphaned.

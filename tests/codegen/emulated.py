@@ -1,77 +1,138 @@
-"""Kernels of aarch64 on any machine, by qemu."""
+"""Kernels of other processors on any machine, by qemu: what takes an ISA level runs on each of them with
+
+@emulated
+def test(isa: Isa) -> None: ...
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from kernel_harness import link_kernel
+import pytest
 
-from qgraph.codegen.isa import ISAS
+from qgraph.codegen.isa import ISAS, Isa
+from qgraph.codegen.link import CodeImage
 from qgraph.codegen.spec import KernelSpec
 
-# Reads the code and one file an array, calls the kernel, writes the first array back. Pointers and int64 are
-# passed alike, and a function does not mind arguments that it does not have.
+RUNTIME = Path(__file__).parents[2] / "runtime"
+
+# Calls the kernel as the runtime does, on arrays that end flush with an inaccessible page, or begin with one.
 _DRIVER = r"""
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
-static void* whole(const char* path, size_t* size) {
+#include "address.h"
+#include "float_environment.h"
+#include "kernel_call.h"
+constexpr size_t kPage = 4096;
+struct Mapped { char* data; size_t size; };
+Mapped whole(const char* path, bool guard) {
   FILE* f = fopen(path, "rb");
   fseek(f, 0, SEEK_END);
-  *size = ftell(f);
+  size_t size = ftell(f), pages = (size + kPage - 1) / kPage * kPage;
   rewind(f);
-  void* data = mmap(0, *size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (fread(data, 1, *size, f) != *size) abort();
+  char* data = (char*)mmap(0, pages + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  mprotect(data + pages, kPage, PROT_NONE);
+  if (guard) data += pages - size;
+  if (fread(data, 1, size, f) != size) abort();
   fclose(f);
-  return data;
+  return {data, size};
 }
-typedef void (*Kernel)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                       int64_t, int64_t, int64_t);
-int main(int argc, char** argv) {  // entry, then the arguments: files, or =integers
-  size_t size, result = 0;
-  int64_t a[12] = {0};
-  char* code = whole("code", &size);
-  mprotect(code, size, PROT_READ | PROT_EXEC);
-  for (int i = 2; i < argc; ++i) {
-    if (argv[i][0] == '=') {
-      a[i - 2] = atoll(argv[i] + 1);
-    } else {
-      a[i - 2] = (int64_t)whole(argv[i], &size);
-      if (i == 2) result = size;
-    }
+int main(int argc, char** argv) {  // guard, entry, number of arguments, these (files or =integers), ranges
+  const bool guard = atoi(argv[1]);
+  const int count = atoi(argv[3]);
+  char** given = argv + 4;
+  Mapped code = whole("code", false), arrays[32];
+  mprotect(code.data, code.size, PROT_READ | PROT_EXEC);
+  __builtin___clear_cache(code.data, code.data + code.size);
+  qg::DefaultFloatEnvironment environment;
+  for (int i = 0; i < count; ++i) {
+    if (given[i][0] != '=') arrays[i] = whole(given[i], guard);
   }
-  ((Kernel)(code + atoll(argv[1])))(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
-  FILE* f = fopen("result", "wb");
-  fwrite((void*)a[0], 1, result, f);
-  return fclose(f);
+  for (int range = count; range < argc - 4; ++range) {
+    qg::KernelArgs args;
+    for (int i = 0; i < count; ++i) {
+      if (given[i][0] == '=') args.integer(atoll(given[i] + 1));
+      else args.pointer(qg::address_of(arrays[i].data));
+    }
+    args.integer(atoll(given[range]));
+    args.integer(atoll(strchr(given[range], ':') + 1));
+    args.call(code.data + atoll(argv[2]));
+  }
+  for (int i = 0; i < count; ++i) {
+    if (given[i][0] == '=') continue;
+    FILE* f = fopen(given[i], "wb");
+    fwrite(arrays[i].data, 1, arrays[i].size, f);
+    if (fclose(f) != 0) abort();
+  }
 }
 """
 
-MISSING = (
-    "needs qemu-aarch64 and aarch64-linux-gnu-gcc (Debian: qemu-user, gcc-aarch64-linux-gnu)"
-    if shutil.which("qemu-aarch64") is None or shutil.which("aarch64-linux-gnu-gcc") is None
-    else ""
+# ISA level -> its qemu, and what Debian calls the machine in packages and compilers.
+MACHINES = {
+    "aarch64": ("qemu-aarch64", "aarch64-linux-gnu"),
+    "armv7": ("qemu-arm", "arm-linux-gnueabihf"),
+    "riscv64": ("qemu-riscv64", "riscv64-linux-gnu"),
+}
+
+
+def missing(name: str) -> str:
+    """Why code of an ISA level cannot run here, empty if it can."""
+    qemu, machine = MACHINES[name]
+    if shutil.which(qemu) and shutil.which(f"{machine}-g++"):
+        return ""
+    return f"needs {qemu} and {machine}-g++ (Debian: qemu-user, g++-{machine})"
+
+
+emulated = pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(ISAS[name], id=name, marks=pytest.mark.skipif(bool(missing(name)), reason=missing(name)))
+        for name in MACHINES
+    ],
 )
 
+_folder: list[tempfile.TemporaryDirectory[str]] = []  # of the drivers, while the tests run
 
-def run_on_aarch64(spec: KernelSpec, args: list[np.ndarray | int], blocks: int, folder: Path) -> np.ndarray:
-    """Run the kernel over blocks [0, blocks); returns its first array. `folder` keeps the driver."""
-    image = link_kernel(spec, ISAS["aarch64"])
-    if not (folder / "driver").exists():
-        (folder / "driver.c").write_text(_DRIVER)
-        compiler = ["aarch64-linux-gnu-gcc", "-O1", "-static", "driver.c", "-o", "driver"]
-        subprocess.run(compiler, cwd=folder, check=True)
-    (folder / "code").write_bytes(image.code)
-    passed = [str(image.entries[spec.symbol])]
-    for i, arg in enumerate([*args, 0, blocks]):
-        if isinstance(arg, np.ndarray):
-            arg.tofile(folder / f"array{i}")
-        passed.append(f"array{i}" if isinstance(arg, np.ndarray) else f"={arg}")
-    subprocess.run(["qemu-aarch64", "./driver", *passed], cwd=folder, check=True)
-    first = args[0]
-    assert isinstance(first, np.ndarray)
-    return np.fromfile(folder / "result", first.dtype).reshape(first.shape)
+
+@cache
+def _driver(name: str) -> Path:
+    if not _folder:
+        _folder.append(tempfile.TemporaryDirectory(prefix="qgraph-drivers-"))
+    source, program = Path(_folder[0].name) / "driver.cc", Path(_folder[0].name) / name
+    source.write_text(_DRIVER)
+    compiler = [f"{MACHINES[name][1]}-g++", "-std=c++17", "-O1", "-static", f"-I{RUNTIME / 'src'}"]
+    subprocess.run([*compiler, source, "-o", program], check=True)
+    return program
+
+
+class EmulatedKernel:
+    """As `kernel_harness.Kernel`."""
+
+    def __init__(self, spec: KernelSpec, isa: Isa, image: CodeImage) -> None:
+        self.spec, self.isa, self.image = spec, isa, image
+
+    def run(self, args: Sequence[np.ndarray | int], ranges: Sequence[tuple[int, int]], guard: bool) -> None:
+        """Raises AssertionError where the kernel touches memory outside its buffers."""
+        passed = [f"array{i}" if isinstance(arg, np.ndarray) else f"={arg}" for i, arg in enumerate(args)]
+        command = [MACHINES[self.isa.name][0], str(_driver(self.isa.name)), str(int(guard))]
+        command += [str(self.image.entries[self.spec.symbol]), str(len(args)), *passed]
+        with tempfile.TemporaryDirectory(prefix="qgraph-emulated-") as name:
+            folder = Path(name)
+            (folder / "code").write_bytes(self.image.code)
+            for arg, file in zip(args, passed, strict=True):
+                if isinstance(arg, np.ndarray):
+                    assert arg.flags.c_contiguous
+                    arg.tofile(folder / file)
+            done = subprocess.run([*command, *(f"{a}:{b}" for a, b in ranges)], cwd=folder)
+            assert done.returncode == 0, f"{self.spec.op} on {self.isa.name}: {done.returncode}"
+            for arg, file in zip(args, passed, strict=True):
+                if isinstance(arg, np.ndarray) and arg.flags.writeable:
+                    arg[...] = np.fromfile(folder / file, arg.dtype).reshape(arg.shape)

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from emulated import EmulatedKernel
 
 from qgraph.codegen.isa import ISAS, Isa
 from qgraph.codegen.kernels import build_kernel
@@ -29,6 +30,7 @@ from qgraph.codegen.link import CodeImage, link
 from qgraph.codegen.spec import KernelSpec
 from qgraph.codegen.tiles import symbol
 from qgraph.codegen.tvm_backend import compile_object, compile_text
+from qgraph.codegen.wasm_library import archive_image, library_members
 
 _PAGE = mmap.PAGESIZE
 _PROT_NONE = 0  # not named by the mmap module
@@ -154,6 +156,10 @@ def link_kernel(spec: KernelSpec, isa: Isa) -> CodeImage:
     objects = {
         name: compile_object({name: build_kernel(spec, of)}, of) for name, of in forms_of(spec, isa).items()
     }
+    if isa.arch == "wasm32":
+        image = archive_image(objects)
+        library_members("m", [], isa.name, image.code, image.entries)  # refuses what no library defines
+        return image
     return link(objects, [symbol(spec, isa)], support_object(isa))
 
 
@@ -167,6 +173,15 @@ def stack_bytes(spec: KernelSpec, isa: Isa) -> int:
     text = compile_text({symbol(spec, isa): build_kernel(spec, isa)}, isa)
     if isa.arch == "x86_64":
         return max((int(n) for n in re.findall(r"subq\s+\$(\d+), %rsp", text)), default=0)
+    if isa.arch == "wasm32":  # a local is the stack's pointer less the frame
+        frames = re.findall(r"global\.get\s+__stack_pointer\s+i32\.const\s+(\d+)\s+i32\.sub", text)
+        return max(map(int, frames), default=0)
+    if isa.arch == "riscv64":
+        small = sum(int(n) for n in re.findall(r"addi\s+sp, sp, -(\d+)", text))
+        large = re.findall(
+            r"lui\s+(\w+), (\d+)\n(?:\s+addi?w?\s+\1, \1, (-?\d+)\n)?\s+sub\s+sp, sp, \1", text
+        )
+        return small + sum((int(upper) << 12) + int(lower or 0) for _, upper, lower in large)
     frames = re.findall(r"sub\s+sp, sp, #(\d+)(, lsl #12)?", text)  # a large frame takes one of each
     return sum(int(n) << (12 if shifted else 0) for n, shifted in frames)
 
@@ -191,7 +206,19 @@ def compile_kernel(spec: KernelSpec, isa: Isa) -> Kernel:
         from emulator import AsOnCpu
 
         return AsOnCpu(spec)  # type: ignore[return-value]
-    return Kernel(spec, isa, link_kernel(spec, isa))
+    image = link_kernel(spec, isa)
+    return Kernel(spec, isa, image) if isa.arch == os.uname().machine else _Emulated(spec, isa, image)
+
+
+class _Emulated(Kernel, EmulatedKernel):
+    """A kernel of another processor (emulated.py)."""
+
+    __init__ = EmulatedKernel.__init__
+
+    def __call__(
+        self, *args: np.ndarray | int, blocks: int, split: Sequence[int] | None = None, guard: bool = False
+    ) -> None:
+        self.run(args, _ranges(blocks, split), guard)
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

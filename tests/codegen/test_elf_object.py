@@ -7,7 +7,16 @@ import io
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from qgraph.codegen.elf_object import ALLOC, EXECUTE, MACHINES, WRITE, Section, write_archive, write_object
+from qgraph.codegen.elf_object import (
+    ALLOC,
+    EXECUTE,
+    MACHINES,
+    WRITE,
+    Member,
+    Section,
+    write_archive,
+    write_object,
+)
 
 
 def sections() -> list[Section]:
@@ -24,7 +33,16 @@ def test_object(machine: str) -> None:
     data = b"".join(write_object(machine, sections(), {"first": (2, 0, 24), "second": (0, 3, 4)}))
     elf = ELFFile(io.BytesIO(data))
     assert elf["e_type"] == "ET_REL"
-    assert elf["e_machine"] == {"x86_64": "EM_X86_64", "aarch64": "EM_AARCH64"}[machine]
+    assert (
+        elf["e_machine"]
+        == {
+            "x86_64": "EM_X86_64",
+            "aarch64": "EM_AARCH64",
+            "armv7l": "EM_ARM",
+            "riscv64": "EM_RISCV",
+        }[machine]
+    )
+    assert elf.elfclass == MACHINES[machine].bits
     assert elf.get_section_by_name(".rodata.x").data() == b"abcdefg"
     text = elf.get_section_by_name(".text.x")
     assert text.data() == b"\xc3" * 9 and text["sh_flags"] == 6
@@ -36,21 +54,27 @@ def test_object(machine: str) -> None:
     # sh_info of a symbol table: the first symbol that is not local.
     bindings = [s["st_info"]["bind"] for s in table.iter_symbols()]
     assert bindings.index("STB_GLOBAL") == table["sh_info"] == 4
-    relocations = elf.get_section_by_name(".rela.data.rel.ro")
+    wide = MACHINES[machine].bits == 64
+    relocations = elf.get_section_by_name(".rela.data.rel.ro" if wide else ".rel.data.rel.ro")
+    content = elf.get_section_by_name(".data.rel.ro").data()
     assert relocations["sh_info"] == 3 and elf.get_section(relocations["sh_link"]).name == ".symtab"
     places = [
-        (r["r_offset"], table.get_symbol(r["r_info_sym"])["st_shndx"], r["r_addend"])
+        (
+            r["r_offset"],
+            table.get_symbol(r["r_info_sym"])["st_shndx"],
+            r["r_addend"] if wide else int.from_bytes(content[r["r_offset"] :][:4], "little"),
+        )
         for r in relocations.iter_relocations()
     ]
     assert places == [(0, 1, 5), (16, 2, 0)]
-    assert {r["r_info_type"] for r in relocations.iter_relocations()} == {MACHINES[machine][1]}
+    assert {r["r_info_type"] for r in relocations.iter_relocations()} == {MACHINES[machine].absolute}
 
 
 @pytest.mark.parametrize("size", [4, 5])
 @pytest.mark.parametrize("symbol", ["even_name_", "odd_name_"])
 def test_archive(size: int, symbol: str) -> None:
     content = bytes(range(size))
-    data = b"".join(write_archive("model.o", [content[:2], content[2:]], [symbol]))
+    data = b"".join(write_archive([Member("model.o", [content[:2], content[2:]], [symbol])]))
     assert data[:8] == b"!<arch>\n"
     members, at = [], 8
     while at < len(data):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated import MISSING, run_on_aarch64
+from emulated import emulated
 from group_cases import GroupMatMul, make_spec, packed, random_weight
-from kernel_harness import innermost_loops, native_isas
+from kernel_harness import compile_kernel, innermost_loops, native_isas
 from matmul_cases import MatMul, compact, digits_of, make_weight
 
 from qgraph.codegen.digits import DigitRows, digit_rows, uses_digits
@@ -229,9 +228,9 @@ def test_the_sums_of_many_rows_stay_in_registers(weight_format: str, digits: int
     assert found and not [i for body in found for i in body if "zmm" in i and "rsp" in i]
 
 
-@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@emulated
 @pytest.mark.parametrize("weight_format", ["nvfp4", "ternary"])
-def test_aarch64_takes_floats_and_the_sums_of_digits(weight_format: str, tmp_path: Path) -> None:
+def test_others_take_floats_and_the_sums_of_digits(isa: Isa, weight_format: str) -> None:
     """The digits are made elsewhere; of a row that has none, nothing is taken from them."""
     K, N = 172, 49
     x = np.random.default_rng(0).standard_normal((3, K)).astype(np.float32)
@@ -248,8 +247,8 @@ def test_aarch64_takes_floats_and_the_sums_of_digits(weight_format: str, tmp_pat
         want = x.astype(np.float64) @ value.astype(np.float64)
     for first, M in ((0, 3), (1, 1)):
         some = [x[first : first + M].copy(), digits[0][first : first + M].copy()]
-        args = [np.zeros((M, N), np.float32), *some, *operands, M]
-        got = run_on_aarch64(spec, args, -(-N // 32), tmp_path)
+        got = np.zeros((M, N), np.float32)
+        compile_kernel(spec, isa)(got, *some, *operands, M, blocks=-(-N // 32), guard=True)
         for row, expected in zip(got, want[first:], strict=False):
             finite = np.isfinite(expected)
             np.testing.assert_array_equal(row[~finite], expected[~finite])

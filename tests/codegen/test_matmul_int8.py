@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
-from emulated import MISSING, run_on_aarch64
+from emulated import emulated
 from group_cases import random_weight
 from int8_cases import FORMATS_A8, Int8MatMul, make_spec
-from kernel_harness import innermost_loops, link_kernel, native_isas, stack_bytes
+from kernel_harness import compile_kernel, innermost_loops, link_kernel, native_isas, stack_bytes
 from matmul_cases import ACTIVATIONS, Weight, error
 
 from qgraph.codegen.isa import ISAS, Isa
@@ -53,17 +51,15 @@ def test_a_row_gives_the_same_bits_alone_and_on_every_isa(weight_format: str) ->
         np.testing.assert_array_equal(got, results[0])
 
 
+@emulated
 @formats
-def test_aarch64_gives_the_same_bits(weight_format: str, tmp_path: Path) -> None:
+def test_others_give_the_same_bits(isa: Isa, weight_format: str) -> None:
     K, N = SHAPES[0]
     case = Int8MatMul(native_isas()[0], weight_format, K, N)
-    assert link_kernel(case.spec, ISAS["aarch64"]).entries == {case.spec.symbol: 0}
-    if MISSING:
-        pytest.skip(MISSING)
     for M in (1, 3, 9):
-        x = case.inputs(M)
-        args = [np.zeros((M, N), np.float32), *case.quantize(x), *case.packed, M]
-        got = run_on_aarch64(case.spec, args, -(-N // 32), tmp_path)
+        x, got = case.inputs(M), np.zeros((M, N), np.float32)
+        operands = [*case.quantize(x), *case.packed, M]
+        compile_kernel(case.spec, isa)(got, *operands, blocks=-(-N // 32), guard=True)
         np.testing.assert_array_equal(got, case.run(x))
 
 

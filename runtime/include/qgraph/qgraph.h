@@ -192,7 +192,8 @@ QG_API qg_status qg_load_memory(const void* data, size_t size, const qg_load_opt
                                 qg_model** model);
 
 /* Code that is part of the program, in a section that may be executed: the image that the container would
- * call `qgraph.code.<isa>`, of that variant and any that share it. */
+ * call `qgraph.code.<isa>`, of that variant and any that share it. In WebAssembly, a table of its functions.
+ */
 typedef struct qg_static_code {
   const char* isa;
   const void* data;
