@@ -158,7 +158,8 @@ def test_prebuilt_library(library: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_processes_may_race(library: Path, tmp_path: Path) -> None:
-    """Builders that start together all succeed and leave one library, and that for ONNX Runtime. A fake compiler keeps it quick."""
+    """Builders that start together all succeed and leave one library, and the one for ONNX Runtime. A fake
+    compiler keeps it quick."""
     compiler = tmp_path / "cxx"
     compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nsleep 0.1\ncp "{library}" "$2"\n')
     compiler.chmod(0o755)
