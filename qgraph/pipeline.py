@@ -174,6 +174,7 @@ def _check_tools(run: _Run) -> None:
 def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] | None) -> ir.Model:
     """Load, prepare and quantize the source; write the low-bit file to the staging folder. Returns the
     model."""
+    from qgraph.export import require_form
     from qgraph.passes import load_model, prepare_model, run_passes
     from qgraph.passes.fuse_mean_shift import FuseMeanShift
     from qgraph.passes.lowbit_functions import AddLowbitFunctions
@@ -184,6 +185,11 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     from qgraph.schemes import get_scheme
 
     config, report = run.config, run.report
+    formats = [
+        get_scheme(name).weight_format for name in (config.scheme, *(s for _, s, _ in config.overrides()))
+    ]
+    for name in run.exports:
+        require_form(name, list(dict.fromkeys(filter(None, formats))))
     with run.phase("load"):
         model = load_model(run.source)
         report.sizes["original"] = sum(file.stat().st_size for file in _files(run.source, model))
@@ -492,7 +498,7 @@ def _verify_export(
         return Verification("skipped", "--no-verify")
     wanted = parse_target(context.target)
     if EXPORTS[name].compiled and not wanted.runs_on(platform.machine()):
-        return Verification("skipped", f"this machine does not run {wanted.isas[0].arch}-linux")
+        return Verification("skipped", f"this machine does not run {wanted.name.split(',')[0]}")
     with run.phase(f"verify {name}"):
         return verify_export(
             name,

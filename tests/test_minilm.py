@@ -20,7 +20,7 @@ import onnx
 import pytest
 
 import qgraph
-from qgraph.evaluate.runners import ReferenceRunner
+from qgraph.evaluate.runners import OnnxRuntimeRunner, ReferenceRunner
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("QGRAPH_DATA", ROOT.parent / "shared" / "data")) / "sts" / "stsb-en-dev.csv"
@@ -101,6 +101,21 @@ def test_lowbit_file_is_standard_onnx(compiled) -> None:
     weights = sum(int(np.prod(t.dims)) for t in codes)
     bits = 8 * sum(len(t.raw_data) for t in (*codes, *scales)) / weights
     assert weights == 6 * (4 * 384 * 384 + 2 * 384 * 1536) + 384 * 384 and bits == 4.5
+
+
+def test_stock_onnxruntime_runs_the_same_weights(compiled, folder: Path) -> None:
+    from qgraph.export import export_model
+    from qgraph.passes.save import save_lowbit
+
+    model, context = export_model("ort-cpu", compiled.onnx)
+    assert len(context.done) == 37 and not context.notes
+    save_lowbit(model, folder / "ort-cpu.onnx")
+    stock = OnnxRuntimeRunner(folder / "ort-cpu.onnx")
+    for batch, length in ((1, 16), (3, 40)):
+        inputs = feeds(batch, length)
+        want = compiled.load().run(inputs)
+        for name, got in stock.run(inputs).items():
+            assert relative_error(got, want[name]) < 1e-4, name
 
 
 @pytest.mark.parametrize("length", [1, 7, 16, 128])

@@ -9,7 +9,7 @@ module also has `open_runner(path, threads)`, which opens what was written as a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -30,12 +30,14 @@ class Export:
         description: one line for `--help` and the docs.
         runs: whether what is written can be run on a CPU by what qgraph has installed, and is verified so.
         compiled: whether it has code of ours, and runs on the config's target alone.
+        formats: of weights, that it has a low-bit form of; empty is all.
     """
 
     name: str
     description: str
     runs: bool = False
     compiled: bool = False
+    formats: tuple[str, ...] = ()
 
     @property
     def suffix(self) -> str:
@@ -54,7 +56,11 @@ EXPORTS = {
         Export("ort", "ONNX Runtime on CPUs with our kernels: libqgraph_ort.so", runs=True, compiled=True),
         Export("ort-cpu", "stock ONNX Runtime on CPUs: MatMulNBits", runs=True),
         Export("ort-cuda", "stock ONNX Runtime on NVIDIA GPUs: its NVFP4 MatMul, or MatMulNBits"),
-        Export("tensorrt", "TensorRT: DequantizeLinear as NVIDIA's Model Optimizer writes it; NVFP4 alone"),
+        Export(
+            "tensorrt",
+            "TensorRT: DequantizeLinear as NVIDIA's Model Optimizer writes it; NVFP4 alone",
+            formats=("nvfp4",),
+        ),
     )
 }
 
@@ -101,6 +107,17 @@ class Context:
     def leave(self, node: ir.Node, reason: str) -> None:
         """It is left in float."""
         self.notes.append(Note(str(node.name), reason))
+
+
+def require_form(name: str, formats: Collection[str]) -> None:
+    """UsageError where an engine has no low-bit form of weights in any of these formats."""
+    known = EXPORTS[name].formats
+    if not formats:
+        raise UsageError(f"export '{name}': nothing is quantized, there is nothing low-bit to write")
+    if known and not set(known) & set(formats):
+        raise UsageError(
+            f"export '{name}' has low-bit forms of {', '.join(known)} alone, not of {', '.join(formats)}"
+        )
 
 
 def export_model(name: str, lowbit: Path, context: Context) -> ir.Model:

@@ -7,7 +7,7 @@ them. What a plane dequantizes to is exact; the sum is that of the format but fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -57,23 +57,22 @@ def planes(q: QTensor, wide: bool) -> list[Plane]:
     int8 is 16 times one of 4 bits, and another."""
     spec = FORMATS[q.format]
     if q.format == nvfp4.NVFP4.name:
-        twice = (2 * spec.values).astype(np.int16)[q.codes]
+        twice = (2 * spec.values).astype(np.int16)
         half = nvfp4.scales(q.block_scale, q.global_scale) * np.float32(0.5)
         if not wide:
-            return [_plane(8, spec.block, twice, half)]
+            return [_plane(8, q, twice, half)]
         near = np.clip(twice, -8, 7)
-        return [_plane(4, spec.block, near, half), _plane(4, spec.block, twice - near, half)]
+        return [_plane(4, q, near, half), _plane(4, q, twice - near, half)]
     scale = q.block_scale.astype(np.float32)
-    levels = (spec.values.astype(np.int16) - _CENTRE.get(q.format, 0))[q.codes]
+    levels = spec.values.astype(np.int16) - _CENTRE.get(q.format, 0)
     if q.format == "int8" and wide:
-        low = (levels & 15).astype(np.uint8)
+        low = _plane(4, q, (levels & 15) - 8, scale)
         zero = np.zeros(scale.shape, np.uint8)
-        high = _plane(4, spec.block, levels >> 4, scale * np.float32(16))
-        return [high, Plane(4, spec.block, low, scale, zero)]
+        return [_plane(4, q, levels >> 4, scale * np.float32(16)), replace(low, zero_point=zero)]
     if spec.offset == "zero_point":
         return [Plane(4, spec.block, q.codes, scale, q.block_offset)]
-    bits = 2 if len(spec.values) <= 4 and not wide else 8 if len(spec.values) > 16 else 4
-    return [_plane(bits, spec.block, levels, scale)]
+    bits = 2 if len(levels) <= 4 and not wide else 8 if len(levels) > 16 else 4
+    return [_plane(bits, q, levels, scale)]
 
 
 def means(q: QTensor) -> npt.NDArray[np.float32] | None:
@@ -86,6 +85,7 @@ def means(q: QTensor) -> npt.NDArray[np.float32] | None:
     return q.block_offset.astype(np.float32) + centre * q.block_scale.astype(np.float32)
 
 
-def _plane(bits: int, block: int, levels: npt.NDArray, scale: npt.NDArray[np.float32]) -> Plane:
-    """Of levels around zero."""
-    return Plane(bits, block, (levels + (1 << (bits - 1))).astype(np.uint8), scale)
+def _plane(bits: int, q: QTensor, levels: npt.NDArray[np.int16], scale: npt.NDArray[np.float32]) -> Plane:
+    """Of levels around zero, one for each code."""
+    fields = (levels + (1 << (bits - 1))).astype(np.uint8)
+    return Plane(bits, FORMATS[q.format].block, fields[q.codes], scale)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 
 from qgraph.formats import QTensor
 from qgraph.formats.nvfp4 import NVFP4
@@ -139,5 +140,6 @@ def finish(model: ir.Model, domains: Mapping[str, int]) -> ir.Model:
     InlineLowbitFunctions()(model)
     model.graph.opset_imports.update(domains)
     RemoveUnused()(model)
+    NameFixPass()(model)  # names of new values may be taken
     assert not any(node.domain == DOMAIN for node in model.graph.all_nodes())
     return model

@@ -108,6 +108,17 @@ def test_int8_activations(format: str, tmp_path: Path) -> None:
         assert relative_error(run(path, x=x)["y0"], rounded) < 2e-6
 
 
+def test_layers_of_different_blocks_share_an_input(tmp_path: Path) -> None:
+    """Each rounds by its own blocks, so no one rounding describes both."""
+    weights = [random_weight("nvfp4", 64, 8), random_weight("int4", 64, 8)]
+    context = export_to(tmp_path / "m.onnx", "ort-cpu", linear_model(weights, "int8"))
+    assert context.rounds == {"x/int8": None}
+    x = activations(2, 7, 64)
+    found = run(tmp_path / "m.onnx", x=x)
+    for i, q in enumerate(weights):
+        assert relative_error(found[f"y{i}"], x.astype(np.float64) @ dense(q)) < 0.02
+
+
 def test_nvfp4_activations_are_rounded_to_the_bit(tmp_path: Path) -> None:
     for K in (64, 40, 7):
         model = linear_model([random_weight("nvfp4", K, 5)], "nvfp4")
