@@ -103,18 +103,21 @@ def test_lowbit_file_is_standard_onnx(compiled) -> None:
     assert weights == 6 * (4 * 384 * 384 + 2 * 384 * 1536) + 384 * 384 and bits == 4.5
 
 
-def test_stock_onnxruntime_runs_the_same_weights(compiled, folder: Path) -> None:
-    from qgraph.export import export_model
+@pytest.mark.parametrize("engine", ["ort", "ort-cpu"])
+def test_onnxruntime_runs_the_same_weights(compiled, folder: Path, engine: str) -> None:
+    """With our kernels, and with its own."""
+    from qgraph.export import Context, export_model
     from qgraph.passes.save import save_lowbit
 
-    model, context = export_model("ort-cpu", compiled.onnx)
+    context = Context()
+    model = export_model(engine, compiled.onnx, context)
     assert len(context.done) == 37 and not context.notes
-    save_lowbit(model, folder / "ort-cpu.onnx")
-    stock = OnnxRuntimeRunner(folder / "ort-cpu.onnx")
+    save_lowbit(model, folder / f"{engine}.onnx")
+    runner = OnnxRuntimeRunner(folder / f"{engine}.onnx")
     for batch, length in ((1, 16), (3, 40)):
         inputs = feeds(batch, length)
         want = compiled.load().run(inputs)
-        for name, got in stock.run(inputs).items():
+        for name, got in runner.run(inputs).items():
             assert relative_error(got, want[name]) < 1e-4, name
 
 
