@@ -34,7 +34,6 @@ class _Relocation:
     kind: int
     symbol: str  # name, or "" for a section symbol
     section: int  # section index of a defined symbol, 0 when undefined
-    weak: bool  # it yields to the support object's
     value: int  # the symbol's offset in its section
     addend: int
     origin: int  # the offset that relative addresses count from: `offset` but for the lower half of RISC-V's
@@ -86,12 +85,13 @@ def _read(name: str, data: bytes) -> _Object:
         own = sections[section["sh_info"]]
         for rel in section.iter_relocations():
             sym = symtab.get_symbol(rel["r_info_sym"])
-            defined = sym["st_shndx"] if isinstance(sym["st_shndx"], int) else 0
+            # TVM puts conversions of float16 into every object, weak, by a calling convention that is not
+            # every target's: nobody is to call them.
+            weak = sym["st_info"]["bind"] == "STB_WEAK"
+            defined = sym["st_shndx"] if isinstance(sym["st_shndx"], int) and not weak else 0
             at, kind = rel["r_offset"], rel["r_info_type"]
             addend = rel["r_addend"] if section.is_RELA() else _addend_in_place(own.data, at)
-            weak = sym["st_info"]["bind"] == "STB_WEAK"
-            place = sym.name, defined, weak, sym["st_value"]
-            own.relocations.append(_Relocation(at, kind, *place, addend, at))
+            own.relocations.append(_Relocation(at, kind, sym.name, defined, sym["st_value"], addend, at))
         if machine == "EM_RISCV":
             own.relocations = _with_lower_halves(own.relocations)
     return _Object(name, machine, sections, symbols)
@@ -202,12 +202,11 @@ def link(objects: Mapping[str, bytes], entries: list[str], support: bytes | None
     """Link ELF relocatable `objects` (file name -> bytes), keeping what `entries` reach.
 
     `support` is one more object, searched for symbols that an object refers to and no other defines (memset,
-    memcpy), or that it defines as weak itself.
+    memcpy).
     Raises QGraphError when a symbol is undefined, data is writable, or a relocation is not relative.
     """
     parsed = [_read(name, data) for name, data in objects.items()]
     helper = _read("support", support) if support is not None else None
-    provided = helper.symbols if helper is not None else {}
     where = {symbol: obj for obj in parsed for symbol in obj.symbols}
     missing = [e for e in entries if e not in where]
     if missing:
@@ -235,7 +234,7 @@ def link(objects: Mapping[str, bytes], entries: list[str], support: bytes | None
     for obj, index in work:  # grows while sections are reached
         base = placed[id(obj), index]
         for rel in obj.sections[index].relocations:
-            if rel.section and not (rel.weak and rel.symbol in provided):
+            if rel.section:
                 target = place(obj, rel.section, 1) + rel.value
             elif (other := where.get(rel.symbol, helper)) is not None and rel.symbol in other.symbols:
                 section, value = other.symbols[rel.symbol]

@@ -46,7 +46,7 @@ _MODULES = (
     "split_digits",
     "support",
     "support_arm",
-    "support_float",
+    "support_rounding",
 )
 
 

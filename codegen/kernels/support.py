@@ -7,7 +7,7 @@ from functools import cache
 
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels.support_arm import ARM_ROUTINES
-from qgraph.codegen.kernels.support_float import HALF_ROUTINES, ROUNDING_ROUTINES
+from qgraph.codegen.kernels.support_rounding import ROUNDING_ROUTINES
 from qgraph.codegen.tvm_backend import compile_ir
 
 # The barrier keeps LLVM from recognising these very loops as memset and memcpy, which would call themselves.
@@ -66,7 +66,7 @@ _MEMCPY = {
 # By architecture; x86-64 and aarch64 have instructions for all that kernels do.
 _ROUTINES = {
     "armv7l": ARM_ROUTINES + ROUNDING_ROUTINES,
-    "riscv64": HALF_ROUTINES + ROUNDING_ROUTINES,
+    "riscv64": ROUNDING_ROUTINES,
 }
 
 

@@ -116,8 +116,9 @@ _THREADS = (click.option("--threads", type=int, metavar="N", help="Threads; 0 is
 _BUILD = (
     click.option(
         "--target",
-        help="The machines that the artifact is for: x86_64-linux, aarch64-linux, cuda, or one of "
-        "the former and cuda with a comma between.  [default: x86_64-linux]",
+        help="The machines that the artifact is for: x86_64-linux, aarch64-linux, armv7-linux, "
+        "riscv64-linux, cpu (this one's), cuda, or one of the former and cuda with a comma between.  "
+        "[default: x86_64-linux]",
     ),
     click.option(
         "--format",

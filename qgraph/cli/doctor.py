@@ -101,11 +101,11 @@ def _cpu() -> str:
         known = ", ".join(sorted({isa.arch for isa in ISAS.values()}))
         raise UnsupportedError(f"no code variant for {machine}: there are some for {known}")
     wanted = {feature for isa in isas for feature in isa.features}
-    here = _cpu_flags() & wanted
+    here = _cpu_flags() & wanted if wanted else set()
     runs = [isa.name for isa in isas if set(isa.features) <= here]
     if not runs:
         raise UnsupportedError(f"{machine} without {', '.join(sorted(wanted - here))}: no code variant fits")
-    return f"{machine}: {' '.join(sorted(here))}; runs {runs[0]}"
+    return f"{machine}: {' '.join(sorted(here)) or 'baseline'}; runs {runs[0]}"
 
 
 def _cpu_flags() -> set[str]:

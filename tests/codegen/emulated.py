@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,13 +92,26 @@ def missing(name: str) -> str:
     return f"needs {qemu} and {machine}-g++ (Debian: qemu-user, g++-{machine})"
 
 
-emulated = pytest.mark.parametrize(
-    "isa",
-    [
-        pytest.param(ISAS[name], id=name, marks=pytest.mark.skipif(bool(missing(name)), reason=missing(name)))
-        for name in MACHINES
-    ],
-)
+def _on(name: str, *values: object, id: str = "") -> Any:
+    skip = pytest.mark.skipif(bool(missing(name)), reason=missing(name))
+    return pytest.param(ISAS[name], *values, id="-".join(filter(None, (name, id))), marks=skip)
+
+
+emulated = pytest.mark.parametrize("isa", [_on(name) for name in MACHINES])
+
+
+def emulated_with(names: str, cases: Sequence[Any], few: Sequence[Any]) -> pytest.MarkDecorator:
+    """`emulated`, for `names` in all `cases` on aarch64, in `few` of them on the others."""
+    several = "," in names
+    return pytest.mark.parametrize(
+        f"isa,{names}",
+        [
+            _on(name, *(case if several else (case,)), id="-".join(case) if several else str(case))
+            for name in MACHINES
+            for case in (cases if name == "aarch64" else few)
+        ],
+    )
+
 
 _folder: list[tempfile.TemporaryDirectory[str]] = []  # of the drivers, while the tests run
 

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import onnx
 import pytest
+from emulated import emulated
 from kernel_harness import compile_kernel, link_kernel, native_isas, stack_bytes
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
@@ -146,6 +147,12 @@ SIZES = (
     (2, (2, 2), 9, 0),
     (1, (2, 2), 64, 64),
 )
+
+
+@emulated
+def test_on_others(isa: Isa) -> None:
+    for sizes in ((1, (2, 1), 1, 70), (1, (2, 1), 21, 70)):
+        Case(Kind(32, 33, mask="bool"), *sizes, mask_shape=(1, 1, *sizes[2:])).check(isa)
 
 
 @isas

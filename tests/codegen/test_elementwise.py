@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated import emulated
 from kernel_harness import Kernel, compile_kernel, link_kernel, native_isas
 
 from qgraph.codegen.isa import ISAS, Isa
@@ -521,6 +522,25 @@ def test_cast_of_floats_out_of_range_saturates(isa: Isa) -> None:
     want = [10**10, -(10**10), high, low, high, low, 0]
     np.testing.assert_array_equal(run(isa, ("cast", "i64", x), "i64", a), want)
     np.testing.assert_array_equal(run(isa, ("cast", "bool", x), "bool", a), [True] * 7)
+
+
+@emulated
+def test_what_may_be_a_routine_on_others(isa: Isa) -> None:
+    """Division and conversion of 64 bits, rounding."""
+    a, b = _int_pairs("i64")
+    quotient = run(isa, ("div", x, y), "i64", a, b)
+    np.testing.assert_array_equal(quotient, _each(_trunc_div, "i64", a, b))
+    np.testing.assert_array_equal(run(isa, ("cast", "f32", x), "f32", a), a.astype(np.float32))
+    near = np.int64([2**60 + 2**36, 2**60 + 2**36 + 1, -(2**60) - 2**36 - 1, 2**53 + 1])  # ties, all but
+    np.testing.assert_array_equal(run(isa, ("cast", "f32", x), "f32", near), near.astype(np.float32))
+    f = np.float32([0.5, -0.5, -0.0, 2.5, -2.5, 1e9, -1.5, 8388607.5, -1e-30, math.inf])
+    for op, function in (("floor", np.floor), ("ceil", np.ceil), ("round", np.round)):
+        got = run(isa, (op, x), "f32", f)
+        np.testing.assert_array_equal(got, function(f))
+        np.testing.assert_array_equal(np.signbit(got), np.signbit(function(f)))
+    wide = np.float32([1e18, -1e18, 3e9, -1.9, 9.3e18, -9.3e18, math.nan])
+    want = [int(v) for v in wide[:4]] + [2**63 - 1, -(2**63), 0]
+    np.testing.assert_array_equal(run(isa, ("cast", "i64", x), "i64", wide), want)
 
 
 @isas

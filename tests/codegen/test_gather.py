@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from emulated import emulated
 from kernel_harness import compile_kernel, link_kernel, native_isas
 
 from qgraph.codegen.isa import ISAS, Isa
@@ -164,6 +165,18 @@ def test_gather_nvfp4_is_exact(isa: Isa, V: int, H: int) -> None:
     ids = np.concatenate([[-V, V - 1, 0, -1], np.arange(V), -np.arange(V) - 1]).astype(index)
     y, status = _lookup(isa, parts, H, ids)
     assert y.tobytes() == table[ids].tobytes() and status == 0
+
+
+@emulated
+def test_gathers_on_others(isa: Isa) -> None:
+    parts, table = _table(150, 31)
+    ids = np.concatenate([np.arange(150), [-1, -150]])
+    y, status = _lookup(isa, parts, 31, ids)
+    assert y.tobytes() == table[ids].tobytes() and status == 0
+    data = _data("f32", (2, 5, 21))
+    got, status = _gather(isa, data, np.array([0, 5, -1]), "f32")
+    np.testing.assert_array_equal(got[:, [0, 2]], data[:, [0, 4]])
+    assert status == 1
 
 
 @isas

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from emulated import emulated
+from emulated import emulated_with
 from group_cases import CASES, NAMES, GroupMatMul, block_sums, make_spec, packed, random_weight
 from kernel_harness import compile_kernel, innermost_loops, link_kernel, native_isas
 from matmul_cases import digits_of, error
@@ -120,8 +120,7 @@ def test_block_sums(isa: Isa, K: int) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@emulated
-@cases
+@emulated_with("weight_format,packing", CASES, [("ternary", "base3"), ("int3", ""), ("int4", "")])
 def test_others(isa: Isa, weight_format: str, packing: str) -> None:
     K, N = ragged(weight_format, packing)
     spec = make_spec(weight_format, packing, K, N)

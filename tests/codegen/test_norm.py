@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from emulated import emulated
 from kernel_harness import compile_kernel, link_kernel, native_isas
 
 from qgraph.codegen.isa import ISAS, Isa
@@ -44,6 +45,13 @@ def test_layer_norm(isa: Isa, n: int, rms: bool, bias: bool) -> None:
     np.testing.assert_allclose(y, want, rtol=1e-6, atol=1.5e-6)
     for split in SPLITS:
         np.testing.assert_array_equal(_layer_norm(isa, x, rms, bias, split)[0], y)
+
+
+@emulated
+def test_layer_norm_on_others(isa: Isa) -> None:
+    x = np.random.default_rng(0).standard_normal((9, 77)).astype(np.float32) * 3 + 0.5
+    y, want = _layer_norm(isa, x, rms=False, bias=True)
+    np.testing.assert_allclose(y, want, rtol=1e-6, atol=1.5e-6)
 
 
 @isas

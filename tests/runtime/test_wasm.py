@@ -52,8 +52,8 @@ def clang() -> str:
 def tools() -> str:
     if not shutil.which("node") or not clang():
         pytest.skip(
-            "needs node, and clang++ for WASI (Debian: nodejs, clang, lld, wasi-libc, libc++-dev-wasm32, "
-            "libclang-rt-dev-wasm32)"
+            "needs node, and clang++ for WASI (Debian: nodejs, clang-19, lld-19, wasi-libc, "
+            "libc++-19-dev-wasm32, libclang-rt-19-dev-wasm32)"
         )
     return clang()
 
