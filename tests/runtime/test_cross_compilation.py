@@ -4,6 +4,7 @@ cross compilers and qemu."""
 from __future__ import annotations
 
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,11 @@ def test_artifact(toolchain: Toolchain, want: np.ndarray, tmp_path: Path) -> Non
         value.tofile(tmp_path / name)
         feeds.append(f"{name}={tmp_path / name}:1x{IDS.size}")
     run(*command, tmp_path / "model.qg", *feeds, "--out", tmp_path)
+    if toolchain.machine.target == "armv7-linux":
+        with (tmp_path / "large.qg").open("wb") as file:
+            file.truncate(3 << 30)
+        done = subprocess.run([*command, tmp_path / "large.qg"], capture_output=True, text=True)
+        assert "large.qg: is larger than this process, of 32 bits, can map" in done.stderr
     got = np.fromfile(tmp_path / "last_hidden_state.bin", np.float32).reshape(want.shape)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
