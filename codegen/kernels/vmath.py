@@ -2,8 +2,8 @@
 
 Every function takes a float32 expression, scalar or vector of any number of lanes, and returns one of the
 same type. The target must have fused multiply-add; what else is used (division, min, max, rounding) is one
-instruction on AVX2, AVX-512 and NEON of aarch64 (rounding is a routine elsewhere, support.py). NaN propagates, infinities and signed zeros follow C's libm unless a
-docstring says otherwise.
+instruction on AVX2, AVX-512 and NEON of aarch64; elsewhere rounding is a routine of the image (support.py).
+NaN propagates, infinities and signed zeros follow C's libm unless a docstring says otherwise.
 
 Errors quoted are the largest over dense samples of the whole range, against float64
 (tests/codegen/test_vmath.py asserts them); 1 ulp is at most 1.2e-7 of the value. Polynomials and rationals
