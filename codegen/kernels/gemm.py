@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as B
 
 from qgraph.codegen.isa import Isa
+from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vector import f32, lanes_at, splat
 
 # Rows x vectors of the accumulator tile, by lanes of the ISA and its registers: as many as these hold beside
@@ -23,6 +25,15 @@ def accumulator(isa: Isa) -> tuple[int, int]:
 def vectors(isa: Isa) -> Callable[[int], Any]:
     """The loop over vectors that are done one after another: unrolled, unless each is many instructions."""
     return T.unroll if isa.decode != "arithmetic" else lambda count: T.serial(T.int64(count))
+
+
+def each_vector(isa: Isa, count: int) -> Iterator[Any]:
+    """The same by the IR builder."""
+    if isa.decode != "arithmetic":
+        yield from map(index, range(count))
+        return
+    with B.serial(index(count)) as v:
+        yield v
 
 
 @T.inline

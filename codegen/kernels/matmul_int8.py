@@ -23,6 +23,7 @@ from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.dot import multiply_add
 from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.function import function
+from qgraph.codegen.kernels.gemm import each_vector
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vector import f32, lanes_at, prefetch, splat
 from qgraph.codegen.kernels.vmath import Expr, named
@@ -129,13 +130,12 @@ class _Product:
             acc = B.alloc_buffer((R, vectors, lanes), "float32", scope="local")
             for r, v in product(range(R), range(vectors)):
                 B.buffer_store(acc, f32(0, lanes), [index(r), index(v), every])
-            places = [self._result.columns(column + v * lanes) for v in range(vectors)]
             whole, rest = divmod(self._words, per_block)
             if whole:
                 with B.serial(index(whole)) as kb:
-                    self._block(acc, at, places, kb, per_block)
+                    self._block(acc, at, column, kb, per_block)
             if rest:
-                self._block(acc, at, places, index(whole), rest)
+                self._block(acc, at, column, index(whole), rest)
             unit = reader.unit(self._weights)
             for r in range(R):
                 with B.If(index(r) < rows), B.Then():
@@ -146,13 +146,14 @@ class _Product:
                         value = value * splat(self._buffers["scale"][at[r]], lanes)
                         self._result.store(self._buffers["y"], at[r], column + v * lanes, value)
 
-    def _block(self, acc: Any, at: list[Expr], columns: list[Columns], kb: Expr, words: int) -> None:
-        """acc += the share of the first `words` words of block kb."""
+    def _block(self, acc: Any, at: list[Expr], column: Expr, kb: Expr, words: int) -> None:
+        """acc += the share of the first `words` words of block kb, of a tile that begins with `column`."""
         lanes, reader = self._isa.lanes, self._reader
         first = kb * (reader.input.block // self._per_word)
         every, unrolled = lanes_at(index(0), lanes), min(_UNROLLED, words)
         sums = [named(self._buffers["block_sums"][row * self._blocks + kb]) for row in at]
-        for v, place in enumerate(columns):
+        for v in each_vector(self._isa, LANES // lanes):
+            place = self._result.columns(column + v * lanes)
             dots = B.alloc_buffer((len(at), lanes), "int32", scope="local")
             for r in range(len(at)):
                 start = sums[r] if reader.input.offset else T.int32(0)
@@ -163,7 +164,7 @@ class _Product:
                 self._add_words(dots, at, place, first + words // unrolled * unrolled, rest)
             scales = [named(scale) for scale in reader.scales(self._weights, place, kb)]
             for r in range(len(at)):
-                here = [index(r), index(v), every]
+                here = [index(r), v, every]
                 B.buffer_store(acc, reader.add(acc[here], dots[index(r), every], sums[r], scales), here)
 
     def _add_words(self, dots: Any, at: list[Expr], place: Columns, row: Expr, count: int) -> None:
