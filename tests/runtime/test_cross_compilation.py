@@ -51,10 +51,11 @@ def toolchain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Toolchain(machine, folder)
 
 
-def run_example(toolchain: Toolchain, folder: Path) -> list[str | Path]:
+@pytest.fixture(scope="module")
+def example(toolchain: Toolchain) -> list[str | Path]:
     """The command that runs examples/run.cc."""
     include = (RUNTIME / "include",)
-    return toolchain.build(folder / "run", RUNTIME / "examples" / "run.cc", include=include)
+    return toolchain.build(toolchain.folder / "run", RUNTIME / "examples" / "run.cc", include=include)
 
 
 def given(inputs: Mapping[str, np.ndarray], folder: Path) -> list[str]:
@@ -75,22 +76,20 @@ def want(encoder: CompileResult) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_artifact(toolchain: Toolchain, want: np.ndarray, tmp_path: Path) -> None:
+def test_artifact(toolchain: Toolchain, example: list[str | Path], want: np.ndarray, tmp_path: Path) -> None:
     source = encoder_model.save(tmp_path / "encoder.onnx")
     result = qgraph.compile(source, output=tmp_path / "model", **options_of(toolchain))
     assert result.report.verification is not None and result.report.verification.status == "skipped"
-    command = run_example(toolchain, tmp_path)
-    run(*command, tmp_path / "model.qg", *given(INPUTS, tmp_path), "--out", tmp_path)
+    run(*example, tmp_path / "model.qg", *given(INPUTS, tmp_path), "--out", tmp_path)
     got = np.fromfile(tmp_path / "last_hidden_state.bin", np.float32).reshape(want.shape)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.slow
-def test_refusals(toolchain: Toolchain, tmp_path: Path) -> None:
-    command = run_example(toolchain, tmp_path)
+def test_refusals(toolchain: Toolchain, example: list[str | Path], tmp_path: Path) -> None:
 
     def said(file: Path) -> str:
-        return subprocess.run([*command, file], capture_output=True, text=True).stderr
+        return subprocess.run([*example, file], capture_output=True, text=True).stderr
 
     foreign = TESTS / "golden" / "0.1.0" / "encoder-ternary.qg"
     assert f"compile the model with --target {toolchain.machine.target}\n" in said(foreign)
@@ -103,14 +102,13 @@ def test_refusals(toolchain: Toolchain, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("toolchain", [MACHINES["aarch64"]], indirect=True, ids=["aarch64-linux"])
-def test_golden_artifacts(toolchain: Toolchain, tmp_path: Path) -> None:
+def test_golden_artifacts(toolchain: Toolchain, example: list[str | Path], tmp_path: Path) -> None:
     """As tests/golden/test_golden.py, which runs what this machine can."""
     files = sorted((TESTS / "golden").glob("*/*-aarch64.qg"))
     assert files
-    command = run_example(toolchain, tmp_path)
     for file in files:
         for inputs, outputs in zip(*load_runs(file.with_suffix(".npz")), strict=True):
-            run(*command, file, *given(inputs, tmp_path), "--out", tmp_path)
+            run(*example, file, *given(inputs, tmp_path), "--out", tmp_path)
             for name, array in outputs.items():
                 got = np.fromfile(tmp_path / f"{name}.bin", array.dtype).reshape(array.shape)
                 np.testing.assert_allclose(got, array, rtol=0, atol=1e-5 * np.abs(array).max())
