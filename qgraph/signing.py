@@ -194,13 +194,13 @@ def _with_slot(data: bytes) -> tuple[bytes, memoryview]:
 
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    header.pop(SIGNATURE, None)
-    at = max((e["data_offsets"][1] for n, e in header.items() if n not in ("__metadata__", "qgraph.root")))
-    for name, size in ((SIGNATURE, KEY_SIZE + SIGNATURE_SIZE), ("qgraph.root", ROOT_SIZE)):
+    sizes = {SIGNATURE: KEY_SIZE + SIGNATURE_SIZE, "qgraph.root": ROOT_SIZE}
+    for name in sizes:
         header.pop(name, None)
+    end = at = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    for name, size in sizes.items():
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    body = memoryview(data)[start : start + at - KEY_SIZE - SIGNATURE_SIZE - ROOT_SIZE]
-    return len(text).to_bytes(8, "little") + text, body
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[start : start + end]
