@@ -26,6 +26,7 @@ from qgraph.evaluate.samples import input_ranges, make_inputs
 from qgraph.evaluate.text_ports import POSITIONS, empty_cache
 from qgraph.evaluate.verify import (
     REL_ERROR_LIMIT,
+    UNBOUNDED,
     Comparison,
     Verification,
     cases_of,
@@ -183,7 +184,7 @@ class _Checks:
         bounds, cache = self._facts.bounds, self._facts.cache
         if cache is None:
             return [[dims] for dims in cases_of(self._inputs, bounds)]
-        return texts_of(self._inputs, bounds, cache.total, within(bounds, cache.total, 1 << 24))
+        return texts_of(self._inputs, bounds, cache.total, within(bounds, cache.total, UNBOUNDED))
 
     def begin(self) -> None:
         """Another text."""
@@ -245,9 +246,9 @@ def _bounds(model: ir.Model) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for a, b, _ in model.graph.meta.get(CHECKS, []):
         if isinstance(a, int) and not isinstance(b, int):
-            low, high = found.get(str(b), (1, 1 << 24))
+            low, high = found.get(str(b), (1, UNBOUNDED))
             found[str(b)] = low, min(high, a)
         elif isinstance(b, int) and not isinstance(a, int):
-            low, high = found.get(str(a), (1, 1 << 24))
+            low, high = found.get(str(a), (1, UNBOUNDED))
             found[str(a)] = max(low, b), high
     return found

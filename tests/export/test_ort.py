@@ -270,10 +270,12 @@ def test_an_older_onnx_runtime_is_refused() -> None:
     assert said == [(1, b"qgraph: this needs ONNX Runtime 1.17 or later")]
 
 
-def test_a_gpu_alone_is_refused(tmp_path: Path) -> None:
+def test_targets_that_load_no_code(tmp_path: Path) -> None:
     onnx.save(model_of(32, 8, ["rows"]), tmp_path / "m.onnx")
     with pytest.raises(UsageError, match=r"export 'ort' runs on CPUs: give --target cpu,cuda"):
         qgraph.quantize(tmp_path / "m.onnx", export=("ort",), target="cuda", include=("*",))
+    with pytest.raises(UsageError, match="export 'ort' has code to be loaded, and a program on wasm32 loads"):
+        qgraph.compile(tmp_path / "m.onnx", export=("ort",), target="wasm32", format="static-lib")
 
 
 # ---- the library
