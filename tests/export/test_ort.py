@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from lowbit_models import relative_error
 from onnx import TensorProto, helper, numpy_helper
 
 import qgraph
@@ -55,10 +56,6 @@ def model_of(K: int, N: int, shape: list[str | int], table: int = 0) -> onnx.Mod
 def exported(folder: Path, model: onnx.ModelProto, **options: Any) -> qgraph.pipeline.CompileResult:
     onnx.save(model, folder / "model.onnx")
     return qgraph.compile(folder / "model.onnx", **(QUICK | options))
-
-
-def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def session(path: Path, threads: int = 1) -> Any:
