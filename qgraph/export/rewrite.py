@@ -103,6 +103,14 @@ def rank(value: ir.Value) -> int:
     return len(value.shape)
 
 
+def width(value: ir.Value) -> int:
+    """The last dim of the input of a linear layer, which is a number."""
+    assert value.shape is not None
+    K = value.shape[-1]
+    assert isinstance(K, int)
+    return K
+
+
 def weight(node: ir.Node) -> QTensor:
     """The weight [K, N] that a linear layer multiplies by or a lookup picks columns of; of a table [V, H],
     whose blocks lie along its rows, the transpose [H, V]."""

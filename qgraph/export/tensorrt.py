@@ -21,6 +21,7 @@ from qgraph.export.rewrite import (
     to_float,
     weight,
     weight_name,
+    width,
 )
 from qgraph.formats import FORMATS
 from qgraph.formats.nvfp4 import BLOCK, NVFP4
@@ -118,8 +119,7 @@ def _rounding(node: ir.Node) -> None:
         scale_type=int(ir.DataType.FLOAT8E4M3FN),
     )  # fmt: skip
     assert x.shape is not None
-    K = x.shape[-1]
-    assert isinstance(K, int)
+    K = width(x)
     for value, dtype, last in ((fp4, "FLOAT4E2M1", K), (block_scale, "FLOAT8E4M3FN", K // BLOCK)):
         value.type, value.shape = ir.TensorType(ir.DataType[dtype]), ir.Shape([*x.shape[:-1], last])
     _dequantized(new, "y", fp4, block_scale, scale)
