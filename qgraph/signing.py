@@ -118,7 +118,7 @@ def verify(path: Path, public_key: bytes) -> None:
     info = _checked(path)[1]
     if not info.seal:
         raise SignatureError(f"{path}: not signed: get the signed file, or sign it with `qgraph sign`")
-    signer, signature = info.seal[:KEY_SIZE], info.seal[KEY_SIZE:]
+    signer, signature = info.signer, info.seal[KEY_SIZE:]
     if signer != public_key:
         raise SignatureError(
             f"{path}: signed by key {signer.hex()}, not by {public_key.hex()}: get it from that key's owner"
