@@ -13,6 +13,7 @@ from qgraph import cache as store
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.link import CodeImage, link
 from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.targets import WASM
 from qgraph.codegen.tiles import symbol
 from qgraph.codegen.wasm_library import archive_image
 
@@ -96,6 +97,6 @@ def compile_image(
             if on_kernel is not None:
                 on_kernel(name)
             objects[name] = compile_kernel(spec, isa)
-    if isas[0].arch == "wasm32":
+    if isas[0].arch == WASM:
         return archive_image(objects)
     return link(objects, list(objects), compile_support(isas[0]))

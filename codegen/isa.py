@@ -29,6 +29,8 @@ class Isa:
         base: the variant that this one extends by tiles (AMX), or empty. Both are one code image, in which
             they share all kernels that have no form for tiles (codegen/tiles.py).
         registers: vectors of `lanes` that its registers hold, all together where it has none but scalar ones.
+        pointer_bits: of an address.
+        float16: whether it has instructions that convert float16; else that would be a call a lane.
     """
 
     name: str
@@ -42,10 +44,8 @@ class Isa:
     dot: str
     base: str = ""
     registers: int = 32
-
-    @property
-    def pointer_bits(self) -> int:
-        return 32 if self.arch in ("armv7l", "wasm32") else 64
+    pointer_bits: int = 64
+    float16: bool = True
 
     @property
     def computes(self) -> tuple[str, ...]:
@@ -111,6 +111,7 @@ ISAS: dict[str, Isa] = {
             "bytes16",
             "widen",
             registers=16,
+            pointer_bits=32,
         ),
         Isa(
             "riscv64",
@@ -125,6 +126,7 @@ ISAS: dict[str, Isa] = {
             "arithmetic",
             "widen",
             registers=8,
+            float16=False,
         ),
         # WebAssembly with vectors. It has no fused multiply-add: a term of a sum is rounded twice.
         Isa(
@@ -137,6 +139,8 @@ ISAS: dict[str, Isa] = {
             4,
             "bytes16",
             "halves",
+            pointer_bits=32,
+            float16=False,
         ),
     )
 }

@@ -134,7 +134,7 @@ def _patch_x86(image: bytearray, kind: int, place: int, value: int, origin: int)
     return False
 
 
-def _patch_arm32(image: bytearray, kind: int, place: int, value: int, origin: int) -> bool:
+def _patch_arm(image: bytearray, kind: int, place: int, value: int, origin: int) -> bool:
     if kind not in (28, 29):  # CALL, JUMP24: all code is ARM code, none Thumb
         return False
     branch = _signed((value - place) >> 2, 24, "a branch").to_bytes(3, "little")
@@ -167,7 +167,7 @@ def _patch_riscv(image: bytearray, kind: int, place: int, value: int, origin: in
     return True
 
 
-def _patch_arm(image: bytearray, kind: int, place: int, value: int, origin: int) -> bool:
+def _patch_aarch64(image: bytearray, kind: int, place: int, value: int, origin: int) -> bool:
     word = int.from_bytes(image[place : place + 4], "little")
     ldst_shift = {278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
     if kind in (282, 283):  # JUMP26, CALL26
@@ -192,8 +192,8 @@ def _patch_arm(image: bytearray, kind: int, place: int, value: int, origin: int)
 
 _PATCH = {
     "EM_X86_64": _patch_x86,
-    "EM_AARCH64": _patch_arm,
-    "EM_ARM": _patch_arm32,
+    "EM_AARCH64": _patch_aarch64,
+    "EM_ARM": _patch_arm,
     "EM_RISCV": _patch_riscv,
 }
 

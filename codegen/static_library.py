@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from qgraph.codegen import package
+from qgraph.codegen.archive import Buffer, Member, write_archive
 from qgraph.codegen.elf_object import (
     ALLOC,
     EXECUTE,
     MACHINES,
     WRITE,
-    Buffer,
-    Member,
     Section,
-    write_archive,
     write_object,
 )
 from qgraph.codegen.targets import WASM, parse_target
@@ -98,14 +96,13 @@ def _write(data: memoryview, name: str, library: Path, header: Path) -> None:
     plan = json.loads(bytes(named["qgraph.plan"].raw))
     codes = dict.fromkeys(variant["code"] for variant in plan["variants"])  # each once, in this order
     images = [(code.removeprefix(_CODE), named.pop(code).raw) for code in codes]
-    hashes = {}
-    if plan["variants"][0]["arch"] != WASM:  # of a table that the linker makes there is no hash
+    first, hashes = plan["variants"][0], {}
+    if first["arch"] != WASM:  # of a table that the linker makes there is no hash
         hashes = {f"sha256:{_CODE}{isa}": hashlib.sha256(image).hexdigest() for isa, image in images}
     isas = [variant["isa"] for variant in plan["variants"]]
     if cuda := named.get("qgraph.plan.cuda"):
         isas += [variant["isa"] for variant in json.loads(bytes(cuda.raw))["variants"]]
     pieces = list(package.serialize(list(named.values()), metadata | hashes))
-    first = plan["variants"][0]
     if first["arch"] == WASM:
         ((isa, image),) = images
         members = library_members(

@@ -29,6 +29,16 @@ class Target:
     isas: tuple[Isa, ...]
     cuda: bool
 
+    @property
+    def cpu(self) -> str:
+        """The CPU's part of the name, such as `x86_64-linux`; empty for GPUs alone."""
+        return self.name.split(",")[0] if self.isas else ""
+
+    @property
+    def loads_code(self) -> bool:
+        """Whether programs there can load code of ours, from a `.qg` file for instance."""
+        return all(isa.arch != WASM for isa in self.isas)
+
     def runs_on(self, machine: str) -> bool:
         """Whether the CPU code runs on a machine (as `platform.machine` says it)."""
         return any(isa.arch == machine for isa in self.isas)
@@ -46,7 +56,7 @@ def parse_target(name: str) -> Target:
         if part not in NAMES:
             raise UsageError(f"unknown target '{part}': choose from {', '.join(NAMES)}")
     if CPU in parts:
-        own = next((name for name in TARGETS if get_target(name)[0].arch == platform.machine()), None)
+        own = next((cpu for cpu in TARGETS if get_target(cpu)[0].arch == platform.machine()), None)
         if own is None:
             raise UsageError(
                 f"target '{CPU}': there is no code for {platform.machine()}; name another target"
@@ -65,7 +75,7 @@ def parse_target(name: str) -> Target:
 
 def require_loadable(name: str) -> None:
     """Raises UsageError for a target whose programs cannot load code, from a `.qg` file for instance."""
-    if any(isa.arch == WASM for isa in parse_target(name).isas):
+    if not parse_target(name).loads_code:
         raise UsageError(
             f"a WebAssembly program cannot load code from a file: --target {WASM} needs --format static-lib"
         )

@@ -10,9 +10,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 
-from qgraph.codegen.elf_object import Member, read_archive, write_archive
+from qgraph.codegen.archive import Buffer, Member, read_archive, write_archive
 from qgraph.codegen.link import CodeImage
-from qgraph.codegen.wasm_object import Buffer, Segment, read_kernel, with_prefix, write_object
+from qgraph.codegen.wasm_object import Segment, read_kernel, with_prefix, write_object
 
 _INDEX = 4  # bytes of an index
 _MODEL, _ENTRY = 20, 12  # bytes of qg_static_model and qg_static_code

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from qgraph.codegen.archive import Buffer
 from qgraph.errors import QGraphError
-
-Buffer = bytes | memoryview
 
 _MAGIC = b"\0asm\1\0\0\0"
 _CUSTOM, _TYPE, _IMPORT, _FUNCTION, _ELEMENT, _CODE, _DATA, _DATA_COUNT = 0, 1, 2, 3, 9, 10, 11, 12

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from qgraph import __version__
 from qgraph.config import FROM_PYTHON, CompileConfig
 from qgraph.errors import BudgetError, InputError, UnsupportedError, UsageError
-from qgraph.export import EXPORTS
+from qgraph.export import EXPORTS, require_cpu
 from qgraph.progress import Progress
 from qgraph.report import CompileReport, ExportReport, layers_of
 
@@ -456,7 +456,7 @@ def _devices_here(wanted: Target) -> tuple[list[str], str]:
     if wanted.runs_on(platform.machine()):
         found.append("cpu")
     elif wanted.isas:
-        missing.append(f"this machine does not run {wanted.name.split(',')[0]}")
+        missing.append(f"this machine does not run {wanted.cpu}")
     if wanted.cuda:
         problem = device_problem()
         if problem:
@@ -498,7 +498,7 @@ def _verify_export(
         return Verification("skipped", "--no-verify")
     wanted = parse_target(context.target)
     if EXPORTS[name].compiled and not wanted.runs_on(platform.machine()):
-        return Verification("skipped", f"this machine does not run {wanted.name.split(',')[0]}")
+        return Verification("skipped", f"this machine does not run {wanted.cpu}")
     with run.phase(f"verify {name}"):
         return verify_export(
             name,
@@ -578,6 +578,8 @@ class _Run:
 
             require_loadable(config.target)
         self.exports = tuple(dict.fromkeys(config.export))
+        for name in self.exports:
+            require_cpu(name, config.target)
         self.source, self.config, self.dry_run = source, config, dry_run
         self.suffixes = (*(EXPORTS[name].suffix for name in self.exports), *suffixes)
         self.prefix = _prefix(source, config.scheme if ".onnx" in suffixes else "", output)

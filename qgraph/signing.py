@@ -118,7 +118,7 @@ def verify(path: Path, public_key: bytes) -> None:
     info = _checked(path)[1]
     if not info.seal:
         raise SignatureError(f"{path}: not signed: get the signed file, or sign it with `qgraph sign`")
-    signer, signature = info.seal[:KEY_SIZE], info.seal[KEY_SIZE:]
+    signer, signature = info.signer, info.seal[KEY_SIZE:]
     if signer != public_key:
         raise SignatureError(
             f"{path}: signed by key {signer.hex()}, not by {public_key.hex()}: get it from that key's owner"
@@ -194,13 +194,13 @@ def _with_slot(data: bytes) -> tuple[bytes, memoryview]:
 
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    header.pop(SIGNATURE, None)
-    at = max((e["data_offsets"][1] for n, e in header.items() if n not in ("__metadata__", "qgraph.root")))
-    for name, size in ((SIGNATURE, KEY_SIZE + SIGNATURE_SIZE), ("qgraph.root", ROOT_SIZE)):
+    sizes = {SIGNATURE: KEY_SIZE + SIGNATURE_SIZE, "qgraph.root": ROOT_SIZE}
+    for name in sizes:
         header.pop(name, None)
+    end = at = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    for name, size in sizes.items():
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    body = memoryview(data)[start : start + at - KEY_SIZE - SIGNATURE_SIZE - ROOT_SIZE]
-    return len(text).to_bytes(8, "little") + text, body
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[start : start + end]

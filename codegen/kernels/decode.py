@@ -169,13 +169,9 @@ def _small_float(bits: Any, mantissa: int, bias: int, unit: float, lanes: int) -
     return T.reinterpret(f"float32x{lanes}", moved) * T.broadcast(power, lanes)
 
 
-# Where a conversion of float16 is a call, of a lane.
-_WITHOUT_FLOAT16 = {"riscv64", "wasm32"}
-
-
 def float16(value: Any, isa: Isa) -> Any:
     """float16 lanes, which are finite, as float32."""
-    if isa.arch not in _WITHOUT_FLOAT16:
+    if isa.float16:
         return T.cast(value, f"float32x{isa.lanes}")
     bits = T.cast(T.reinterpret(f"uint16x{isa.lanes}", value), f"uint32x{isa.lanes}")
     return _small_float(bits, 10, 15, 1.0, isa.lanes)
@@ -185,7 +181,7 @@ def e4m3_units(bits: Any, isa: Isa) -> Any:
     """E4M3 bits (u8 lanes) / E4M3_UNIT as float32, exact, subnormals and sign included. NaN (0x7F, 0xFF) is
     no scale."""
     lanes = isa.lanes
-    if isa.arch in _WITHOUT_FLOAT16:
+    if not isa.float16:
         return _small_float(T.cast(bits, f"uint32x{lanes}"), 3, 7, E4M3_UNIT, lanes)
     # Mantissa and exponent moved to where float16 has them, whose bias is 8 more. The sign is copied upwards
     # first, so that one shift moves all; it leaves a copy in the one bit that float16 has more.

@@ -43,7 +43,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         "weight_nbytes": info.weight_bytes,
         **dict(sorted(info.metadata.items())),
         # Anybody can write a key there: `verify` says whether it signed the file.
-        **({"signature": f"of key {info.seal[:32].hex()}, not verified"} if info.seal else {}),
+        **({"signature": f"of key {info.signer.hex()}, not verified"} if info.seal else {}),
         "inputs": info.tensors_of("inputs"),
         "outputs": info.tensors_of("outputs"),
         "dims": info.plan["dims"],

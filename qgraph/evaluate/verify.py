@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, np.ndarray]
     Bounds = Mapping[str, tuple[int, int]]  # of symbolic dims
 
+UNBOUNDED = 1 << 24  # of a dim without an upper bound: more than is ever tried
 REL_ERROR_LIMIT = 1e-4  # float32 sums in another order differ by far less, a wrong kernel by far more
 # Where products of many rows round activations, as `compute` of an artifact says. What that costs depends on
 # the model; a wrong kernel costs all there is.
@@ -297,7 +298,7 @@ def _texts(model: Model) -> list[list[dict[str, int]]]:
     """Of an artifact with state: texts, each the dims of its steps."""
     bounds = _bounds(model)
     total = next(dim.name for dim in model.dims if dim.kind == "total")
-    most = min(within(bounds, total, 1 << 24), model.session().capacity)
+    most = min(within(bounds, total, UNBOUNDED), model.session().capacity)
     return texts_of(input_specs(model), bounds, total, most)
 
 
@@ -337,5 +338,5 @@ def texts_of(
 
 def within(bounds: Bounds, name: str, size: int) -> int:
     """`size`, as far as the bounds of the dim allow."""
-    low, high = bounds.get(name, (1, 1 << 24))
+    low, high = bounds.get(name, (1, UNBOUNDED))
     return min(max(size, low), high)

@@ -120,6 +120,17 @@ def require_form(name: str, formats: Collection[str]) -> None:
         )
 
 
+def require_cpu(name: str, target: str) -> None:
+    """UsageError where an engine runs code of ours, and a program on `target` loads none."""
+    from qgraph.codegen.targets import parse_target
+
+    wanted = parse_target(target)
+    if EXPORTS[name].compiled and not wanted.isas:
+        raise UsageError(f"export '{name}' runs on CPUs: give --target cpu,{target}")
+    if EXPORTS[name].compiled and not wanted.loads_code:
+        raise UsageError(f"export '{name}' has code to be loaded, and a program on {target} loads none")
+
+
 def export_model(name: str, lowbit: Path, context: Context) -> ir.Model:
     """The low-bit file as an engine takes it; what there is to say of that is in `context` then.
 

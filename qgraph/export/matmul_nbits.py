@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.export.nbits import means, planes
-from qgraph.export.rewrite import Replacement, part, rank, weight, weight_name
+from qgraph.export.rewrite import Replacement, input_of, rank, weight, weight_name
 from qgraph.formats import FORMATS, nvfp4
 from qgraph.formats.packing import pack_bits
 from qgraph.passes.lowbit_weights import LOOKUPS
@@ -62,7 +62,7 @@ class NBits:
     def columns(self, node: ir.Node, *, wide: bool) -> None:
         """Columns of a linear layer's weight [K, N], [K, *ids]: rows of the same bytes, turned."""
         new = Replacement(node)
-        W, ids = self._weight(new, wide), part(node, 0)
+        W, ids = self._weight(new, wide), input_of(node, 0)
         terms = []
         for i, plane in enumerate(W.planes):
             rows = new.add(f"rows_{i}", "Reshape", plane.inputs[0], new.ints(f"rows_{i}_shape", W.N, -1))
@@ -83,7 +83,7 @@ class NBits:
         new.finish()
 
     def _weight(self, new: Replacement, wide: bool) -> _Weight:
-        codes = part(new.node, 1)
+        codes = input_of(new.node, 1)
         if codes not in self._weights:
             q, name = weight(new.node), weight_name(new.node)
             scales: dict[int, ir.Value] = {}
@@ -120,7 +120,7 @@ def fp4_rows(node: ir.Node) -> None:
     takes E2M1 elements, and float scales."""
     new, q, name = Replacement(node), weight(node), weight_name(node)
     scale = np.ascontiguousarray(nvfp4.scales(q.block_scale, q.global_scale).T)
-    held, ids, codes = new.tensor(f"{name}.row_scale", scale), part(node, 0), part(node, 1)
+    held, ids, codes = new.tensor(f"{name}.row_scale", scale), input_of(node, 0), input_of(node, 1)
     if node.op_type in LOOKUPS:
         _gather(new, "y", nvfp4.BLOCK, codes, ids, held)
     else:

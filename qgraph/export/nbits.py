@@ -1,8 +1,8 @@
-"""Weights for ONNX Runtime's `com.microsoft::MatMulNBits`: integers of 2, 4 or 8 bits, each block of K with a
-float scale, packed by rows of W^T.
+"""ONNX Runtime's `com.microsoft::MatMulNBits` in numpy: weights, and how it rounds activations.
 
-A weight is a sum of `Plane`s, each of which one such node holds, and means by block where the format has
-them. What a plane dequantizes to is exact; the sum is that of the format but for float32 roundings.
+A node holds integers of 2, 4 or 8 bits, each block of K with a float scale, packed by rows of W^T. A weight
+is a sum of `Plane`s, one a node, and means by block where the format has them. What a plane dequantizes to is
+exact; the sum is that of the format but for float32 roundings.
 """
 
 from __future__ import annotations
@@ -83,6 +83,16 @@ def means(q: QTensor) -> npt.NDArray[np.float32] | None:
     assert q.block_offset is not None
     centre = np.float32(_CENTRE.get(q.format, 0))
     return q.block_offset.astype(np.float32) + centre * q.block_scale.astype(np.float32)
+
+
+def round_blocks(x: npt.NDArray[np.float32], block: int) -> npt.NDArray[np.float32]:
+    """x [.., K] rounded to int8 by blocks of its last axis, as the node does with `accuracy_level` 4."""
+    K = x.shape[-1]
+    pads = [(0, 0)] * (x.ndim - 1) + [(0, -K % block)]
+    blocks = np.pad(x, pads).reshape(*x.shape[:-1], -1, block)
+    amax = np.abs(blocks).max(axis=-1, keepdims=True)
+    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 0)
+    return (np.rint(blocks * inverse) * (amax / np.float32(127))).reshape(*x.shape[:-1], -1)[..., :K]
 
 
 def _plane(bits: int, q: QTensor, levels: npt.NDArray[np.int16], scale: npt.NDArray[np.float32]) -> Plane:

@@ -16,9 +16,8 @@ import onnx_ir as ir
 
 from qgraph import __version__
 from qgraph.codegen import build_artifact
-from qgraph.codegen.targets import CUDA, parse_target, require_loadable
-from qgraph.errors import UsageError
-from qgraph.export import Context
+from qgraph.codegen.targets import parse_target
+from qgraph.export import Context, require_cpu
 from qgraph.passes.base import constant, is_op, replace_node, shape_of
 from qgraph.passes.lowbit_functions import DOMAIN, lowbit_nodes, rounding_nodes
 from qgraph.passes.remove_unused import RemoveUnused
@@ -35,15 +34,12 @@ def export(model: ir.Model, context: Context) -> ir.Model:
     A rounding of activations becomes a part of each product that reads it, which goes on in integers; it is a
     node of its own only for others that read it.
 
-    Raises UsageError for a target without a CPU.
+    Raises UsageError as `qgraph.export.require_cpu`.
     """
-    require_loadable(context.target)
-    cpus = [part for part in parse_target(context.target).name.split(",") if part != CUDA]
-    if not cpus:
-        raise UsageError(f"export 'ort' runs on CPUs: give --target cpu,{context.target}")
+    require_cpu("ort", context.target)
     roundings = set(rounding_nodes(model))
     layers = [node for node in lowbit_nodes(model) if node not in roundings]
-    packer = _Packer(model.graph, context, cpus[0])
+    packer = _Packer(model.graph, context, parse_target(context.target).cpu)
     for done, node in enumerate(layers):
         context.on_node(done, len(layers), str(node.name))
         source = node.inputs[0].producer() if node.inputs[0] is not None else None

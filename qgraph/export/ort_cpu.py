@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qgraph.export import Context
 from qgraph.export.matmul_nbits import DOMAIN, EXACT, INT8, NBits, fp4_rows
-from qgraph.export.rewrite import finish, part
+from qgraph.export.rewrite import finish, input_of
 from qgraph.export.round_activations import round_nvfp4
 from qgraph.formats import FORMATS
 from qgraph.passes.lowbit_functions import ROUNDINGS, lowbit_nodes
@@ -31,12 +31,12 @@ def export(model: ir.Model, context: Context) -> ir.Model:
     nbits, nodes = NBits(), lowbit_nodes(model)
     for node in nodes:
         if node.op_type in LINEARS:
-            x = part(node, 0)
+            x = input_of(node, 0)
             source = x.producer()
             rounds = source is not None and source.op_type == ROUNDINGS["int8"]
             if source is not None and rounds and not context.exact:
                 _note_rounding(node, context)
-                nbits.linear(node, part(source, 0), accuracy=INT8, wide=False)
+                nbits.linear(node, input_of(source, 0), accuracy=INT8, wide=False)
             else:
                 nbits.linear(node, x, accuracy=EXACT, wide=not rounds)
             context.keep(node)
@@ -54,7 +54,7 @@ def export(model: ir.Model, context: Context) -> ir.Model:
 
 def _note_rounding(node: ir.Node, context: Context) -> None:
     """How ONNX Runtime rounds the input of a layer; means are multiplied by what is not rounded."""
-    spec, name = FORMATS[LINEARS[node.op_type].format], str(part(node, 0).name)
+    spec, name = FORMATS[LINEARS[node.op_type].format], str(input_of(node, 0).name)
     block = None if spec.offset == "mean" else spec.block
     context.rounds[name] = block if context.rounds.get(name, block) == block else None
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qgraph.export import Context
 from qgraph.export.matmul_nbits import DOMAIN, EXACT, NBits, fp4_rows
-from qgraph.export.rewrite import Replacement, constant_shape, finish, part, to_float, weight, weight_name
+from qgraph.export.rewrite import Replacement, constant_shape, finish, input_of, to_float, weight, weight_name
 from qgraph.export.round_activations import round_nvfp4
 from qgraph.formats import nvfp4
 from qgraph.formats.packing import pack_bits
@@ -37,8 +37,8 @@ def export(model: ir.Model, context: Context) -> ir.Model:
         elif node.op_type in COLUMNS:
             nbits.columns(node, wide=False)
         elif node.op_type != LINEAR_FP4:
-            nbits.linear(node, part(node, 0), accuracy=EXACT, wide=False)
-        elif (K := constant_shape(part(node, 1))[0]) % 2:
+            nbits.linear(node, input_of(node, 0), accuracy=EXACT, wide=False)
+        elif (K := constant_shape(input_of(node, 1))[0]) % 2:
             context.leave(node, f"ONNX Runtime's NVFP4 MatMul takes an even number of inputs, not {K}")
             to_float(node, tables)
             continue
@@ -50,16 +50,16 @@ def export(model: ir.Model, context: Context) -> ir.Model:
 
 def _fp4(node: ir.Node, held: dict[ir.Value, tuple[ir.Value, ...]]) -> None:
     """A linear layer in float16, `held` the weights that are there already."""
-    new, codes = Replacement(node), part(node, 1)
+    new, codes = Replacement(node), input_of(node, 1)
     if codes not in held:
         q, name = weight(node), weight_name(node)
         K, N = q.shape
         held[codes] = (
             new.tensor(f"{name}.fp4", pack_bits(q.codes.T, 4).reshape(N, K // 2)),
             new.tensor(f"{name}.fp4_scale", np.ascontiguousarray(q.block_scale.T).view(np.uint8)),
-            part(node, 3),
+            input_of(node, 3),
         )
-    x = new.add("x_f16", "Cast", part(node, 0), to=int(ir.DataType.FLOAT16))
+    x = new.add("x_f16", "Cast", input_of(node, 0), to=int(ir.DataType.FLOAT16))
     y = new.add(
         "y_f16", "MatMulBlockQuantizedFp4Weight", x, *held[codes], domain=DOMAIN, block_size=nvfp4.BLOCK
     )

@@ -81,10 +81,10 @@ class Replacement:
 
 def weight_name(node: ir.Node) -> str:
     """The name of the weight that a low-bit node reads, as it was before quantization."""
-    return str(part(node, 1).name).removesuffix(".codes")
+    return str(input_of(node, 1).name).removesuffix(".codes")
 
 
-def part(node: ir.Node, index: int) -> ir.Value:
+def input_of(node: ir.Node, index: int) -> ir.Value:
     """An input that is there."""
     value = node.inputs[index]
     assert value is not None
@@ -103,12 +103,20 @@ def rank(value: ir.Value) -> int:
     return len(value.shape)
 
 
+def width(value: ir.Value) -> int:
+    """The last dim of the input of a linear layer, which is a number."""
+    assert value.shape is not None
+    K = value.shape[-1]
+    assert isinstance(K, int)
+    return K
+
+
 def weight(node: ir.Node) -> QTensor:
     """The weight [K, N] that a linear layer multiplies by or a lookup picks columns of; of a table [V, H],
     whose blocks lie along its rows, the transpose [H, V]."""
     if node.op_type not in LOOKUPS:
         return from_node(node)
-    codes, block_scale, global_scale = (part(node, i).const_value for i in (1, 2, 3))
+    codes, block_scale, global_scale = (input_of(node, i).const_value for i in (1, 2, 3))
     assert codes is not None and block_scale is not None and global_scale is not None
     fields = codes.numpy().view(np.uint8) & np.uint8(15)
     return QTensor(
@@ -124,7 +132,7 @@ def to_float(node: ir.Node, tables: dict[ir.Value, ir.Value]) -> None:
     """Writes a linear layer or lookup as the float operator, on its dequantized weight; `tables` holds
     those that were dequantized before."""
     new = Replacement(node)
-    codes = part(node, 1)
+    codes = input_of(node, 1)
     if codes not in tables:
         W = weight(node).dequantize()
         tables[codes] = new.tensor(f"{weight_name(node)}.float", W.T.copy() if node.op_type in LOOKUPS else W)

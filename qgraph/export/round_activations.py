@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qgraph.export.matmul_nbits import block_view
-from qgraph.export.rewrite import Replacement, part, rank
+from qgraph.export.rewrite import Replacement, input_of, rank, width
 from qgraph.formats import e2m1, e4m3
 from qgraph.formats.nvfp4 import BLOCK
 
@@ -17,10 +17,8 @@ def round_nvfp4(node: ir.Node) -> None:
     and a tie goes to an even quotient, which is an even code.
     """
     new = Replacement(node)
-    x, scale = part(node, 0), part(node, 1)
-    assert x.shape is not None
-    K = x.shape[-1]
-    assert isinstance(K, int)  # it is the input of a linear layer
+    x, scale = input_of(node, 0), input_of(node, 1)
+    K = width(x)
     blocks = block_view(new, x, K, BLOCK, "x")
     amax = new.add("amax", "ReduceMax", new.add("magnitude", "Abs", blocks), new.ints("last", -1), keepdims=1)
     top = new.add("top", "Mul", scale, new.number("largest_code", e2m1.MAX))

@@ -16,11 +16,12 @@ from qgraph.export.rewrite import (
     Replacement,
     constant_shape,
     finish,
-    part,
+    input_of,
     rank,
     to_float,
     weight,
     weight_name,
+    width,
 )
 from qgraph.formats import FORMATS
 from qgraph.formats.nvfp4 import BLOCK, NVFP4
@@ -58,7 +59,7 @@ def export(model: ir.Model, context: Context) -> ir.Model:
         if node.op_type == ROUNDINGS["nvfp4"]:
             if reason:
                 context.leave(node, reason)
-                replace_value(node.outputs[0], part(node, 0))
+                replace_value(node.outputs[0], input_of(node, 0))
             else:
                 _rounding(node)
         elif reason:
@@ -73,7 +74,7 @@ def export(model: ir.Model, context: Context) -> ir.Model:
 def _reason(node: ir.Node) -> str:
     """Why TensorRT has no low-bit form of this node; empty where it has one."""
     if node.op_type == ROUNDINGS["nvfp4"]:
-        x = part(node, 0)
+        x = input_of(node, 0)
         if rank(x) not in (2, 3):
             return f"TensorRT quantizes activations of 2 or 3 dims, not {rank(x)}"
         assert x.shape is not None
@@ -82,7 +83,7 @@ def _reason(node: ir.Node) -> str:
         form = LINEARS[node.op_type]
         if form.format != NVFP4.name:
             return f"TensorRT has no {form.format} with blocks of {FORMATS[form.format].block}"
-        K = constant_shape(part(node, 1))[0]
+        K = constant_shape(input_of(node, 1))[0]
     else:
         return "TensorRT has FP4 in products alone, not in lookups"
     if not isinstance(K, int) or K % BLOCK:
@@ -92,7 +93,7 @@ def _reason(node: ir.Node) -> str:
 
 def _linear(node: ir.Node, held: Held) -> None:
     """x @ Transpose(DequantizeLinear(codes, DequantizeLinear(block_scale, global_scale)))."""
-    new, codes = Replacement(node), part(node, 1)
+    new, codes = Replacement(node), input_of(node, 1)
     if codes not in held:
         q, name = weight(node), weight_name(node)
         K, N = q.shape
@@ -100,26 +101,25 @@ def _linear(node: ir.Node, held: Held) -> None:
             pack_bits(q.codes.T, 4), ir.DataType.FLOAT4E2M1, shape=(N, K), name=f"{name}.fp4"
         )
         scale = new.tensor(f"{name}.fp4_scale", np.ascontiguousarray(q.block_scale.T))
-        held[codes] = (new.tensor(f"{name}.fp4", packed), scale, part(node, 3))
+        held[codes] = (new.tensor(f"{name}.fp4", packed), scale, input_of(node, 3))
     fp4, block_scale, global_scale = held[codes]
     W = new.add(
         "weight_t", "Transpose", _dequantized(new, "weight", fp4, block_scale, global_scale), perm=[1, 0]
     )
-    new.add("y", "MatMul", part(node, 0), W)
+    new.add("y", "MatMul", input_of(node, 0), W)
     new.finish()
 
 
 def _rounding(node: ir.Node) -> None:
     """x rounded to NVFP4 with block scales of its own."""
     new = Replacement(node)
-    x, scale = part(node, 0), part(node, 1)
+    x, scale = input_of(node, 0), input_of(node, 1)
     fp4, block_scale = new.add_two(
         "fp4", "TRT_FP4DynamicQuantize", x, scale, domain=DOMAIN, axis=-1, block_size=BLOCK,
         scale_type=int(ir.DataType.FLOAT8E4M3FN),
     )  # fmt: skip
     assert x.shape is not None
-    K = x.shape[-1]
-    assert isinstance(K, int)
+    K = width(x)
     for value, dtype, last in ((fp4, "FLOAT4E2M1", K), (block_scale, "FLOAT8E4M3FN", K // BLOCK)):
         value.type, value.shape = ir.TensorType(ir.DataType[dtype]), ir.Shape([*x.shape[:-1], last])
     _dequantized(new, "y", fp4, block_scale, scale)

@@ -26,6 +26,7 @@ from qgraph.evaluate.samples import input_ranges, make_inputs
 from qgraph.evaluate.text_ports import POSITIONS, empty_cache
 from qgraph.evaluate.verify import (
     REL_ERROR_LIMIT,
+    UNBOUNDED,
     Comparison,
     Verification,
     cases_of,
@@ -37,6 +38,7 @@ from qgraph.evaluate.verify import (
     within,
 )
 from qgraph.export import EXPORTS, Context
+from qgraph.export.nbits import round_blocks
 from qgraph.passes import load_model, prepare_model
 from qgraph.passes.cache import Cache, find_cache
 from qgraph.passes.expose_roundings import expose_roundings
@@ -45,7 +47,6 @@ from qgraph.passes.save import save_lowbit
 
 if TYPE_CHECKING:
     import numpy as np
-    import numpy.typing as npt
     import onnx_ir as ir
 
     Arrays = Mapping[str, np.ndarray]
@@ -158,7 +159,7 @@ class _Twin:
         given = {r.output: shown[r.output] for r in self.roundings}
         for r in self.roundings:
             if block := self.rounds.get(r.output):
-                given[r.output] = _round_blocks(shown[r.input], block)
+                given[r.output] = round_blocks(shown[r.input], block)
         return shown, judge.run({**feeds, **given})
 
 
@@ -183,7 +184,7 @@ class _Checks:
         bounds, cache = self._facts.bounds, self._facts.cache
         if cache is None:
             return [[dims] for dims in cases_of(self._inputs, bounds)]
-        return texts_of(self._inputs, bounds, cache.total, within(bounds, cache.total, 1 << 24))
+        return texts_of(self._inputs, bounds, cache.total, within(bounds, cache.total, UNBOUNDED))
 
     def begin(self) -> None:
         """Another text."""
@@ -228,26 +229,14 @@ class _Checks:
                 )
 
 
-def _round_blocks(x: npt.NDArray[np.float32], block: int) -> npt.NDArray[np.float32]:
-    """x [.., K] rounded to int8 by blocks of its last axis, as MatMulNBits does with `accuracy_level` 4."""
-    import numpy as np
-
-    K = x.shape[-1]
-    pads = [(0, 0)] * (x.ndim - 1) + [(0, -K % block)]
-    blocks = np.pad(x, pads).reshape(*x.shape[:-1], -1, block)
-    amax = np.abs(blocks).max(axis=-1, keepdims=True)
-    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 0)
-    return (np.rint(blocks * inverse) * (amax / np.float32(127))).reshape(*x.shape[:-1], -1)[..., :K]
-
-
 def _bounds(model: ir.Model) -> dict[str, tuple[int, int]]:
     """Of the dims that a check bounds by a number."""
     found: dict[str, tuple[int, int]] = {}
     for a, b, _ in model.graph.meta.get(CHECKS, []):
         if isinstance(a, int) and not isinstance(b, int):
-            low, high = found.get(str(b), (1, 1 << 24))
+            low, high = found.get(str(b), (1, UNBOUNDED))
             found[str(b)] = low, min(high, a)
         elif isinstance(b, int) and not isinstance(a, int):
-            low, high = found.get(str(a), (1, 1 << 24))
+            low, high = found.get(str(a), (1, UNBOUNDED))
             found[str(a)] = max(low, b), high
     return found

@@ -43,6 +43,11 @@ class ArtifactInfo:
     seal: bytes = b""
 
     @property
+    def signer(self) -> bytes:
+        """The public key in the signature, 32 bytes; empty where the file is not signed."""
+        return self.seal[:32]
+
+    @property
     def plan(self) -> Mapping[str, Any]:
         """The first of the plans: inputs, outputs, dims and state are the same in all of them."""
         return next(iter(self.plans.values()))

@@ -96,6 +96,7 @@ const Amx& amx() {
 }  // namespace
 
 std::string_view machine_arch() { return "x86_64"; }
+std::string_view machine_target() { return "x86_64-linux"; }
 
 namespace {
 
@@ -145,6 +146,7 @@ bool cpu_has_sha_ni() { return features().sha_ni; }
 #elif defined(__aarch64__)
 
 std::string_view machine_arch() { return "aarch64"; }
+std::string_view machine_target() { return "aarch64-linux"; }
 bool cpu_has(std::string_view name) { return name == "neon"; }  // part of the base architecture
 std::string cpu_features() { return "neon"; }
 bool cpu_has_sha_ni() { return false; }
@@ -163,6 +165,7 @@ constexpr HwCap kHwCaps[] = {{"neon", 12}, {"vfpv4", 16}, {"idiva", 17}};
 }  // namespace
 
 std::string_view machine_arch() { return "armv7l"; }
+std::string_view machine_target() { return "armv7-linux"; }
 bool cpu_has(std::string_view name) {
   for (const HwCap& cap : kHwCaps) {
     if (cap.name == name) return bit(getauxval(AT_HWCAP), cap.bit);
@@ -181,6 +184,7 @@ bool cpu_has_sha_ni() { return false; }
 #elif defined(__riscv) && __riscv_xlen == 64
 
 std::string_view machine_arch() { return "riscv64"; }
+std::string_view machine_target() { return "riscv64-linux"; }
 bool cpu_has(std::string_view) { return false; }  // its variants ask for nothing beyond rv64gc
 std::string cpu_features() { return "baseline"; }
 bool cpu_has_sha_ni() { return false; }
@@ -188,6 +192,7 @@ bool cpu_has_sha_ni() { return false; }
 #elif defined(__wasm32__)
 
 std::string_view machine_arch() { return "wasm32"; }
+std::string_view machine_target() { return "wasm32"; }
 bool cpu_has(std::string_view name) { return name == "simd128"; }  // else no module with kernels could begin
 std::string cpu_features() { return "simd128"; }
 bool cpu_has_sha_ni() { return false; }

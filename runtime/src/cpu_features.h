@@ -8,8 +8,10 @@
 
 namespace qg {
 
-// "x86_64" or "aarch64", as in a plan's variants.
+// "x86_64", "aarch64", "armv7l", "riscv64" or "wasm32", as in a plan's variants.
 std::string_view machine_arch();
+// What `--target` calls it.
+std::string_view machine_target();
 // Whether a feature, by its name in FORMAT.md, can be used: the CPU has the instructions and the operating
 // system saves the registers. A name that this version does not know is a feature that the machine does not
 // have.

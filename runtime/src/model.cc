@@ -4,6 +4,7 @@
 #include <string_view>
 #include <utility>
 
+#include "cpu_features.h"
 #include "error.h"
 
 namespace qg {
@@ -39,7 +40,7 @@ std::string advice(const Device& device, const std::vector<Variant>& variants) {
                                     [&](const Variant& v) { return v.arch == device.arch(); });
   if (device.platform() == Platform::kCuda)
     return "compile the model again, with a CUDA compiler that knows this GPU";
-  return foreign ? cat("compile the model with --target ", device.arch(), "-linux")
+  return foreign ? cat("compile the model with --target ", machine_target())
                  : "run it on a CPU that has what it needs";
 }
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,24 +77,39 @@ int main(int argc, char** argv) {  // guard, entry, number of arguments, these (
 }
 """
 
-# ISA level -> its qemu, and what Debian calls the machine in packages and compilers.
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that qemu is, in a program: the target that is compiled for it, the command, and what Debian
+    calls it in packages and compilers."""
+
+    target: str
+    qemu: str
+    triple: str
+
+    @property
+    def compiler(self) -> str:
+        return f"{self.triple}-g++"
+
+    @property
+    def missing(self) -> str:
+        """Why its code cannot run here, empty if it can."""
+        if shutil.which(self.qemu) and shutil.which(self.compiler):
+            return ""
+        return f"needs {self.qemu} and {self.compiler} (Debian: qemu-user, g++-{self.triple})"
+
+
+# By ISA level.
 MACHINES = {
-    "aarch64": ("qemu-aarch64", "aarch64-linux-gnu"),
-    "armv7": ("qemu-arm", "arm-linux-gnueabihf"),
-    "riscv64": ("qemu-riscv64", "riscv64-linux-gnu"),
+    "aarch64": Machine("aarch64-linux", "qemu-aarch64", "aarch64-linux-gnu"),
+    "armv7": Machine("armv7-linux", "qemu-arm", "arm-linux-gnueabihf"),
+    "riscv64": Machine("riscv64-linux", "qemu-riscv64", "riscv64-linux-gnu"),
 }
 
 
-def missing(name: str) -> str:
-    """Why code of an ISA level cannot run here, empty if it can."""
-    qemu, machine = MACHINES[name]
-    if shutil.which(qemu) and shutil.which(f"{machine}-g++"):
-        return ""
-    return f"needs {qemu} and {machine}-g++ (Debian: qemu-user, g++-{machine})"
-
-
 def _on(name: str, *values: object, id: str = "") -> Any:
-    skip = pytest.mark.skipif(bool(missing(name)), reason=missing(name))
+    missing = MACHINES[name].missing
+    skip = pytest.mark.skipif(bool(missing), reason=missing)
     return pytest.param(ISAS[name], *values, id="-".join(filter(None, (name, id))), marks=skip)
 
 
@@ -122,7 +138,7 @@ def _driver(name: str) -> Path:
         _folder.append(tempfile.TemporaryDirectory(prefix="qgraph-drivers-"))
     source, program = Path(_folder[0].name) / "driver.cc", Path(_folder[0].name) / name
     source.write_text(_DRIVER)
-    compiler = [f"{MACHINES[name][1]}-g++", "-std=c++17", "-O1", "-static", f"-I{RUNTIME / 'src'}"]
+    compiler = [MACHINES[name].compiler, "-std=c++17", "-O1", "-static", f"-I{RUNTIME / 'src'}"]
     subprocess.run([*compiler, source, "-o", program], check=True)
     return program
 
@@ -136,7 +152,7 @@ class EmulatedKernel:
     def run(self, args: Sequence[np.ndarray | int], ranges: Sequence[tuple[int, int]], guard: bool) -> None:
         """Raises AssertionError where the kernel touches memory outside its buffers."""
         passed = [f"array{i}" if isinstance(arg, np.ndarray) else f"={arg}" for i, arg in enumerate(args)]
-        command = [MACHINES[self.isa.name][0], str(_driver(self.isa.name)), str(int(guard))]
+        command = [MACHINES[self.isa.name].qemu, str(_driver(self.isa.name)), str(int(guard))]
         command += [str(self.image.entries[self.spec.symbol]), str(len(args)), *passed]
         with tempfile.TemporaryDirectory(prefix="qgraph-emulated-") as name:
             folder = Path(name)

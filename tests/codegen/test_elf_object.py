@@ -1,4 +1,4 @@
-"""Object files and archives of our own, read back by pyelftools and by hand."""
+"""Object files of our own, read back by pyelftools."""
 
 from __future__ import annotations
 
@@ -7,16 +7,7 @@ import io
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from qgraph.codegen.elf_object import (
-    ALLOC,
-    EXECUTE,
-    MACHINES,
-    WRITE,
-    Member,
-    Section,
-    write_archive,
-    write_object,
-)
+from qgraph.codegen.elf_object import ALLOC, EXECUTE, MACHINES, WRITE, Section, write_object
 
 
 def sections() -> list[Section]:
@@ -68,22 +59,3 @@ def test_object(machine: str) -> None:
     ]
     assert places == [(0, 1, 5), (16, 2, 0)]
     assert {r["r_info_type"] for r in relocations.iter_relocations()} == {MACHINES[machine].absolute}
-
-
-@pytest.mark.parametrize("size", [4, 5])
-@pytest.mark.parametrize("symbol", ["even_name_", "odd_name_"])
-def test_archive(size: int, symbol: str) -> None:
-    content = bytes(range(size))
-    data = b"".join(write_archive([Member("model.o", [content[:2], content[2:]], [symbol])]))
-    assert data[:8] == b"!<arch>\n"
-    members, at = [], 8
-    while at < len(data):
-        name, length = data[at : at + 16].rstrip(), int(data[at + 48 : at + 58])
-        assert data[at + 58 : at + 60] == b"`\n"
-        members.append((name, at, data[at + 60 : at + 60 + length]))
-        at += 60 + length + length % 2
-    assert at == len(data)
-    (index_name, _, index), (name, offset, found) = members
-    assert (index_name, name, found) == (b"/", b"model.o/", content)
-    assert int.from_bytes(index[:4], "big") == 1 and int.from_bytes(index[4:8], "big") == offset
-    assert index[8:].rstrip(b"\0").decode() == symbol

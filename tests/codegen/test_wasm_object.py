@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from qgraph.codegen.archive import read_archive
 from qgraph.codegen.compile import compile_image
-from qgraph.codegen.elf_object import Member, read_archive, write_archive
 from qgraph.codegen.isa import ISAS
 from qgraph.codegen.spec import KernelSpec
 from qgraph.codegen.wasm_library import library_members
@@ -160,14 +160,3 @@ def test_a_call_of_what_is_not_there() -> None:
         with_prefix(b"".join(write_object([], {}, [Kernel("expf", (I32,))])), "m_")
     with pytest.raises(QGraphError, match="is not WebAssembly"):
         with_prefix(b"\x7fELF" + bytes(20), "m_")
-
-
-def test_archive() -> None:
-    members = [Member("a.o", [b"abc"], ["x", "y"]), Member("b.o", [b"", b"defg"], ["z"])]
-    data = b"".join(write_archive(members))
-    assert [bytes(content) for content in read_archive(data)] == [b"abc", b"defg"]
-    index = data[68:]
-    offsets = struct.unpack(">IIII", index[:16])
-    assert offsets[0] == 3 and offsets[1] == offsets[2]
-    assert [data[at : at + 4] for at in offsets[1:]] == [b"a.o/", b"a.o/", b"b.o/"]
-    assert index[16:22] == b"x\0y\0z\0"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from lowbit_models import relative_error
 from onnx import TensorProto, helper, numpy_helper
 
 import qgraph
@@ -55,10 +56,6 @@ def model_of(K: int, N: int, shape: list[str | int], table: int = 0) -> onnx.Mod
 def exported(folder: Path, model: onnx.ModelProto, **options: Any) -> qgraph.pipeline.CompileResult:
     onnx.save(model, folder / "model.onnx")
     return qgraph.compile(folder / "model.onnx", **(QUICK | options))
-
-
-def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def session(path: Path, threads: int = 1) -> Any:
@@ -270,10 +267,12 @@ def test_an_older_onnx_runtime_is_refused() -> None:
     assert said == [(1, b"qgraph: this needs ONNX Runtime 1.17 or later")]
 
 
-def test_a_gpu_alone_is_refused(tmp_path: Path) -> None:
+def test_targets_that_load_no_code(tmp_path: Path) -> None:
     onnx.save(model_of(32, 8, ["rows"]), tmp_path / "m.onnx")
     with pytest.raises(UsageError, match=r"export 'ort' runs on CPUs: give --target cpu,cuda"):
         qgraph.quantize(tmp_path / "m.onnx", export=("ort",), target="cuda", include=("*",))
+    with pytest.raises(UsageError, match="export 'ort' has code to be loaded, and a program on wasm32 loads"):
+        qgraph.compile(tmp_path / "m.onnx", export=("ort",), target="wasm32", format="static-lib")
 
 
 # ---- the library

@@ -19,6 +19,7 @@ from lowbit_models import (
 )
 
 from qgraph.evaluate.runners import OnnxRuntimeRunner
+from qgraph.export.nbits import round_blocks
 from qgraph.formats.activations import dynamic_int8, dynamic_nvfp4
 from qgraph.passes.lowbit_weights import FORMS
 
@@ -87,8 +88,6 @@ def test_weights_that_are_shared_are_written_once(tmp_path: Path) -> None:
 def test_int8_activations(format: str, tmp_path: Path) -> None:
     """ONNX Runtime's own rounding, which is finer than that by tokens; `exact` shows the weights are
     right."""
-    from qgraph.export.verify import _round_blocks
-
     for K, N in SHAPES:
         q = random_weight(format, K, N)
         path = tmp_path / "m.onnx"
@@ -101,7 +100,7 @@ def test_int8_activations(format: str, tmp_path: Path) -> None:
         block = context.rounds["x/int8"]
         assert (block is None) == (format == "ternary")
         if block is not None:
-            rounded = _round_blocks(x, block).astype(np.float64) @ dense(q)
+            rounded = round_blocks(x, block).astype(np.float64) @ dense(q)
             assert relative_error(found, rounded) < 1e-5
         export_to(path, "ort-cpu", linear_model([q], "int8"), exact=True)
         rounded = dynamic_int8(x).astype(np.float64) @ dense(q)

@@ -71,7 +71,7 @@ def test_every_variant_gives_what_it_gave(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FOREIGN, ids=name)
 def test_code_for_another_machine_is_refused_with_advice(path: Path) -> None:
-    """(tests/runtime/test_compiled_artifact.py runs it, under qemu.)"""
+    """(tests/runtime/test_cross_compilation.py runs it, under qemu.)"""
     mine = platform.machine()
     message = rf"{path.name}: no code in the file fits this machine \({mine}\): .* is for {arch_of(path)}: "
     with pytest.raises(UnsupportedError, match=message + f"compile the model with --target {mine}-linux"):

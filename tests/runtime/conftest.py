@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for artifact_builder, under pytest's importlib mode
+# For helpers of here, of kernels and of golden artifacts, under pytest's importlib mode.
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "codegen"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import artifact_builder
 import encoder_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import safetensors
 from artifact_builder import ARCH, Parts, Tensor, container, header_of, padded, sign
+from cmake_build import RUNTIME
 
 from qgraph import runtime
+from qgraph.codegen.isa import TARGETS, get_target
 from qgraph.errors import InputError, UnsupportedError
 from qgraph.report.artifact import read_artifact
 
@@ -202,6 +205,14 @@ def test_other_processors(cache: Path, toy_parts: Parts, tmp_path: Path) -> None
         UnsupportedError, match=r"future needs warp_drive: run it on a CPU that has what it needs$"
     ):
         load(parts.to_bytes(), tmp_path)
+
+
+def test_the_runtime_calls_targets_what_the_compiler_does() -> None:
+    source = (RUNTIME / "src" / "cpu_features.cc").read_text()
+    arches, targets = (
+        re.findall(rf'machine_{what}\(\) {{ return "(.*?)"', source) for what in ("arch", "target")
+    )
+    assert dict(zip(targets, arches, strict=True)) == {name: get_target(name)[0].arch for name in TARGETS}
 
 
 def test_duplicate_keys(cache: Path, toy_parts: Parts, tmp_path: Path) -> None:

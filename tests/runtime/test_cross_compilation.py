@@ -3,8 +3,8 @@ cross compilers and qemu."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,28 +12,16 @@ import encoder_model
 import numpy as np
 import pytest
 from cmake_build import RUNTIME, run
+from emulated import MACHINES, Machine
+from golden_models import load_runs
 
 import qgraph
 from qgraph.pipeline import CompileResult
 from qgraph.runtime import sdk
 
+TESTS = Path(__file__).parents[1]
 IDS = np.array([[3, 14, 15, 9, 26]], np.int64)
 INPUTS = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "token_type_ids": np.zeros_like(IDS)}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A target, its qemu, and what Debian calls it."""
-
-    target: str
-    qemu: str
-    triple: str
-
-
-MACHINES = [
-    Machine("armv7-linux", "qemu-arm", "arm-linux-gnueabihf"),
-    Machine("riscv64-linux", "qemu-riscv64", "riscv64-linux-gnu"),
-]
 
 
 @dataclass(frozen=True)
@@ -47,22 +35,34 @@ class Toolchain:
         """Compile and link a program with the runtime; the command that runs it."""
         options = ["-std=c++17", "-O0", "-Wno-psabi", "-static", "-pthread", *(f"-I{i}" for i in include)]
         sources = (*sources, self.folder / "qgraph.o")
-        run(f"{self.machine.triple}-g++", *options, *sources, "-o", program)
+        run(self.machine.compiler, *options, *sources, "-o", program)
         return [self.machine.qemu, program]
 
 
-@pytest.fixture(scope="module", params=MACHINES, ids=lambda machine: machine.target)
+@pytest.fixture(scope="module", params=MACHINES.values(), ids=lambda machine: machine.target)
 def toolchain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
     machine = request.param
-    if not (shutil.which(machine.qemu) and shutil.which(f"{machine.triple}-g++")):
-        pytest.skip(
-            f"needs {machine.qemu} and {machine.triple}-g++ (Debian: qemu-user, g++-{machine.triple})"
-        )
+    if machine.missing:
+        pytest.skip(machine.missing)
     folder = tmp_path_factory.mktemp("runtime") / "single"
     sdk.write_amalgamation(folder)
     strict = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    run(f"{machine.triple}-g++", *strict, "-c", folder / "qgraph.cc", "-o", folder / "qgraph.o")
+    run(machine.compiler, *strict, "-c", folder / "qgraph.cc", "-o", folder / "qgraph.o")
     return Toolchain(machine, folder)
+
+
+@pytest.fixture(scope="module")
+def example(toolchain: Toolchain) -> list[str | Path]:
+    """The command that runs examples/run.cc."""
+    include = (RUNTIME / "include",)
+    return toolchain.build(toolchain.folder / "run", RUNTIME / "examples" / "run.cc", include=include)
+
+
+def given(inputs: Mapping[str, np.ndarray], folder: Path) -> list[str]:
+    """Its arguments for these inputs."""
+    for name, array in inputs.items():
+        array.tofile(folder / f"{name}.in")
+    return [f"{name}={folder / name}.in:{'x'.join(map(str, array.shape))}" for name, array in inputs.items()]
 
 
 def options_of(toolchain: Toolchain) -> dict[str, object]:
@@ -76,24 +76,42 @@ def want(encoder: CompileResult) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_artifact(toolchain: Toolchain, want: np.ndarray, tmp_path: Path) -> None:
+def test_artifact(toolchain: Toolchain, example: list[str | Path], want: np.ndarray, tmp_path: Path) -> None:
     source = encoder_model.save(tmp_path / "encoder.onnx")
     result = qgraph.compile(source, output=tmp_path / "model", **options_of(toolchain))
     assert result.report.verification is not None and result.report.verification.status == "skipped"
-    include = (RUNTIME / "include",)
-    command = toolchain.build(tmp_path / "run", RUNTIME / "examples" / "run.cc", include=include)
-    feeds = []
-    for name, value in INPUTS.items():
-        value.tofile(tmp_path / name)
-        feeds.append(f"{name}={tmp_path / name}:1x{IDS.size}")
-    run(*command, tmp_path / "model.qg", *feeds, "--out", tmp_path)
+    run(*example, tmp_path / "model.qg", *given(INPUTS, tmp_path), "--out", tmp_path)
+    got = np.fromfile(tmp_path / "last_hidden_state.bin", np.float32).reshape(want.shape)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.slow
+def test_refusals(toolchain: Toolchain, example: list[str | Path], tmp_path: Path) -> None:
+
+    def said(file: Path) -> str:
+        return subprocess.run([*example, file], capture_output=True, text=True).stderr
+
+    foreign = TESTS / "golden" / "0.1.0" / "encoder-ternary.qg"
+    assert f"compile the model with --target {toolchain.machine.target}\n" in said(foreign)
     if toolchain.machine.target == "armv7-linux":
         with (tmp_path / "large.qg").open("wb") as file:
             file.truncate(3 << 30)
-        done = subprocess.run([*command, tmp_path / "large.qg"], capture_output=True, text=True)
-        assert "large.qg: is larger than this process, of 32 bits, can map" in done.stderr
-    got = np.fromfile(tmp_path / "last_hidden_state.bin", np.float32).reshape(want.shape)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+        message = "large.qg: is larger than this process, of 32 bits, can map"
+        assert message in said(tmp_path / "large.qg")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("toolchain", [MACHINES["aarch64"]], indirect=True, ids=["aarch64-linux"])
+def test_golden_artifacts(toolchain: Toolchain, example: list[str | Path], tmp_path: Path) -> None:
+    """As tests/golden/test_golden.py, which runs what this machine can."""
+    files = sorted((TESTS / "golden").glob("*/*-aarch64.qg"))
+    assert files
+    for file in files:
+        for inputs, outputs in zip(*load_runs(file.with_suffix(".npz")), strict=True):
+            run(*example, file, *given(inputs, tmp_path), "--out", tmp_path)
+            for name, array in outputs.items():
+                got = np.fromfile(tmp_path / f"{name}.bin", array.dtype).reshape(array.shape)
+                np.testing.assert_allclose(got, array, rtol=0, atol=1e-5 * np.abs(array).max())
 
 
 _EMBED = """

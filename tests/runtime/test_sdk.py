@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import encoder_model
 import numpy as np
 import pytest
 from artifact_builder import Parts
@@ -262,30 +260,6 @@ def test_header_of_a_hostile_model(toy_parts: Parts, tmp_path: Path) -> None:
     strict = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", f"-I{RUNTIME / 'include'}"]
     (tmp_path / "use.c").write_text('#include "toy.h"\nint bad;\nint use(void) { return toy_load(0, 0); }\n')
     run(os.environ.get("CC", "cc"), *strict, "-c", tmp_path / "use.c", cwd=tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("qemu-aarch64") is None or shutil.which("aarch64-linux-gnu-g++") is None,
-    reason="needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user, g++-aarch64-linux-gnu)",
-)
-def test_aarch64(encoder: CompileResult, tmp_path: Path) -> None:
-    source = encoder_model.save(tmp_path / "encoder.onnx")
-    options = {"include": ("*",), "onnx": False, "format": "static-lib", "target": "aarch64-linux"}
-    qgraph.compile(source, output=tmp_path / "model", **options)
-    files = sdk.write_amalgamation(tmp_path / "qgraph")
-    (tmp_path / "embed.cc").write_text(block("cpp").replace("qgraph/qgraph.hpp", "qgraph.hpp"))
-    with_model_inside(tmp_path)
-    options_of_c = ["-std=c++17", "-O0", "-static", "-pthread", f"-I{files[0].parent}", f"-I{tmp_path}"]
-    sources = [tmp_path / "embed.cc", files[0], tmp_path / "libmodel.a"]
-    run("aarch64-linux-gnu-g++", *options_of_c, *sources, "-o", tmp_path / "embed")
-    output = run("qemu-aarch64", tmp_path / "embed", "unused", *map(str, IDS))
-    row = np.array([IDS])
-    with encoder.load() as model:
-        inputs = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
-        want = model.run(inputs)["last_hidden_state"][0].mean(axis=0)
-    got = np.array(output.split(), np.float32)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 # ---- what goes wrong
