@@ -35,9 +35,14 @@ def peak() -> int:
     raise OSError("the system does not say a process's peak memory (VmHWM)")
 
 
+def engine(path: str | Path) -> str:
+    """What runs the file, by its name."""
+    return "ort" if str(path).endswith(".ort.onnx") else ""
+
+
 def encoder(path: Path, threads: int) -> Orders:
     """Whole runs on seeded inputs."""
-    runner = open_runner(path, threads=threads)
+    runner = open_runner(path, engine=engine(path), threads=threads)
     feeds: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
     def run(batch: int, sequence: int) -> list[Times]:
@@ -56,7 +61,7 @@ def encoder(path: Path, threads: int) -> Orders:
 
 def decoder(path: Path, threads: int, room: int) -> Orders:
     """Reading a prompt, and token after token behind what was read; only the last logits are asked for."""
-    model = open_decoder(path, threads=threads, room=room)
+    model = open_decoder(path, engine=engine(path), threads=threads, room=room)
     rng = np.random.default_rng(0)
 
     def ids(count: int) -> np.ndarray:

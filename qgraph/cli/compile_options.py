@@ -113,17 +113,12 @@ _QUANTIZE = (
     ),
 )
 _THREADS = (click.option("--threads", type=int, metavar="N", help="Threads; 0 is one a core.  [default: 0]"),)
-_BUILD = (
+_CODE = (
     click.option(
         "--target",
-        help="The machines that the artifact is for: x86_64-linux, aarch64-linux, armv7-linux, "
-        "riscv64-linux, cpu (this one's), cuda, or one of the former and cuda with a comma between; or "
+        help="The machines that the artifact, and the file of --export ort, is for: x86_64-linux, "
+        "aarch64-linux, armv7-linux, riscv64-linux, cpu (this one's), cuda, or one of the former and cuda with a comma between; or "
         "wasm32, as a static-lib.  [default: x86_64-linux]",
-    ),
-    click.option(
-        "--format",
-        metavar="WHAT",
-        help="What the artifact becomes: qg, a file; or static-lib, a library and a header.  [default: qg]",
     ),
     click.option(
         "--packing",
@@ -135,6 +130,13 @@ _BUILD = (
         metavar="HOW",
         help="What products of more than 8 rows round float activations to: f32 (not at all), or bf16, int16 "
         "or int8, which are faster.  [default: f32]",
+    ),
+)
+_BUILD = (
+    click.option(
+        "--format",
+        metavar="WHAT",
+        help="What the artifact becomes: qg, a file; or static-lib, a library and a header.  [default: qg]",
     ),
 )
 _EXPORT = (
@@ -184,12 +186,12 @@ _FIELDS = tuple(field.name for field in fields(CompileConfig))
 def compile_options(artifact: bool) -> Decorator:
     """The options of `compile`, or without `artifact` those of `quantize`."""
     built = (*_ONNX, *_BUILD) if artifact else ()
-    return _decorate([*_QUANTIZE, *built, *_EXPORT, *_THREADS, *_COMMON, *_PASSES])
+    return _decorate([*_QUANTIZE, *built, *_CODE, *_EXPORT, *_THREADS, *_COMMON, *_PASSES])
 
 
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `build`."""
-    return _decorate([*_BUILD, *_EXPORT, *_THREADS, *_COMMON])(function)
+    return _decorate([*_BUILD, *_CODE, *_EXPORT, *_THREADS, *_COMMON])(function)
 
 
 def _decorate(options: list[Decorator]) -> Decorator:

@@ -134,8 +134,9 @@ def _score(
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows a run.")
 @click.option(
     "--engine",
-    type=click.Choice(["qgraph", "onnxruntime", "reference"]),
-    help="What runs MODEL. Default: qgraph for an artifact, onnxruntime for an ONNX file.",
+    type=click.Choice(["qgraph", "onnxruntime", "ort", "reference"]),
+    help="What runs MODEL: ort is for files of --export ort. Default: qgraph for an artifact, onnxruntime "
+    "for an ONNX file.",
 )
 @threads_option
 @device_option

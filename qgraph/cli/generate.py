@@ -80,9 +80,9 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--engine",
-    type=click.Choice(["qgraph", "onnxruntime", "reference"]),
+    type=click.Choice(["qgraph", "onnxruntime", "ort", "reference"]),
     default=None,
-    help="What runs MODEL.  [default: qgraph for .qg, else onnxruntime]",
+    help="What runs MODEL: ort is for files of --export ort.  [default: qgraph for .qg, else onnxruntime]",
 )
 @threads_option
 @device_option

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qgraph.errors import InputError, ResourceError, UnsupportedError, UsageError
+from qgraph.errors import InputError, UnsupportedError, UsageError
 from qgraph.evaluate.files import existing_file
 from qgraph.evaluate.samples import InputSpec, input_specs
 from qgraph.evaluate.text_ports import new_tokens
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from qgraph.runtime import Model
 
 _LONGEST_MESSAGE = 400
-# What ONNX Runtime says of an operator of ours that the file does not define.
-_UNKNOWN_OPERATOR = re.compile(r"ai\.qgraph:\w+\(-?\d+\) is not a registered function/op")
+# What ONNX Runtime says of an operator of ours that the file does not define. For a hint alone.
+_OURS = re.compile(r"ai\.qgraph:\w+\(-?\d+\) is not a registered function/op")
 
 Feeds = Mapping[str, "np.ndarray"]
 Shape = tuple[int | str, ...]
@@ -41,33 +41,43 @@ class Runner(Protocol):
 
 
 class OnnxRuntimeRunner:
-    """An ONNX file by ONNX Runtime on the CPU; one with operators of ours (`--export ort`) with the library
-    that has them.
+    """An ONNX file by ONNX Runtime on the CPU.
 
-    threads: of one operator; 0 is ONNX Runtime's choice. Raises InputError for a file that it refuses,
-    UnsupportedError for one with operators that it does not have, such as DequantizeLinear of 4-bit floats,
-    ResourceError where that library cannot be built.
+    threads: of one operator; 0 is ONNX Runtime's choice. kernels: whether the file may have operators of ours
+    (`--export ort`), which run the code in it: a choice, for other ONNX files are data. Raises InputError for
+    a file that it refuses, UnsupportedError for one with operators that it does not have, such as
+    DequantizeLinear of 4-bit floats, ResourceError where the library of our operators cannot be built.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 0) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 0, kernels: bool = False) -> None:
         self._path = os.fspath(existing_file(path))
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # is read at import
         import onnxruntime
 
         onnxruntime.disable_telemetry_events()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4  # what goes wrong comes as an exception
+        if kernels:
+            from qgraph.runtime.build import ort_library
+
+            options.register_custom_ops_library(str(ort_library()))
         try:
-            self._session = _ort_session(self._path, threads)
+            self._session = onnxruntime.InferenceSession(
+                self._path, options, providers=["CPUExecutionProvider"]
+            )
         except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
             raise UnsupportedError(
                 f"{self._path}: ONNX Runtime has no kernel for an operator of it ({_one_line(error)}); "
-                "ONNX's reference evaluator runs it"
+                "ONNX's reference evaluator runs it, and `--export ort` makes one that ONNX Runtime runs"
             ) from error
-        except ResourceError:
-            raise
         except Exception as error:  # ONNX Runtime's classes share no base
-            raise InputError(f"{self._path}: ONNX Runtime refuses it: {_one_line(error)}") from error
+            hint = "; engine 'ort' runs files of `--export ort`" if _OURS.search(str(error)) else ""
+            raise InputError(
+                f"{self._path}: ONNX Runtime refuses it: {_one_line(error)}{'' if kernels else hint}"
+            ) from error
         self.specs = tuple(_ort_spec(i) for i in self._session.get_inputs())
         self.output_shapes: dict[str, Shape] = {o.name: tuple(o.shape) for o in self._session.get_outputs()}
         self.inputs = tuple(spec.name for spec in self.specs)
@@ -144,28 +154,6 @@ class ReferenceRunner:
         except Exception as error:
             raise InputError(f"{self._path}: ONNX's reference evaluator: {_one_line(error)}") from error
         return dict(zip(outputs, values, strict=True))
-
-
-def _ort_session(path: str, threads: int) -> Any:
-    """A session of ONNX Runtime, whose errors these are."""
-    import onnxruntime
-
-    def session(*libraries: str) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4  # what goes wrong comes as an exception
-        for library in libraries:
-            options.register_custom_ops_library(library)
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    try:
-        return session()
-    except Exception as error:
-        if not _UNKNOWN_OPERATOR.search(str(error)):
-            raise
-    from qgraph.runtime.build import ort_library
-
-    return session(str(ort_library()))
 
 
 def _ort_spec(info: Any) -> InputSpec:
@@ -270,6 +258,7 @@ def _open_artifact(
 _ENGINES: dict[str, Callable[..., Runner]] = {
     "qgraph": _open_artifact,
     "onnxruntime": lambda path, threads: OnnxRuntimeRunner(path, threads=threads),
+    "ort": lambda path, threads: OnnxRuntimeRunner(path, threads=threads, kernels=True),
     "reference": lambda path, threads: ReferenceRunner(path),
 }
 
@@ -284,7 +273,8 @@ def open_runner(
     room: int = 0,
     public_key: bytes | None = None,
 ) -> Runner:
-    """A runner for the file. engine: "qgraph" (default for .qg), "onnxruntime" (default else), "reference".
+    """A runner for the file. engine: "qgraph" (default for .qg), "onnxruntime" (default else), "ort"
+    (that with our kernels, for files of `--export ort`), "reference".
     threads: 0 is one for every core, or what ONNX Runtime chooses. device: of an artifact, see
     `qgraph.runtime.load`; the other engines are on the CPU. capacity and room: of an artifact with state, see
     `ArtifactRunner`. public_key: whose signature an artifact must have, see `qgraph.runtime.load`.

@@ -81,7 +81,7 @@ def open_runner(path: Path, threads: int) -> Runner:
     """The file in ONNX Runtime, with our library."""
     from qgraph.evaluate.runners import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(path, threads=threads)
+    return OnnxRuntimeRunner(path, threads=threads, kernels=True)
 
 
 class _Packer:

@@ -17,8 +17,8 @@ from lowbit_models import relative_error
 from onnx import TensorProto, helper, numpy_helper
 
 import qgraph
-from qgraph.errors import UsageError
-from qgraph.evaluate.runners import OnnxRuntimeRunner, ReferenceRunner
+from qgraph.errors import InputError, UsageError
+from qgraph.evaluate.runners import OnnxRuntimeRunner, ReferenceRunner, open_runner
 from qgraph.runtime.build import ROOT, find_compiler, ort_library
 
 HERE = Path(__file__).parent
@@ -58,6 +58,10 @@ def exported(folder: Path, model: onnx.ModelProto, **options: Any) -> qgraph.pip
     return qgraph.compile(folder / "model.onnx", **(QUICK | options))
 
 
+def run_in_ort(result: qgraph.pipeline.CompileResult) -> OnnxRuntimeRunner:
+    return OnnxRuntimeRunner(result.exports["ort"], kernels=True)
+
+
 def session(path: Path, threads: int = 1) -> Any:
     import onnxruntime
 
@@ -74,7 +78,7 @@ def session(path: Path, threads: int = 1) -> Any:
 @pytest.mark.parametrize("scheme", WEIGHTS)
 def test_weights_of_every_format(scheme: str, tmp_path: Path) -> None:
     result = exported(tmp_path, model_of(200, 33, ["batch", "sequence"]), scheme=scheme)
-    runner = OnnxRuntimeRunner(result.exports["ort"])
+    runner = run_in_ort(result)
     for shape in ((1, 1), (1, 9), (3, 11)):
         x = np.random.default_rng(1).standard_normal((*shape, 200)).astype(np.float32)
         want = ReferenceRunner(result.onnx).run({"x": x})["y"]
@@ -88,14 +92,14 @@ def test_activations_in_int8(tmp_path: Path) -> None:
     assert [node.op_type for node in nodes if node.domain] == ["QLinearInt4"]
     x = np.random.default_rng(1).standard_normal((19, 200)).astype(np.float32)
     want = ReferenceRunner(result.onnx).run({"x": x})["y"]
-    assert relative_error(OnnxRuntimeRunner(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
+    assert relative_error(run_in_ort(result).run({"x": x})["y"], want) < 1e-5
 
 
 def test_activations_in_nvfp4(tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((19, 40)).astype(np.float32)
     result = exported(tmp_path, model_of(40, 33, ["rows"]), scheme="nvfp4-w4a4", calibration=[{"x": x}])
     want = ReferenceRunner(result.onnx).run({"x": x})["y"]
-    assert relative_error(OnnxRuntimeRunner(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
+    assert relative_error(run_in_ort(result).run({"x": x})["y"], want) < 1e-5
 
 
 def test_lookups(tmp_path: Path) -> None:
@@ -105,7 +109,7 @@ def test_lookups(tmp_path: Path) -> None:
         "QLinearNVFP4",
         "QGatherNVFP4",
     }
-    runner = OnnxRuntimeRunner(result.exports["ort"])
+    runner = run_in_ort(result)
     ids = np.random.default_rng(0).integers(-100, 100, (3, 7))
     want = ReferenceRunner(result.onnx).run({"ids": ids})["y"]
     assert relative_error(runner.run({"ids": ids})["y"], want) < 1e-5
@@ -121,7 +125,7 @@ def test_a_decoder_with_its_cache(options: dict[str, Any], tmp_path: Path) -> No
 
     result = exported(tmp_path, tiny_decoder(cache=True), **({"scheme": "ternary"} | options))
     limit = 0.05 if options else 1e-5
-    runners = [OnnxRuntimeRunner(result.exports["ort"]), ReferenceRunner(result.onnx)]
+    runners = [run_in_ort(result), ReferenceRunner(result.onnx)]
     rng = np.random.default_rng(0)
     past = {
         spec.name: np.zeros((2, 2, 0, 32), np.float32)
@@ -150,7 +154,7 @@ def test_compute_is_that_of_the_artifact(tmp_path: Path) -> None:
     """With digits: the same bits as the runtime's own."""
     result = exported(tmp_path, model_of(512, 64, ["rows"]), scheme="nvfp4", compute="int8")
     x = np.random.default_rng(1).standard_normal((40, 512)).astype(np.float32)
-    got = OnnxRuntimeRunner(result.exports["ort"]).run({"x": x})["y"]
+    got = run_in_ort(result).run({"x": x})["y"]
     assert relative_error(got, result.load().run({"x": x})["y"]) < 1e-6
     assert relative_error(got, ReferenceRunner(result.onnx).run({"x": x})["y"]) > 1e-5
 
@@ -171,7 +175,7 @@ def test_equal_layers_are_stored_once(tmp_path: Path) -> None:
     assert {t.name for t in graph.initializer} == set(artifacts)
     x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
     want = ReferenceRunner(result.onnx).run({"x": x})["y"]
-    assert relative_error(OnnxRuntimeRunner(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
+    assert relative_error(run_in_ort(result).run({"x": x})["y"], want) < 1e-5
 
 
 def test_activations_are_part_of_a_layer_where_nothing_else_reads_it(tmp_path: Path) -> None:
@@ -189,7 +193,7 @@ def test_activations_are_part_of_a_layer_where_nothing_else_reads_it(tmp_path: P
     assert [node.op_type for node in onnx.load(result.exports["ort"]).graph.node] == ["QLinearInt8"]
     x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
     want = ReferenceRunner(result.onnx).run({"x": x})["y"]
-    assert relative_error(OnnxRuntimeRunner(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
+    assert relative_error(run_in_ort(result).run({"x": x})["y"], want) < 1e-5
 
 
 # ---- ONNX Runtime's threads
@@ -206,6 +210,15 @@ def test_results_are_the_same_on_any_threads(tmp_path: Path) -> None:
 
 
 # ---- what goes wrong
+
+
+def test_code_in_a_file_is_run_where_that_was_asked_for(tmp_path: Path) -> None:
+    """An ONNX file is data to whoever opens it, but for the engine that is for these."""
+    result = exported(tmp_path, model_of(32, 8, ["rows"]), scheme="nvfp4")
+    path, x = result.exports["ort"], {"x": np.ones((1, 32), np.float32)}
+    with pytest.raises(InputError, match=r"not a registered function/op.*; engine 'ort' runs files of"):
+        open_runner(path)
+    assert open_runner(path, engine="ort").run(x)["y"].shape == (1, 8)
 
 
 def packed(path: Path, artifact: bytes | None, width: int = 32) -> Path:
