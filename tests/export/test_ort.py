@@ -309,6 +309,9 @@ def test_an_artifact_of_another_form(tmp_path: Path) -> None:
         session(packed(tmp_path / "m.onnx", result.artifact.read_bytes())).run(
             None, {"x": np.ones((1, 32), np.float32)}
         )
+    result = exported(tmp_path, model_of(32, 8, ["rows", "columns"]), scheme="nvfp4", export=())
+    with pytest.raises(Exception, match="a model of another form: export it anew"):
+        session(packed(tmp_path / "m.onnx", result.artifact.read_bytes()))
 
 
 def test_an_older_onnx_runtime_is_refused() -> None:
