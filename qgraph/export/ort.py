@@ -19,7 +19,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from qgraph import __version__
 from qgraph.codegen import build_artifact
-from qgraph.codegen.targets import CUDA, parse_target, require_loadable
+from qgraph.codegen.targets import CUDA, WASM, parse_target
 from qgraph.errors import UsageError
 from qgraph.export import Context
 from qgraph.passes.base import add_initializer, constant, is_op, replace_node, shape_of
@@ -41,7 +41,10 @@ def export(model: ir.Model, context: Context) -> ir.Model:
 
     Raises UsageError for a target without a CPU.
     """
-    require_loadable(context.target)
+    if any(isa.arch == WASM for isa in parse_target(context.target).isas):
+        raise UsageError(
+            f"export 'ort' has no code for {context.target}: libqgraph_ort.so is none of WebAssembly"
+        )
     cpus = [part for part in parse_target(context.target).name.split(",") if part != CUDA]
     if not cpus:
         raise UsageError(f"export 'ort' runs on CPUs: give --target cpu,{context.target}")

@@ -336,6 +336,12 @@ def test_a_gpu_alone_is_refused(tmp_path: Path) -> None:
         qgraph.quantize(tmp_path / "m.onnx", export=("ort",), target="cuda", include=("*",))
 
 
+def test_webassembly_is_refused(tmp_path: Path) -> None:
+    onnx.save(model_of(32, 8, ["rows"]), tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match=r"export 'ort' has no code for wasm32"):
+        qgraph.quantize(tmp_path / "m.onnx", export=("ort",), target="wasm32", include=("*",))
+
+
 # ---- the library
 
 
