@@ -51,7 +51,10 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     companion that is not there yet. When one cannot move, those before it are undone.
     """
     target = Path(path)
-    real = target.resolve()
+    try:
+        real = target.resolve()
+    except RuntimeError as error:  # pathlib's, up to Python 3.12
+        raise ResourceError(f"cannot write {target}: {os.strerror(errno.ELOOP).lower()}") from error
     temporary = real.parent / f".{real.name[:80]}.{secrets.token_hex(4)}.tmp"
     try:
         _require_replaceable(real, target)

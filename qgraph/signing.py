@@ -12,6 +12,7 @@ import binascii
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,12 @@ def generate_key(prefix: Path) -> tuple[Path, Path]:
     the two paths.
 
     Raises:
-        UsageError: one of them is there; nothing is written.
+        UsageError: one of them is there, or `prefix` has no name; nothing is written.
         ResourceError: the disk refuses, or `cryptography` is missing.
     """
     ed25519, serialization, _ = _cryptography()
+    if prefix.name in ("", ".."):
+        raise UsageError(f"'{prefix}' is no name for keys: give what their names begin with")
     private, public = (prefix.with_name(f"{prefix.name}{suffix}") for suffix in (".pem", ".pub"))
     for path in (private, public):
         if os.path.lexists(path):
@@ -54,10 +57,12 @@ def generate_key(prefix: Path) -> tuple[Path, Path]:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 written.append(path)
                 file.write(text)
-    except OSError as error:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise ResourceError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+    except BaseException as error:  # Ctrl-C as well: half a pair is of no use
+        for done in written:
+            done.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ResourceError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+        raise
     return private, public
 
 
@@ -99,9 +104,12 @@ def sign(path: Path, key: Path, output: Path | None = None) -> bytes:
     data = _checked(path)[0]
     head, body = _with_slot(data)
     root = hashlib.sha256(head).digest()
-    with atomic_write(output or path) as temporary, Path(temporary).open("wb") as file:
-        for piece in (head, body, public, private.sign(_DOMAIN + root), root):
-            file.write(piece)
+    with atomic_write(output or path) as temporary:
+        with temporary.open("wb") as file:
+            for piece in (head, body, public, private.sign(_DOMAIN + root), root):
+                file.write(piece)
+        if output is None:  # the same file, for the same eyes
+            shutil.copymode(path, temporary)
     return public
 
 
@@ -162,13 +170,17 @@ def _checked(path: Path) -> tuple[bytes, Any]:
 
 def _read_private_key(path: Path) -> Ed25519PrivateKey:
     ed25519, serialization, _ = _cryptography()
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     password = os.environ.get(PASSWORD)
     data = _read(path)
     try:
-        key = serialization.load_pem_private_key(data, password.encode() if password else None)
+        key = serialization.load_pem_private_key(data, os.fsencode(password) if password else None)
     except TypeError:
         what = "is encrypted: set" if not password else "is not encrypted: do not set"
         raise InputError(f"{path}: the key {what} ${PASSWORD}") from None
+    except UnsupportedAlgorithm:  # an exotic curve, say
+        key = None
     except ValueError:
         reason = (
             f"the password in ${PASSWORD} does not open it" if b"ENCRYPTED" in data else "not a private key"

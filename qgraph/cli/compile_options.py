@@ -117,8 +117,8 @@ _CODE = (
     click.option(
         "--target",
         help="The machines that the artifact, and the file of --export ort, is for: x86_64-linux, "
-        "aarch64-linux, armv7-linux, riscv64-linux, cpu (this one's), cuda, or one of the former and cuda with a comma between; or "
-        "wasm32, as a static-lib.  [default: x86_64-linux]",
+        "aarch64-linux, armv7-linux, riscv64-linux, cpu (this one's), cuda, or one of the former and cuda "
+        "with a comma between; or wasm32, as a static-lib.  [default: x86_64-linux]",
     ),
     click.option(
         "--packing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -66,5 +67,5 @@ def standard_options(function: F) -> F:
 
 def refuse_overwrite(option: str, target: Path, others: Iterable[Path]) -> None:
     """UsageError when `target`, which `option` asks to write, is one of the files that must stay."""
-    if any(target.resolve() == other.resolve() for other in others):
+    if any(os.path.realpath(target) == os.path.realpath(other) for other in others):
         raise UsageError(f"{option} {target} would overwrite a file that this command reads or writes")

@@ -2,7 +2,9 @@
 
 The operators keep their names, `ai.qgraph::QLinearNVFP4(x, artifact) -> y`, and are those of
 `libqgraph_ort.so` (runtime/ort); everything else is ONNX Runtime's own. An artifact is what `qgraph.codegen`
-makes of the node alone, for any number of rows: a `.qg` file as an initializer, uint8 [bytes].
+makes of the node alone, for any number of rows: a `.qg` file as an initializer, uint8 [bytes]. Columns that a
+lookup picks come as rows, [*ids, K], and are turned by an operator of ONNX Runtime's where somebody wants
+them as columns.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 
 from qgraph import __version__
 from qgraph.codegen import build_artifact
 from qgraph.codegen.targets import parse_target
 from qgraph.export import Context, require_cpu
-from qgraph.passes.base import constant, is_op, replace_node, shape_of
+from qgraph.passes.base import add_initializer, constant, is_op, replace_node, shape_of
 from qgraph.passes.lowbit_functions import DOMAIN, lowbit_nodes, rounding_nodes
+from qgraph.passes.lowbit_weights import COLUMNS
 from qgraph.passes.remove_unused import RemoveUnused
 
 if TYPE_CHECKING:
@@ -43,7 +47,10 @@ def export(model: ir.Model, context: Context) -> ir.Model:
     for done, node in enumerate(layers):
         context.on_node(done, len(layers), str(node.name))
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
-        packer.pack([*([source] if source in roundings else []), node, *_behind(node)])
+        if node.op_type in COLUMNS:
+            packer.pack_columns(node)
+        else:
+            packer.pack([*([source] if source in roundings else []), node, *_behind(node)])
     for node in roundings:
         if node.outputs[0].uses() or node.outputs[0].is_graph_output():
             packer.pack([node])
@@ -52,6 +59,7 @@ def export(model: ir.Model, context: Context) -> ir.Model:
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
     RemoveUnused()(model)
+    NameFixPass()(model)  # outputs of nodes may have the names of artifacts
     return model
 
 
@@ -94,6 +102,33 @@ class _Packer:
     def pack(self, chain: list[ir.Node]) -> None:
         """One node in place of a chain: the low-bit one's, that of a rounding where there is no other."""
         node = next(n for n in reversed(chain) if n.domain == DOMAIN)
+        replace_node(chain[-1], [self._packed(node, chain)])
+        for behind in reversed(chain[chain.index(node) : -1]):
+            self.graph.remove(behind, safe=True)
+
+    def pack_columns(self, node: ir.Node) -> None:
+        """A lookup of columns [K, *ids]: readers that turn them read the rows [*ids, K] instead."""
+        columns = node.outputs[0]
+        assert columns.shape is not None
+        K, *ids = columns.shape.dims
+        axes = list(range(len(ids) + 1))
+        packed = self._packed(node, [node])
+        if not ids:
+            replace_node(node, [packed])
+            return
+        rows = packed.outputs[0]
+        rows.name, rows.type, rows.shape = f"{node.name}/rows", columns.type, ir.Shape([*ids, K])
+        turn = ir.node("Transpose", [rows], attributes={"perm": [axes[-1], *axes[:-1]]})
+        turn.name = f"{node.name}/columns"
+        replace_node(node, [packed, turn])
+        for reader in [use.node for use in turn.outputs[0].uses()]:
+            back = is_op(reader, "Transpose") and reader.attributes.get_ints("perm", ()) == (*axes[1:], 0)
+            if back and not reader.outputs[0].is_graph_output():
+                reader.outputs[0].replace_all_uses_with(rows)
+                self.graph.remove(reader, safe=True)
+
+    def _packed(self, node: ir.Node, chain: list[ir.Node]) -> ir.Node:
+        """A new node that computes a chain, of which `node` is the one that it is named like."""
         context = self.context
         built = build_artifact(
             _alone(chain, self.graph.opset_imports),
@@ -103,28 +138,18 @@ class _Packer:
             metadata={"qgraph.version": __version__},
         )
         context.keep(node)
-        packed = ir.node(
+        return ir.node(
             node.op_type,
             [chain[0].inputs[0], self._artifact(str(node.name), built.to_bytes())],
             domain=DOMAIN,
             name=node.name,
             doc_string=node.doc_string,
         )
-        replace_node(chain[-1], [packed])
-        for behind in reversed(chain[chain.index(node) : -1]):
-            self.graph.remove(behind, safe=True)
 
     def _artifact(self, node: str, data: bytes) -> ir.Value:
         key = hashlib.sha256(data).digest()
         if key not in self.made:
-            value = ir.Value(
-                name=f"{node}.artifact",
-                type=ir.TensorType(ir.DataType.UINT8),
-                shape=ir.Shape([len(data)]),
-                const_value=ir.Tensor(np.frombuffer(data, np.uint8), name=f"{node}.artifact"),
-            )
-            self.graph.register_initializer(value)
-            self.made[key] = value
+            self.made[key] = add_initializer(self.graph, np.frombuffer(data, np.uint8), f"{node}.artifact")
         return self.made[key]
 
 
@@ -138,7 +163,8 @@ def _alone(chain: list[ir.Node], opsets: dict[str, int]) -> ir.Model:
             for part in node.inputs[1:]
             if part is not None
         ]
-        result = _rows(f"y{i}", node.outputs[0], kept=1)
+        columns = node.op_type in COLUMNS
+        result = _columns("y", node.outputs[0]) if columns else _rows(f"y{i}", node.outputs[0], kept=1)
         attributes = list(node.attributes.values())
         name = f"{node.op_type}{i}"  # not the layer's: equal layers are equal artifacts
         nodes.append(
@@ -146,10 +172,21 @@ def _alone(chain: list[ir.Node], opsets: dict[str, int]) -> ir.Model:
         )
         initializers += parts
         at = result
+        if columns:
+            assert result.shape is not None
+            at = ir.Value(name="rows", type=result.type, shape=ir.Shape(list(reversed(result.shape.dims))))
+            turn = ir.node("Transpose", [result], attributes={"perm": [1, 0]}, outputs=[at], name="turn")
+            nodes.append(turn)
     graph = ir.Graph(
         [start], [at], nodes=nodes, initializers=initializers, name="layer", opset_imports=dict(opsets)
     )
     return ir.Model(graph, ir_version=11)
+
+
+def _columns(name: str, like: ir.Value) -> ir.Value:
+    """A value with the first axis of another one before one dim for all the rest."""
+    assert like.shape is not None
+    return ir.Value(name=name, type=like.type, shape=ir.Shape([like.shape[0], ir.SymbolicDim(_ROWS)]))
 
 
 def _rows(name: str, like: ir.Value | None, kept: int) -> ir.Value:

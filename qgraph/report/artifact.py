@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,11 +111,23 @@ def parse_artifact(data: bytes, path: Path) -> ArtifactInfo:
         return _parse(json.loads(head[8:]), body, len(data), root)
     except UnsupportedError as error:
         raise UnsupportedError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise InputError(f"{path}: damaged artifact: it has no {error}") from error
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged artifact: {error}") from error
 
 
+def _format(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,7}", text):
+        raise ValueError(f"'qgraph.format' is {text!r}, not a number")
+    return int(text)
+
+
 def _require_version(what: str, version: int, known: tuple[int, int], writer: str) -> None:
+    if type(version) is not int:
+        raise TypeError(f"{what} {version!r}, not a number")
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+){2}[0-9A-Za-z.+-]{0,20}", writer):
+        writer = ""  # files say what they like
     oldest, newest = known
     if oldest <= version <= newest:
         return
@@ -130,7 +143,7 @@ def _require_version(what: str, version: int, known: tuple[int, int], writer: st
 def _parse(header: dict[str, Any], body: memoryview, nbytes: int, root: bytes) -> ArtifactInfo:
     metadata: dict[str, str] = header.pop("__metadata__")
     writer = metadata.get("qgraph.version", "")
-    _require_version("artifact of format", int(metadata["qgraph.format"]), FORMATS, writer)
+    _require_version("artifact of format", _format(metadata["qgraph.format"]), FORMATS, writer)
     tensors, seal, position = {}, b"", 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]

@@ -10,6 +10,7 @@
 // Runtime's threads.
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -134,9 +135,7 @@ class Kernel {
     check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // a constant: only read
     model_ = std::make_unique<qgraph::Model>(load(data, shape.count));
     auto inputs = model_->inputs(), outputs = model_->outputs();
-    if (inputs.size() != 1 || outputs.size() != 1 || inputs[0].dims.empty() || outputs[0].dims.empty()) {
-      throw qgraph::Error(QG_INVALID_ARGUMENT, "its artifact is a model of another form: export it anew");
-    }
+    if (inputs.size() != 1 || outputs.size() != 1) refuse_form();
     type_ = inputs[0].dtype;
     input_suffix_ = suffix(inputs[0]);
     output_suffix_ = suffix(outputs[0]);
@@ -200,10 +199,21 @@ class Kernel {
     return qgraph::Model::from_memory(data, size, options);
   }
 
+  [[noreturn]] static void refuse_form() {
+    throw qgraph::Error(QG_INVALID_ARGUMENT, "its artifact is a model of another form: export it anew");
+  }
+
   // The dimensions behind the rows, which are numbers.
   static std::vector<int64_t> suffix(const qgraph::TensorInfo& tensor) {
+    if (tensor.dims.empty()) refuse_form();
     std::vector<int64_t> dims;
-    for (size_t i = 1; i < tensor.dims.size(); ++i) dims.push_back(std::stoll(tensor.dims[i]));
+    for (size_t i = 1; i < tensor.dims.size(); ++i) {
+      const std::string& text = tensor.dims[i];
+      int64_t dim = 0;
+      const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), dim);
+      if (error != std::errc() || end != text.data() + text.size()) refuse_form();
+      dims.push_back(dim);
+    }
     return dims;
   }
 

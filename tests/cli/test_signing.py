@@ -81,10 +81,25 @@ def test_verify_refuses(folder: Path) -> None:
 
 def test_signing_in_place(folder: Path, tmp_path: Path) -> None:
     path = shutil.copy(folder / "model.qg", tmp_path / "mine.qg")
+    path.chmod(0o640)
     done = qgraph("sign", path, "--key", folder / "key.pem")
     assert done.code == 0, done.err
     assert path.read_bytes() == (folder / "signed.qg").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["mine.qg"]
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_no_name_for_keys(name: str, tmp_path: Path) -> None:
+    done = qgraph("keygen", "-o", name, cwd=tmp_path)
+    assert done.code == 2 and "is no name for keys" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_links_in_a_circle(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    done = qgraph("sign", folder / "model.qg", "--key", folder / "key.pem", "-o", "loop", cwd=tmp_path)
+    assert done.code == 6 and "cannot write loop: too many levels of symbolic links" in done.err
 
 
 def test_inspect_shows_who_it_claims_to_be_from(folder: Path) -> None:

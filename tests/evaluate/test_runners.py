@@ -112,9 +112,7 @@ def test_only_artifacts_have_a_signature(model: Path):
 
 
 def test_unknown_engine(model: Path):
-    with pytest.raises(
-        UsageError, match="unknown engine 'tensorrt'; known: qgraph, onnxruntime, ort, reference"
-    ):
+    with pytest.raises(UsageError, match="unknown engine 'tensorrt'; known: qgraph, onnxruntime, ort, ref"):
         open_runner(model, engine="tensorrt")
 
 

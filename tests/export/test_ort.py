@@ -117,6 +117,63 @@ def test_lookups(tmp_path: Path) -> None:
         runner.run({"ids": np.array([[100]])})
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(["batch", "sequence"], TensorProto.INT64), ([2], TensorProto.INT32), ([], TensorProto.INT64)],
+)
+def test_a_tied_embedding(shape: list[str | int], dtype: int, tmp_path: Path) -> None:
+    """Columns of the layer's weight, looked up as rows: nothing is turned on the way to the layer."""
+    model = model_of(48, 100, shape, table=100)
+    graph = model.graph
+    graph.input[0].type.tensor_type.elem_type = dtype
+    del graph.initializer[:2]
+    graph.node[1].CopyFrom(helper.make_node("Transpose", ["table"], ["W"], "turn", perm=[1, 0]))
+    graph.node[2].CopyFrom(helper.make_node("MatMul", ["x", "W"], ["y"], "linear"))
+    result = exported(tmp_path, model, scheme="int4")
+    assert [node.op_type for node in onnx.load(result.exports["ort"]).graph.node] == [
+        "QGatherColumnsInt8",
+        "QLinearInt8",
+    ]
+    ids = np.random.default_rng(0).integers(-100, 100, [2, 3][: len(shape)])
+    feeds = {"ids": ids.astype(helper.tensor_dtype_to_np_dtype(dtype))}
+    want = ReferenceRunner(result.onnx).run(feeds)["y"]
+    assert relative_error(OnnxRuntimeRunner(result.exports["ort"]).run(feeds)["y"], want) < 1e-5
+
+
+def test_columns_that_somebody_wants_as_such(tmp_path: Path) -> None:
+    from lowbit_models import export_to, lookup_model, random_weight
+
+    from qgraph.passes.save import save_lowbit
+
+    q = random_weight("ternary", 40, 33)
+    save_lowbit(lookup_model(q, columns=True), tmp_path / "lowbit.onnx")
+    export_to(tmp_path / "ort.onnx", "ort", lookup_model(q, columns=True))
+    ids = {"ids": np.random.default_rng(0).integers(0, 33, (2, 5))}
+    got = OnnxRuntimeRunner(tmp_path / "ort.onnx").run(ids)["rows"]
+    assert relative_error(got, ReferenceRunner(tmp_path / "lowbit.onnx").run(ids)["rows"]) < 1e-6
+
+
+@pytest.mark.parametrize("taken", ["x", "b", "y"])
+def test_a_name_that_an_artifact_would_have(taken: str, tmp_path: Path) -> None:
+    model = model_of(48, 40, ["rows"])
+    text = model.SerializeToString()
+    graph, name = model.graph, "linear.artifact"
+    for item in [*graph.input, *graph.output, *graph.initializer]:
+        item.name = name if item.name == taken else item.name
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name if each == taken else each for each in names]
+    assert model.SerializeToString() != text
+    # A bias that is no layer's own stays an initializer.
+    graph.node[1].op_type = "Mul"
+    result = exported(tmp_path, model, scheme="int4")
+    x = np.random.default_rng(1).standard_normal((3, 48)).astype(np.float32)
+    feeds = {graph.input[0].name: x}
+    (want,) = ReferenceRunner(result.onnx).run(feeds).values()
+    got = OnnxRuntimeRunner(result.exports["ort"]).run(feeds)[graph.output[0].name]
+    assert relative_error(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("options", [{}, {"kv_cache": "int8"}])
 def test_a_decoder_with_its_cache(options: dict[str, Any], tmp_path: Path) -> None:
     """A prompt and a step behind it. What is rounded on the way may turn out another way round: of that,
@@ -262,6 +319,9 @@ def test_an_artifact_of_another_form(tmp_path: Path) -> None:
         session(packed(tmp_path / "m.onnx", result.artifact.read_bytes())).run(
             None, {"x": np.ones((1, 32), np.float32)}
         )
+    result = exported(tmp_path, model_of(32, 8, ["rows", "columns"]), scheme="nvfp4", export=())
+    with pytest.raises(Exception, match="a model of another form: export it anew"):
+        session(packed(tmp_path / "m.onnx", result.artifact.read_bytes()))
 
 
 def test_an_older_onnx_runtime_is_refused() -> None:
@@ -286,6 +346,12 @@ def test_targets_that_load_no_code(tmp_path: Path) -> None:
         qgraph.quantize(tmp_path / "m.onnx", export=("ort",), target="cuda", include=("*",))
     with pytest.raises(UsageError, match="export 'ort' has code to be loaded, and a program on wasm32 loads"):
         qgraph.compile(tmp_path / "m.onnx", export=("ort",), target="wasm32", format="static-lib")
+
+
+def test_webassembly_is_refused(tmp_path: Path) -> None:
+    onnx.save(model_of(32, 8, ["rows"]), tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match=r"export 'ort' has no code for wasm32"):
+        qgraph.quantize(tmp_path / "m.onnx", export=("ort",), target="wasm32", include=("*",))
 
 
 # ---- the library

@@ -355,3 +355,34 @@ def test_unknown_members_are_ignored(cache: Path, toy_parts: Parts, tmp_path: Pa
     parts.plan["later"] = {"x": [None, True, 1.5]}
     parts.plan["steps"][0]["comment"] = "é"
     load(parts.to_bytes(), tmp_path)
+
+
+# ---- what the reader in Python says of headers that fit their hash
+
+
+def with_header(text: str) -> bytes:
+    return sign(text.encode(), b"")
+
+
+@pytest.mark.parametrize("header", ["1", "[]", '{"__metadata__": "x"}', "[" * 100_000])
+def test_headers_of_another_shape(header: str, tmp_path: Path) -> None:
+    (tmp_path / "model.qg").write_bytes(with_header(header))
+    with pytest.raises(InputError, match="damaged artifact: "):
+        read_artifact(tmp_path / "model.qg")
+
+
+@pytest.mark.parametrize("format", ["", "1 ", "-1", "\uff11"])
+def test_formats_that_are_no_numbers(format: str, tmp_path: Path) -> None:
+    """As the runtime sees it."""
+    text = json.dumps({"__metadata__": {"qgraph.format": format}})
+    (tmp_path / "model.qg").write_bytes(with_header(text))
+    for read in (read_artifact, runtime.load):
+        with pytest.raises(InputError, match=f"'qgraph.format' is '{format}', not a number"):
+            read(tmp_path / "model.qg")
+
+
+def test_a_version_that_is_none_is_not_printed(tmp_path: Path) -> None:
+    text = json.dumps({"__metadata__": {"qgraph.format": "2", "qgraph.version": "9\n\x1b[31m"}})
+    (tmp_path / "model.qg").write_bytes(with_header(text))
+    with pytest.raises(UnsupportedError, match=r"reads 1: update qgraph$"):
+        read_artifact(tmp_path / "model.qg")

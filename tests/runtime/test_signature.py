@@ -228,6 +228,22 @@ def test_other_keys(toy_path: Path, tmp_path: Path) -> None:
             read(tmp_path / "none")
 
 
+# Of the curve SM2, which `cryptography` does not know.
+_SM2 = (
+    b"-----BEGIN PRIVATE KEY-----\n"
+    b"MIGHAgEAMBMGByqGSM49AgEGCCqBHM9VAYItBG0wawIBAQQgbABJvpfT3SjFI83+"
+    b"PrRsufTVtmLLShjXAdo9KcqJQKuhRANCAARkfPtyqG8Z7s1kw1npE1YJ5x9Y2Ayg"
+    b"IPqiDdm3My+H7tbGeV316eFEWt6cvQ/eMpl1/qFgXCGbQXlDt9FQNx18"
+    b"\n-----END PRIVATE KEY-----\n"
+)
+
+
+def test_a_curve_that_nobody_here_knows(toy_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_bytes(_SM2)
+    with pytest.raises(InputError, match="a private key, but not of Ed25519"):
+        signing.sign(toy_path, tmp_path / "key.pem", tmp_path / "signed.qg")
+
+
 def test_encrypted_keys(toy_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cryptography.hazmat.primitives import serialization as s
 
@@ -241,6 +257,11 @@ def test_encrypted_keys(toy_path: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(InputError, match="does not open it"):
         signing.sign(toy_path, path, signed)
     monkeypatch.setenv("QGRAPH_KEY_PASSWORD", "secret")
+    assert signing.sign(toy_path, path, signed) == PUBLIC
+    path.write_bytes(
+        KEY.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.BestAvailableEncryption(b"s\xff"))
+    )
+    monkeypatch.setenv("QGRAPH_KEY_PASSWORD", os.fsdecode(b"s\xff"))
     assert signing.sign(toy_path, path, signed) == PUBLIC
 
 
