@@ -45,15 +45,18 @@ _LAZY = {
     "open_generator": "qgraph.generation",
     "quantize": "qgraph.pipeline",
 }
+_MODULES = ("errors", "generation", "runtime", "signing")  # public: `import qgraph` alone reaches them
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        import importlib
+    import importlib
 
+    if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"qgraph.{name}")
     raise AttributeError(f"module 'qgraph' has no attribute {name!r}")

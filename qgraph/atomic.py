@@ -20,7 +20,7 @@ _REASONS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
-    errno.ENOENT: "the directory does not exist",
+    errno.ENOENT: "the directory does not exist: create it first",
     errno.ENOTDIR: "a part of the path is not a directory",
     errno.EISDIR: "it is a directory",
     errno.ENOTEMPTY: "it is a directory",

@@ -53,6 +53,12 @@ def test_help_is_quick() -> None:
     assert min(times) < 0.5
 
 
+def test_modules_that_the_documents_name() -> None:
+    names = ("errors.InputError", "generation.Sampling", "runtime.load", "signing.read_public_key")
+    for name in names:  # alone: an import of one may bring another
+        assert loaded(f"import qgraph\nassert qgraph.{name}") <= {"numpy"}
+
+
 def test_public_names_resolve() -> None:
     import qgraph
 

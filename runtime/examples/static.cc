@@ -1,7 +1,7 @@
 // A program that is its model: no file, no memory made executable, no threads, and what a run computes with
 // in a block that is set aside.
 //
-//   qgraph compile model.onnx --format static-lib -o model      makes libmodel.a and model.h
+//   qgraph compile encoder.onnx --format static-lib -o model    makes libmodel.a and model.h
 //   qgraph_static ID [ID ...]                                   runs it on these token ids
 //
 // Every input is [1, length] int64: the ids for `input_ids`, ones for `attention_mask`, else zeros. Prints

@@ -224,7 +224,7 @@ Artifact::Artifact(const uint8_t* data, size_t size, const std::vector<Segment>&
   std::memcpy(&header_size, data, sizeof(header_size));
   if (header_size > kMaxHeader || header_size > size - sizeof(header_size) - kRootSize) {
     fail(QG_INVALID_FILE, "damaged or not an artifact: a header of ", header_size, " bytes in a file of ",
-         size);
+         size, ": give a .qg file, as qgraph compile makes of ONNX files");
   }
   size_t start = sizeof(header_size) + static_cast<size_t>(header_size);
   if (start % kAlignment != 0) fail(QG_INVALID_FILE, "damaged or not an artifact: the header is not padded");

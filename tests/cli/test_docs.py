@@ -80,6 +80,15 @@ def test_cpp_example_compiles() -> None:
     assert done.code == 0, done.err
 
 
+def test_no_command_of_the_documents_overwrites_its_model() -> None:
+    commands = []
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        commands += re.findall(r"^qgraph (?:compile|quantize) (\S+) .*?-o (\S+)", document.read_text(), re.M)
+    assert len(commands) >= 6
+    for model, prefix in commands:
+        assert model != f"{prefix}.onnx"
+
+
 def test_links_lead_somewhere() -> None:
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):

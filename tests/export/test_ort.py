@@ -348,12 +348,6 @@ def test_targets_that_load_no_code(tmp_path: Path) -> None:
         qgraph.compile(tmp_path / "m.onnx", export=("ort",), target="wasm32", format="static-lib")
 
 
-def test_webassembly_is_refused(tmp_path: Path) -> None:
-    onnx.save(model_of(32, 8, ["rows"]), tmp_path / "m.onnx")
-    with pytest.raises(UsageError, match=r"export 'ort' has no code for wasm32"):
-        qgraph.quantize(tmp_path / "m.onnx", export=("ort",), target="wasm32", include=("*",))
-
-
 # ---- the library
 
 
