@@ -58,8 +58,8 @@ def exported(folder: Path, model: onnx.ModelProto, **options: Any) -> qgraph.pip
     return qgraph.compile(folder / "model.onnx", **(QUICK | options))
 
 
-def run_in_ort(result: qgraph.pipeline.CompileResult) -> OnnxRuntimeRunner:
-    return OnnxRuntimeRunner(result.exports["ort"], kernels=True)
+def run_in_ort(path: Path) -> OnnxRuntimeRunner:
+    return OnnxRuntimeRunner(path, kernels=True)
 
 
 def session(path: Path, threads: int = 1) -> Any:
@@ -78,7 +78,7 @@ def session(path: Path, threads: int = 1) -> Any:
 @pytest.mark.parametrize("scheme", WEIGHTS)
 def test_weights_of_every_format(scheme: str, tmp_path: Path) -> None:
     result = exported(tmp_path, model_of(200, 33, ["batch", "sequence"]), scheme=scheme)
-    runner = run_in_ort(result)
+    runner = run_in_ort(result.exports["ort"])
     for shape in ((1, 1), (1, 9), (3, 11)):
         x = np.random.default_rng(1).standard_normal((*shape, 200)).astype(np.float32)
         want = ReferenceRunner(result.onnx).run({"x": x})["y"]
@@ -92,14 +92,14 @@ def test_activations_in_int8(tmp_path: Path) -> None:
     assert [node.op_type for node in nodes if node.domain] == ["QLinearInt4"]
     x = np.random.default_rng(1).standard_normal((19, 200)).astype(np.float32)
     want = ReferenceRunner(result.onnx).run({"x": x})["y"]
-    assert relative_error(run_in_ort(result).run({"x": x})["y"], want) < 1e-5
+    assert relative_error(run_in_ort(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
 
 
 def test_activations_in_nvfp4(tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((19, 40)).astype(np.float32)
     result = exported(tmp_path, model_of(40, 33, ["rows"]), scheme="nvfp4-w4a4", calibration=[{"x": x}])
     want = ReferenceRunner(result.onnx).run({"x": x})["y"]
-    assert relative_error(run_in_ort(result).run({"x": x})["y"], want) < 1e-5
+    assert relative_error(run_in_ort(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
 
 
 def test_lookups(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_lookups(tmp_path: Path) -> None:
         "QLinearNVFP4",
         "QGatherNVFP4",
     }
-    runner = run_in_ort(result)
+    runner = run_in_ort(result.exports["ort"])
     ids = np.random.default_rng(0).integers(-100, 100, (3, 7))
     want = ReferenceRunner(result.onnx).run({"ids": ids})["y"]
     assert relative_error(runner.run({"ids": ids})["y"], want) < 1e-5
@@ -137,7 +137,7 @@ def test_a_tied_embedding(shape: list[str | int], dtype: int, tmp_path: Path) ->
     ids = np.random.default_rng(0).integers(-100, 100, [2, 3][: len(shape)])
     feeds = {"ids": ids.astype(helper.tensor_dtype_to_np_dtype(dtype))}
     want = ReferenceRunner(result.onnx).run(feeds)["y"]
-    assert relative_error(OnnxRuntimeRunner(result.exports["ort"]).run(feeds)["y"], want) < 1e-5
+    assert relative_error(run_in_ort(result.exports["ort"]).run(feeds)["y"], want) < 1e-5
 
 
 def test_columns_that_somebody_wants_as_such(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_columns_that_somebody_wants_as_such(tmp_path: Path) -> None:
     save_lowbit(lookup_model(q, columns=True), tmp_path / "lowbit.onnx")
     export_to(tmp_path / "ort.onnx", "ort", lookup_model(q, columns=True))
     ids = {"ids": np.random.default_rng(0).integers(0, 33, (2, 5))}
-    got = OnnxRuntimeRunner(tmp_path / "ort.onnx").run(ids)["rows"]
+    got = run_in_ort(tmp_path / "ort.onnx").run(ids)["rows"]
     assert relative_error(got, ReferenceRunner(tmp_path / "lowbit.onnx").run(ids)["rows"]) < 1e-6
 
 
@@ -170,7 +170,7 @@ def test_a_name_that_an_artifact_would_have(taken: str, tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((3, 48)).astype(np.float32)
     feeds = {graph.input[0].name: x}
     (want,) = ReferenceRunner(result.onnx).run(feeds).values()
-    got = OnnxRuntimeRunner(result.exports["ort"]).run(feeds)[graph.output[0].name]
+    got = run_in_ort(result.exports["ort"]).run(feeds)[graph.output[0].name]
     assert relative_error(got, want) < 1e-5
 
 
@@ -182,7 +182,7 @@ def test_a_decoder_with_its_cache(options: dict[str, Any], tmp_path: Path) -> No
 
     result = exported(tmp_path, tiny_decoder(cache=True), **({"scheme": "ternary"} | options))
     limit = 0.05 if options else 1e-5
-    runners = [run_in_ort(result), ReferenceRunner(result.onnx)]
+    runners = [run_in_ort(result.exports["ort"]), ReferenceRunner(result.onnx)]
     rng = np.random.default_rng(0)
     past = {
         spec.name: np.zeros((2, 2, 0, 32), np.float32)
@@ -211,7 +211,7 @@ def test_compute_is_that_of_the_artifact(tmp_path: Path) -> None:
     """With digits: the same bits as the runtime's own."""
     result = exported(tmp_path, model_of(512, 64, ["rows"]), scheme="nvfp4", compute="int8")
     x = np.random.default_rng(1).standard_normal((40, 512)).astype(np.float32)
-    got = run_in_ort(result).run({"x": x})["y"]
+    got = run_in_ort(result.exports["ort"]).run({"x": x})["y"]
     assert relative_error(got, result.load().run({"x": x})["y"]) < 1e-6
     assert relative_error(got, ReferenceRunner(result.onnx).run({"x": x})["y"]) > 1e-5
 
@@ -232,7 +232,7 @@ def test_equal_layers_are_stored_once(tmp_path: Path) -> None:
     assert {t.name for t in graph.initializer} == set(artifacts)
     x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
     want = ReferenceRunner(result.onnx).run({"x": x})["y"]
-    assert relative_error(run_in_ort(result).run({"x": x})["y"], want) < 1e-5
+    assert relative_error(run_in_ort(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
 
 
 def test_activations_are_part_of_a_layer_where_nothing_else_reads_it(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_activations_are_part_of_a_layer_where_nothing_else_reads_it(tmp_path: P
     assert [node.op_type for node in onnx.load(result.exports["ort"]).graph.node] == ["QLinearInt8"]
     x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
     want = ReferenceRunner(result.onnx).run({"x": x})["y"]
-    assert relative_error(run_in_ort(result).run({"x": x})["y"], want) < 1e-5
+    assert relative_error(run_in_ort(result.exports["ort"]).run({"x": x})["y"], want) < 1e-5
 
 
 # ---- ONNX Runtime's threads
