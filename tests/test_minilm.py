@@ -273,7 +273,7 @@ def test_sdk_program_prints_the_embedding(minilm, compiled, original: Path, tmp_
     from qgraph.runtime.build import find_compiler
     from qgraph.runtime.sdk import write_amalgamation
 
-    (program,) = re.findall(r"```cpp\n(.*?)```", (ROOT / "docs" / "sdk.md").read_text(), flags=re.S)
+    program = re.findall(r"```cpp\n(.*?)```", (ROOT / "docs" / "sdk.md").read_text(), flags=re.S)[0]
     qgraph.build(compiled.onnx, format="static-lib", verify=False, output=tmp_path / "model")
     write_amalgamation(tmp_path / "qgraph")
     linked = program.replace("model(argv[1])", "model(model_artifact)")

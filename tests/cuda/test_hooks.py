@@ -16,7 +16,7 @@ import qgraph
 
 Run = Callable[..., Report]
 
-# LoadOptions and SessionOptions as qgraph.h has them, where _native.py knows their first members alone.
+# SessionOptions as qgraph.h has them, where _native.py knows their first members alone.
 HOOKS = """
 import ctypes
 from ctypes import CFUNCTYPE, byref, c_char_p, c_int32, c_size_t, c_void_p
@@ -26,9 +26,6 @@ from artifact_builder import toy_inputs
 Log = CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
 Allocate = CFUNCTYPE(c_void_p, c_void_p, c_size_t, c_size_t)
 Deallocate = CFUNCTYPE(None, c_void_p, c_void_p, c_size_t)
-
-class LoadOptions(_native.LoadOptions):
-    _fields_ = (("log", Log), ("log_context", c_void_p), ("threads", c_int32))
 
 class SessionOptions(_native.SessionOptions):
     _fields_ = (
@@ -47,7 +44,8 @@ lib = _native.library()
 lib.qg_load.argtypes = lib.qg_session_create.argtypes = None
 
 def load(path, device):
-    options = LoadOptions(ctypes.sizeof(LoadOptions), None, device.encode(), log)
+    given = ctypes.cast(log, c_void_p)
+    options = _native.LoadOptions(ctypes.sizeof(_native.LoadOptions), None, device.encode(), given)
     model = c_void_p()
     _native.check(lib.qg_load(path.encode(), byref(options), byref(model)))
     return model
@@ -58,7 +56,7 @@ def create(model, *_):
     _native.check(lib.qg_session_create(model, byref(options), byref(session)))
     return session
 
-_native.load, _native.create_session = lambda path, isa, device: load(path, device), create
+_native.load, _native.create_session = lambda path, isa, device, key: load(path, device), create
 """
 
 
@@ -105,7 +103,7 @@ from ctypes import byref, c_byte, c_void_p
 from qgraph.runtime import _native
 inside = ctypes.CDLL({str(program)!r})
 
-def load(path, isa, device):
+def load(path, isa, device, public_key):
     model = c_void_p()
     options = _native.LoadOptions(ctypes.sizeof(_native.LoadOptions), None, device.encode())
     artifact = c_byte.in_dll(inside, "out_artifact")
