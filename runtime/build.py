@@ -7,13 +7,16 @@ files, and processes that build at the same time give the same ones. For ELF sys
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -114,7 +117,9 @@ def build(folder: Path) -> Path:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+        with _one_at_a_time(folder), tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+            if target.is_file():  # somebody else was first
+                return target
             runtime, ort = _compile(compiler, Path(scratch))
             # Atomic: nobody sees half a library; of two builders, the last wins.
             ort.replace(_ort(target))
@@ -123,6 +128,15 @@ def build(folder: Path) -> Path:
         hint = "set QGRAPH_CACHE_DIR to a folder that can be written"
         raise ResourceError(f"cannot build the runtime in {folder}: {error}: {hint}") from error
     return target
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits for who builds in the folder. Where its file system has no locks builders work side by side."""
+    with (folder / ".build-lock").open("a") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @cache
