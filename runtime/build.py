@@ -133,10 +133,13 @@ def build(folder: Path) -> Path:
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Waits for who builds in the folder. Where its file system has no locks builders work side by side."""
-    with (folder / ".build-lock").open("a") as lock:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 @cache
