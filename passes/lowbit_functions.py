@@ -70,8 +70,7 @@ class InlineLowbitFunctions(GraphPass):
             replace_node(node, body)
             for part in parts:  # these describe the layer, and one node is the layer
                 part.metadata_props.clear()
-        for key in [key for key in model.functions if key[0] == DOMAIN]:
-            del model.functions[key]
+        drop_definitions(model)
         model.graph.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, raised or bool(nodes))
 
@@ -79,6 +78,12 @@ class InlineLowbitFunctions(GraphPass):
 def rounding_nodes(model: ir.Model) -> list[ir.Node]:
     """The nodes that round activations, in graph order."""
     return [node for node in lowbit_nodes(model) if node.op_type in ROUNDINGS.values()]
+
+
+def drop_definitions(model: ir.Model) -> None:
+    """Removes the functions of the domain."""
+    for key in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[key]
 
 
 def lowbit_nodes(model: ir.Model) -> list[ir.Node]:

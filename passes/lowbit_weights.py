@@ -112,15 +112,19 @@ def to_tensors(q: QTensor, name: str, turned: bool = False) -> list[ir.TensorPro
 
 
 def from_node(node: ir.Node) -> QTensor:
-    """The weight that a low-bit linear layer multiplies by, or a lookup picks columns of, its parts constant.
-    InputError when they do not fit together."""
-    form = OF_LAYERS[node.op_type]
+    """The weight [K, N] that a low-bit linear layer multiplies by, or a lookup picks columns of, its parts
+    constant; of a table [V, H], whose blocks lie along its rows, the transpose [H, V]. InputError when they
+    do not fit together."""
+    table = node.op_type in LOOKUPS
+    form = LOOKUPS[node.op_type] if table else OF_LAYERS[node.op_type]
     tensors = {}
     for part, value in zip(form.parts, node.inputs[1:], strict=True):
         assert value is not None and value.const_value is not None
         tensors[part] = value.const_value
     spec = FORMATS[form.format]
-    codes = _codes(form, tensors["codes"])
+    codes, scale = _codes(form, tensors["codes"]), tensors["block_scale"].numpy()
+    if table:
+        codes, scale = np.ascontiguousarray(codes.T), np.ascontiguousarray(scale.T)
     optional: dict[str, npt.NDArray | np.float32] = {}
     if "global_scale" in tensors:
         optional["global_scale"] = np.float32(tensors["global_scale"].numpy().reshape(()))
@@ -129,7 +133,7 @@ def from_node(node: ir.Node) -> QTensor:
     elif spec.offset == "mean":
         optional["block_offset"] = tensors["mean"].numpy()
     K, N = codes.shape
-    return QTensor(form.format, (K, N), codes, tensors["block_scale"].numpy(), **optional)  # type: ignore[arg-type]
+    return QTensor(form.format, (K, N), codes, scale, **optional)  # type: ignore[arg-type]
 
 
 def to_arrays(q: QTensor) -> Arrays:

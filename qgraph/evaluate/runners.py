@@ -74,10 +74,9 @@ class OnnxRuntimeRunner:
                 "ONNX's reference evaluator runs it, and `--export ort` makes one that ONNX Runtime runs"
             ) from error
         except Exception as error:  # ONNX Runtime's classes share no base
-            hint = "; engine 'ort' runs files of `--export ort`" if _OURS.search(str(error)) else ""
-            raise InputError(
-                f"{self._path}: ONNX Runtime refuses it: {_one_line(error)}{'' if kernels else hint}"
-            ) from error
+            ours = not kernels and _OURS.search(str(error))
+            hint = "; engine 'ort' runs files of `--export ort`" if ours else ""
+            raise InputError(f"{self._path}: ONNX Runtime refuses it: {_one_line(error)}{hint}") from error
         self.specs = tuple(_ort_spec(i) for i in self._session.get_inputs())
         self.output_shapes: dict[str, Shape] = {o.name: tuple(o.shape) for o in self._session.get_outputs()}
         self.inputs = tuple(spec.name for spec in self.specs)

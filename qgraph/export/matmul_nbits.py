@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.export.nbits import means, planes
-from qgraph.export.rewrite import Replacement, input_of, rank, weight, weight_name
+from qgraph.export.rewrite import Replacement, input_of, rank, weight_name
 from qgraph.formats import FORMATS, nvfp4
 from qgraph.formats.packing import pack_bits
-from qgraph.passes.lowbit_weights import LOOKUPS
+from qgraph.passes.lowbit_weights import LOOKUPS, from_node
 
 DOMAIN = "com.microsoft"
 EXACT, INT8 = 0, 4  # accuracy_level: activations as they are, or rounded to int8 by the blocks of the weight
@@ -85,7 +85,7 @@ class NBits:
     def _weight(self, new: Replacement, wide: bool) -> _Weight:
         codes = input_of(new.node, 1)
         if codes not in self._weights:
-            q, name = weight(new.node), weight_name(new.node)
+            q, name = from_node(new.node), weight_name(new.node)
             scales: dict[int, ir.Value] = {}
             found = []
             for i, plane in enumerate(planes(q, wide)):
@@ -118,7 +118,7 @@ class NBits:
 def fp4_rows(node: ir.Node) -> None:
     """A lookup in NVFP4, of rows of a table or columns of a linear layer's weight: GatherBlockQuantized
     takes E2M1 elements, and float scales."""
-    new, q, name = Replacement(node), weight(node), weight_name(node)
+    new, q, name = Replacement(node), from_node(node), weight_name(node)
     scale = np.ascontiguousarray(nvfp4.scales(q.block_scale, q.global_scale).T)
     held, ids, codes = new.tensor(f"{name}.row_scale", scale), input_of(node, 0), input_of(node, 1)
     if node.op_type in LOOKUPS:

@@ -22,7 +22,7 @@ from qgraph.codegen import build_artifact
 from qgraph.codegen.targets import parse_target
 from qgraph.export import Context, require_cpu
 from qgraph.passes.base import add_initializer, constant, is_op, replace_node, shape_of
-from qgraph.passes.lowbit_functions import DOMAIN, lowbit_nodes, rounding_nodes
+from qgraph.passes.lowbit_functions import DOMAIN, drop_definitions, lowbit_nodes, rounding_nodes
 from qgraph.passes.lowbit_weights import COLUMNS
 from qgraph.passes.remove_unused import RemoveUnused
 
@@ -56,8 +56,7 @@ def export(model: ir.Model, context: Context) -> ir.Model:
             packer.pack([node])
         else:
             model.graph.remove(node, safe=True)
-    for key in [key for key in model.functions if key[0] == DOMAIN]:
-        del model.functions[key]
+    drop_definitions(model)
     RemoveUnused()(model)
     NameFixPass()(model)  # outputs of nodes may have the names of artifacts
     return model

@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from qgraph.export import Context
 from qgraph.export.matmul_nbits import DOMAIN, EXACT, NBits, fp4_rows
-from qgraph.export.rewrite import Replacement, constant_shape, finish, input_of, to_float, weight, weight_name
+from qgraph.export.rewrite import Replacement, constant_shape, finish, input_of, to_float, weight_name
 from qgraph.export.round_activations import round_nvfp4
 from qgraph.formats import nvfp4
 from qgraph.formats.packing import pack_bits
 from qgraph.passes.lowbit_functions import ROUNDINGS, lowbit_nodes
-from qgraph.passes.lowbit_weights import COLUMNS, FORMS, LOOKUPS
+from qgraph.passes.lowbit_weights import COLUMNS, FORMS, LOOKUPS, from_node
 
 LINEAR_FP4, COLUMNS_FP4 = FORMS["nvfp4"].linear, FORMS["nvfp4"].columns
 
@@ -52,7 +52,7 @@ def _fp4(node: ir.Node, held: dict[ir.Value, tuple[ir.Value, ...]]) -> None:
     """A linear layer in float16, `held` the weights that are there already."""
     new, codes = Replacement(node), input_of(node, 1)
     if codes not in held:
-        q, name = weight(node), weight_name(node)
+        q, name = from_node(node), weight_name(node)
         K, N = q.shape
         held[codes] = (
             new.tensor(f"{name}.fp4", pack_bits(q.codes.T, 4).reshape(N, K // 2)),

@@ -9,8 +9,6 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
-from qgraph.formats import QTensor
-from qgraph.formats.nvfp4 import NVFP4
 from qgraph.passes.base import add_initializer, replace_node
 from qgraph.passes.lowbit_functions import DOMAIN, InlineLowbitFunctions
 from qgraph.passes.lowbit_weights import COLUMNS, LINEARS, LOOKUPS, from_node
@@ -111,30 +109,13 @@ def width(value: ir.Value) -> int:
     return K
 
 
-def weight(node: ir.Node) -> QTensor:
-    """The weight [K, N] that a linear layer multiplies by or a lookup picks columns of; of a table [V, H],
-    whose blocks lie along its rows, the transpose [H, V]."""
-    if node.op_type not in LOOKUPS:
-        return from_node(node)
-    codes, block_scale, global_scale = (input_of(node, i).const_value for i in (1, 2, 3))
-    assert codes is not None and block_scale is not None and global_scale is not None
-    fields = codes.numpy().view(np.uint8) & np.uint8(15)
-    return QTensor(
-        NVFP4.name,
-        (fields.shape[1], fields.shape[0]),
-        np.ascontiguousarray(fields.T),
-        np.ascontiguousarray(block_scale.numpy().T),
-        np.float32(global_scale.numpy().reshape(())),
-    )
-
-
 def to_float(node: ir.Node, tables: dict[ir.Value, ir.Value]) -> None:
     """Writes a linear layer or lookup as the float operator, on its dequantized weight; `tables` holds
     those that were dequantized before."""
     new = Replacement(node)
     codes = input_of(node, 1)
     if codes not in tables:
-        W = weight(node).dequantize()
+        W = from_node(node).dequantize()
         tables[codes] = new.tensor(f"{weight_name(node)}.float", W.T.copy() if node.op_type in LOOKUPS else W)
     if node.op_type in LINEARS:
         new.add("y", "MatMul", node.inputs[0], tables[codes])

@@ -19,7 +19,6 @@ from qgraph.export.rewrite import (
     input_of,
     rank,
     to_float,
-    weight,
     weight_name,
     width,
 )
@@ -29,7 +28,7 @@ from qgraph.formats.packing import pack_bits
 from qgraph.passes.base import replace_value
 from qgraph.passes.cache import find_cache
 from qgraph.passes.lowbit_functions import ROUNDINGS, lowbit_nodes
-from qgraph.passes.lowbit_weights import LINEARS
+from qgraph.passes.lowbit_weights import LINEARS, from_node
 
 DOMAIN = "trt"
 NEWEST_OPSET = 25  # that TensorRT 11 reads, by NVIDIA's "ONNX Opset Guide"
@@ -95,7 +94,7 @@ def _linear(node: ir.Node, held: Held) -> None:
     """x @ Transpose(DequantizeLinear(codes, DequantizeLinear(block_scale, global_scale)))."""
     new, codes = Replacement(node), input_of(node, 1)
     if codes not in held:
-        q, name = weight(node), weight_name(node)
+        q, name = from_node(node), weight_name(node)
         K, N = q.shape
         packed = ir.PackedTensor(
             pack_bits(q.codes.T, 4), ir.DataType.FLOAT4E2M1, shape=(N, K), name=f"{name}.fp4"

@@ -174,8 +174,8 @@ class _Checks:
         if self._exact.roundings:
             runner = EXPORTS[name].module.open_runner(written, facts.threads)
             self._written = _Stepper(runner, facts.pairs)
-            rounded = _Twin(name, written, lowbit, False, facts, folder)
-            self._rounded = rounded if rounded.rounds else None
+            if facts.context.rounds:
+                self._rounded = _Twin(name, written, lowbit, False, facts, folder)
         self.comparisons: list[Comparison] = []
         self.done = self._held = 0
 
