@@ -1,8 +1,7 @@
 #include "sha256.h"
 
-#include <cstring>
-
 #include "cpu_features.h"
+#include "sha2.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -107,30 +106,15 @@ Compress best_compress() {
   return compress_portable;
 }
 
-Digest digest(const uint8_t* data, size_t size, Compress compress) {
-  HashState state = kInitial;
-  compress(state, data, size / 64);
-  // The tail, a one bit, zeros, and the length in bits, big-endian, at the end of the last block.
-  uint8_t last[128] = {};
-  size_t rest = size % 64;
-  if (rest > 0) std::memcpy(last, data + size - rest, rest);
-  last[rest] = 0x80;
-  size_t blocks = rest + 9 > 64 ? 2 : 1;
-  uint64_t bits = uint64_t{size} * 8;
-  for (size_t i = 0; i < 8; ++i) last[blocks * 64 - 1 - i] = static_cast<uint8_t>(bits >> (8 * i));
-  compress(state, last, blocks);
-  Digest out;
-  for (size_t i = 0; i < 32; ++i) out[i] = static_cast<uint8_t>(state[i / 4] >> (24 - 8 * (i % 4)));
-  return out;
-}
-
 }  // namespace
 
 Digest sha256(const uint8_t* data, size_t size) {
   static const Compress compress = best_compress();
-  return digest(data, size, compress);
+  return sha2(kInitial, data, size, compress);
 }
 
-Digest sha256_portable(const uint8_t* data, size_t size) { return digest(data, size, compress_portable); }
+Digest sha256_portable(const uint8_t* data, size_t size) {
+  return sha2(kInitial, data, size, compress_portable);
+}
 
 }  // namespace qg

@@ -1,6 +1,6 @@
 #include "sha512.h"
 
-#include <cstring>
+#include "sha2.h"
 
 namespace qg {
 namespace {
@@ -27,53 +27,45 @@ using HashState512 = std::array<uint64_t, 8>;
 
 uint64_t rotr64(uint64_t x, int n) { return x >> n | x << (64 - n); }
 
-void compress512(HashState512& state, const uint8_t* block) {
-  uint64_t w[80];
-  for (int i = 0; i < 16; ++i) {
-    w[i] = 0;
-    for (int j = 0; j < 8; ++j) w[i] = w[i] << 8 | block[8 * i + j];
+void compress512(HashState512& state, const uint8_t* data, size_t blocks) {
+  for (; blocks > 0; --blocks, data += 128) {
+    uint64_t w[80];
+    for (int i = 0; i < 16; ++i) {
+      w[i] = 0;
+      for (int j = 0; j < 8; ++j) w[i] = w[i] << 8 | data[8 * i + j];
+    }
+    for (int i = 16; i < 80; ++i) {
+      uint64_t s0 = rotr64(w[i - 15], 1) ^ rotr64(w[i - 15], 8) ^ w[i - 15] >> 7;
+      uint64_t s1 = rotr64(w[i - 2], 19) ^ rotr64(w[i - 2], 61) ^ w[i - 2] >> 6;
+      w[i] = w[i - 16] + s0 + w[i - 7] + s1;
+    }
+    HashState512 v = state;
+    auto& [a, b, c, d, e, f, g, h] = v;
+    for (int i = 0; i < 80; ++i) {
+      uint64_t s1 = rotr64(e, 14) ^ rotr64(e, 18) ^ rotr64(e, 41);
+      uint64_t s0 = rotr64(a, 28) ^ rotr64(a, 34) ^ rotr64(a, 39);
+      uint64_t t1 = h + s1 + ((e & f) ^ (~e & g)) + kRound512[i] + w[i];
+      uint64_t t2 = s0 + ((a & b) ^ (a & c) ^ (b & c));
+      h = g;
+      g = f;
+      f = e;
+      e = d + t1;
+      d = c;
+      c = b;
+      b = a;
+      a = t1 + t2;
+    }
+    for (size_t i = 0; i < 8; ++i) state[i] += v[i];
   }
-  for (int i = 16; i < 80; ++i) {
-    uint64_t s0 = rotr64(w[i - 15], 1) ^ rotr64(w[i - 15], 8) ^ w[i - 15] >> 7;
-    uint64_t s1 = rotr64(w[i - 2], 19) ^ rotr64(w[i - 2], 61) ^ w[i - 2] >> 6;
-    w[i] = w[i - 16] + s0 + w[i - 7] + s1;
-  }
-  HashState512 v = state;
-  auto& [a, b, c, d, e, f, g, h] = v;
-  for (int i = 0; i < 80; ++i) {
-    uint64_t s1 = rotr64(e, 14) ^ rotr64(e, 18) ^ rotr64(e, 41);
-    uint64_t s0 = rotr64(a, 28) ^ rotr64(a, 34) ^ rotr64(a, 39);
-    uint64_t t1 = h + s1 + ((e & f) ^ (~e & g)) + kRound512[i] + w[i];
-    uint64_t t2 = s0 + ((a & b) ^ (a & c) ^ (b & c));
-    h = g;
-    g = f;
-    f = e;
-    e = d + t1;
-    d = c;
-    c = b;
-    b = a;
-    a = t1 + t2;
-  }
-  for (size_t i = 0; i < 8; ++i) state[i] += v[i];
 }
 
 }  // namespace
 
 Digest512 sha512(const uint8_t* data, size_t size) {
-  HashState512 state = {0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b, 0xa54ff53a5f1d36f1,
-                        0x510e527fade682d1, 0x9b05688c2b3e6c1f, 0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
-  for (size_t i = 0; i + 128 <= size; i += 128) compress512(state, data + i);
-  // The tail, a one bit, zeros, and the length in bits, big-endian, at the end of the last block.
-  uint8_t last[256] = {};
-  size_t rest = size % 128;
-  if (rest > 0) std::memcpy(last, data + size - rest, rest);
-  last[rest] = 0x80;
-  size_t end = rest + 17 > 128 ? 256 : 128;
-  for (size_t i = 0; i < 8; ++i) last[end - 1 - i] = static_cast<uint8_t>(uint64_t{size} * 8 >> (8 * i));
-  for (size_t i = 0; i < end; i += 128) compress512(state, last + i);
-  Digest512 out;
-  for (size_t i = 0; i < 64; ++i) out[i] = static_cast<uint8_t>(state[i / 8] >> (56 - 8 * (i % 8)));
-  return out;
+  constexpr HashState512 kInitial512 = {0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b,
+                                        0xa54ff53a5f1d36f1, 0x510e527fade682d1, 0x9b05688c2b3e6c1f,
+                                        0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
+  return sha2(kInitial512, data, size, compress512);
 }
 
 }  // namespace qg
