@@ -81,9 +81,9 @@ def release() -> None:
     _emit("tilerelease")
 
 
-def _load(tile: int, at: At) -> None:
+def _load(tile: int, at: At, how: str = "tileloadd64") -> None:
     buffer, start, stride = at
-    _emit("tileloadd64", _tile(tile), T.address_of(buffer[start]), index(stride))
+    _emit(how, _tile(tile), T.address_of(buffer[start]), index(stride))
 
 
 def multiply(
@@ -117,7 +117,7 @@ def multiply(
 
     def step(left: list[At], right: list[At]) -> None:
         for a, at in enumerate(left):
-            _load(_A + a, at)
+            _load(_A + a, at, "tileloaddt164")
         for c, at in enumerate(right):
             _load(_B + c, at)
         for a, c in product(range(len(left)), range(len(right))):
@@ -130,7 +130,8 @@ def multiply(
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows m0 .. m0 + count - 1 of M as tiles of `size` rows, min(16, M).
+    """The rows m0 .. m0 + count - 1 of M as tiles of `size` rows, min(16, M). M counts what may be read, which
+    can be more than there is.
 
     A tile never goes beyond row M - 1: it begins earlier instead, and holds rows of others, too, whose sums
     are dropped. So tile t holds row m0 + 16 t + i at place i + shift(t).
@@ -140,6 +141,10 @@ class Rows:
     count: Expr
     M: Expr
     size: Expr
+
+    @property
+    def many(self) -> Expr:
+        return self.count > 112
 
     def start(self, t: Expr) -> Expr:
         """The first row of tile t."""

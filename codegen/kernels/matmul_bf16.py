@@ -25,13 +25,15 @@ from qgraph.codegen.kernels.epilogue import Result
 from qgraph.codegen.kernels.function import Function
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.tiled import CHUNK, flat, tiled_matmul
-from qgraph.codegen.kernels.vector import lanes_at, splat
+from qgraph.codegen.kernels.vector import lanes_at, prefetch, splat
 from qgraph.codegen.kernels.vmath import Expr, bits_as, const_like, named
 from qgraph.codegen.kernels.weights import NVFP4Reader
-from qgraph.codegen.packing import GROUP, LANES
+from qgraph.codegen.packing import GROUP, LANES, WORD
 from qgraph.codegen.spec import KernelSpec
 
-_SLICE = 16  # times INPUTS: 16 KiB of decoded weights a column of tiles
+_CACHE = 1 << 20  # bytes of activations of a chunk that are read again and again: half of a core's cache
+HALVES = GROUP // WORD
+_SLICE = 8  # times INPUTS: 8 KiB of decoded weights a column of tiles
 _FLOATS = (("x", "float32"), ("digits", "int32"))
 _CODES = (("codes", "int8"), ("scale", "float32"), ("block_sums", "int32"))
 
@@ -53,7 +55,7 @@ kernel("matmul_nvfp4_a8", TILED)(partial(_matmul_bf16, _CODES))
 class _Product:
     """A `tiled.Product`."""
 
-    depth = ROW_BYTES
+    depth, padded = ROW_BYTES, True
 
     def __init__(
         self,
@@ -70,9 +72,12 @@ class _Product:
         self._left = flat(f.buffers["codes" if codes else "digits"], "int32")
         self._parts = 1 if codes else parts_of(spec)
         self._scale = f.buffers["scale"] if codes else None
-        self._M = f.scalars["M"]
         self._blocks = -(-spec["k"] // GROUP)
         self._steps = -(-spec["k"] // INPUTS)
+        most = max(_CACHE // (CHUNK * ROW_BYTES * self._parts), 1)  # of a slab's steps
+        slabs = -(-self._steps // most)
+        self._slab = -(-self._steps // (slabs * _SLICE)) * _SLICE
+        self.slabs = -(-self._steps // self._slab)
         self._side = 2 if result.n_block % (2 * LANES) == 0 else 1  # columns of tiles that are done together
         bits = named(bits_as(weights[2][index(0)], "int32"))
         power = T.max(bits & T.int32(0x7F800000), T.int32(0x00800000))
@@ -82,35 +87,70 @@ class _Product:
     def usable(self, row: Expr) -> Expr | None:
         return None
 
-    def chunk(self, rows: Rows, panel: Expr) -> None:
-        result, side = self._result, self._side
+    def open(self, rows: Rows, slab: Expr) -> None:
+        """Brings the activations of a slab into the core's second cache: tiles leave them there."""
+        begin = B.bind(slab * self._slab)
+        count = B.bind(T.min(begin + self._slab, index(self._steps)) - begin)
+        lines = B.bind(count * (self._parts * ROWS))
+        tile = B.bind(T.truncdiv(rows.m0, index(ROWS)))
+        with B.serial(T.truncdiv(rows.count + (ROWS - 1), index(ROWS))) as t, B.serial(lines) as i:
+            at = ((tile + t) * self._steps + begin) * (self._parts * SIZE) + i * WORDS
+            prefetch(self._left, at, level=2)
+
+    def chunk(self, rows: Rows, panel: Expr, slab: Expr) -> None:
+        result, side, every = self._result, self._side, lanes_at(index(0), LANES)
+        last = slab == self.slabs - 1
+        begin = B.bind(slab * self._slab)
+        end = B.bind(T.min(begin + self._slab, index(self._steps)))
+        # What the sums are multiplied by when all are in.
+        rest = named(T.Select(last, self._rest, T.float32(1)))
         # Of tile t of the rows and column c of tiles: element [t, c, :, :].
         with (
             on_stack("float32", CHUNK // ROWS, side, ROWS, LANES) as acc,
-            on_stack("uint32", side, _SLICE * WORDS, LANES) as decoded,
+            on_stack("uint32", 2, side, _SLICE * WORDS, LANES) as decoded,
             B.serial(index(result.n_block // (side * LANES))) as part,
         ):
             first = B.bind(panel * result.n_block + part * (side * LANES))
-            with B.serial(index(-(-self._steps // _SLICE))) as s:
-                start = B.bind(s * _SLICE)
-                count = B.bind(T.min(index(_SLICE), index(self._steps) - start))
-                with B.serial(count) as i, B.serial(index(side)) as c:
-                    self._decode(decoded, first + c * LANES, start + i, c, i)
-                rows.each_pair(
-                    lambda tiles, start=start, count=count: self._add_tiles(
-                        acc, decoded, rows, tiles, start, count
-                    )
-                )
+            if self.slabs > 1:
+                with B.If(slab > 0), B.Then(), B.serial(rows.count) as r, B.serial(index(side)) as c:
+                    value = result.load(self._y, rows.m0 + r, first + c * LANES)
+                    B.buffer_store(acc, value, [T.truncdiv(r, index(ROWS)), c, T.truncmod(r, index(ROWS)), every])
+            with B.serial(T.truncdiv(end - begin + (_SLICE - 1), index(_SLICE))) as s:
+                start = B.bind(begin + s * _SLICE)
+                count = B.bind(T.min(index(_SLICE), end - start))
+                now = B.bind(T.truncmod(s, index(2)))
+                following = B.bind(T.min(index(_SLICE), end - start - _SLICE))
+
+                def decode(buffer: Expr, start: Expr, i: Expr, c: Expr, half: Expr) -> None:
+                    self._decode(decoded, first + c * LANES, start + i, half, [buffer, c, i])
+
+                with B.If(T.Or(s == 0, T.Not(rows.many))), B.Then():
+                    with B.serial(count) as i, B.serial(index(side)) as c, B.serial(index(HALVES)) as half:
+                        decode(now, start, i, c, half)
+
+                def add(tiles: list[Expr], ahead: bool = False) -> None:
+                    pair = B.bind(T.truncdiv(tiles[0], index(2)))
+                    
+                    def meanwhile(i: Expr) -> None:
+                        with B.If(i < following), B.Then():
+                            c, half = T.truncdiv(pair, index(HALVES)), T.truncmod(pair, index(HALVES))
+                            decode(1 - now, start + _SLICE, i, c, half)
+
+                    self._add_tiles(acc, decoded, rows, tiles, start, count, now, meanwhile if ahead else None)
+
+                with B.If(rows.many), B.Then(), B.serial(index(CHUNK // ROWS // 2)) as pair:
+                    add([B.bind(pair * 2), B.bind(pair * 2 + 1)], ahead=True)
+                with B.If(T.Not(rows.many)), B.Then():
+                    rows.each_pair(add)
             with B.serial(rows.count) as r, B.serial(index(side)) as c:
-                t = T.truncdiv(r, index(ROWS))
-                place = T.truncmod(r, index(ROWS)) + rows.shift(t)
-                value = acc[t, c, place, lanes_at(index(0), LANES)] * splat(self._rest, LANES)
+                value = acc[T.truncdiv(r, index(ROWS)), c, T.truncmod(r, index(ROWS)), every]
+                value = value * splat(rest, LANES)
                 if self._scale is not None:
-                    value = value * splat(self._scale[rows.m0 + r], LANES)
+                    value = value * splat(T.Select(last, self._scale[rows.m0 + r], T.float32(1)), LANES)
                 result.store(self._y, rows.m0 + r, B.bind(first + c * LANES), value)
 
-    def _decode(self, decoded: Any, column: Expr, step: Expr, c: Expr, i: Expr) -> None:
-        """Step `step` of the inputs, of columns `column` .., to place i of the slice."""
+    def _decode(self, decoded: Any, column: Expr, step: Expr, half: Expr, to: list[Expr]) -> None:
+        """Half of a step of the inputs, of columns `column` .., to a place: buffer, column of tiles, step."""
         place = self._result.columns(column)
         low = B.bind(step * 2)
         high = B.bind(T.min(low + 1, index(self._blocks - 1)))
@@ -121,29 +161,43 @@ class _Product:
         for block, unit in zip((low, high), units, strict=True):
             scale = e4m3_units(self._weights[1][place.tile, block, place.lanes], self._isa)
             scale = named(scale * splat(named(unit), LANES))
+            word = block * HALVES + half
             halves.append(
-                [raw * scale for raw in self._reader.raw(self._weights, place, block, index(0), GROUP)]
+                [self._reader.code(self._weights, place, word, i) * scale for i in range(WORD)]
             )
         for j, pair in enumerate(zip(*halves, strict=True)):
             even, odd = (bits_as(named(weight), "uint32") for weight in pair)
             words = (even >> const_like(even, 16)) | (odd & const_like(odd, 0xFFFF0000))
-            B.buffer_store(decoded, words, [c, i * WORDS + j, lanes_at(index(0), LANES)])
+            row = to[2] * WORDS + half * WORD + j
+            B.buffer_store(decoded, words, [*to[:2], row, lanes_at(index(0), LANES)])
 
     def _add_tiles(
-        self, acc: Any, decoded: Any, rows: Rows, tiles: list[Expr], start: Expr, count: Expr
+        self, acc: Any, decoded: Any, rows: Rows, tiles: list[Expr], start: Expr, count: Expr, now: Expr, meanwhile: Any
     ) -> None:
         """The share of `count` steps of inputs from `start`."""
         columns, parts = range(self._side), self._parts
-        firsts = [B.bind(rows.start(t)) for t in tiles]
+        firsts = [
+            B.bind(T.truncdiv(rows.start(t), index(ROWS)) * (self._steps * parts) + start * parts)
+            for t in tiles
+        ]
         sums: list[list[At]] = [
             [(flat(acc), (t * self._side + c) * SIZE, ROW_BYTES) for c in columns] for t in tiles
         ]
 
         def steps(step: Any) -> None:
             with B.serial(index(parts)) as done, B.serial(count) as i:
-                of_part = B.bind(((start + i) * parts + (parts - 1 - done)) * self._M)
-                left = [(self._left, (of_part + row) * WORDS, ROW_BYTES) for row in firsts]
-                right = [(flat(decoded), (i + c * _SLICE) * (WORDS * LANES), ROW_BYTES) for c in columns]
+                part = B.bind(i * parts + (parts - 1 - done))
+                left = [(self._left, (tile + part) * SIZE, ROW_BYTES) for tile in firsts]
+                right = [
+                    (flat(decoded), ((now * self._side + c) * _SLICE + i) * (WORDS * LANES), ROW_BYTES)
+                    for c in columns
+                ]
                 step(left, right)
+                if meanwhile:
+                    if parts > 1:
+                        with B.If(done == 0), B.Then():
+                            meanwhile(i)
+                    else:
+                        meanwhile(i)
 
         multiply(BF16, sums, steps, resume=start > 0)

@@ -143,6 +143,7 @@ class _Product:
         self._y, self._weights, self._left, self._reader, self._result = y, weights, left, reader, result
         self._block, self._fields = reader.input.block, reader.input.fields
         self._words = reader.operands[0].shape[1]  # a column's
+        self.padded, self.slabs = False, 1
         self.depth = ROW_BYTES if self._block % ROW_BYTES == 0 else ROW_BYTES // 2
         widths = (w for w in (_WIDTH, 32, LANES) if result.n_block % w == 0 and w * self._block <= _PANEL)
         self._width = next(widths)
@@ -151,7 +152,10 @@ class _Product:
     def usable(self, row: Expr) -> Expr | None:
         return self._left.usable(row)
 
-    def chunk(self, rows: Rows, panel: Expr) -> None:
+    def open(self, rows: Rows, slab: Expr) -> None:
+        pass
+
+    def chunk(self, rows: Rows, panel: Expr, slab: Expr) -> None:
         result, tiles, every = self._result, self._width // LANES, lanes_at(index(0), LANES)
         per_block = self._block // (4 * self._fields)
         whole, rest = divmod(self._words, per_block)

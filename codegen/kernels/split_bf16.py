@@ -8,7 +8,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
-from qgraph.codegen.bf16_rows import INPUTS, WORDS, parts_of
+from qgraph.codegen.bf16_rows import INPUTS, ROWS, WORDS, parts_of
 from qgraph.codegen.digits import FEW_ROWS
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import TILED, kernel
@@ -40,7 +40,7 @@ def split_parts(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
         def split(values: list[Expr]) -> list[list[Expr]]:
             return [list(of) for of in zip(*(_parts(value, parts) for value in values), strict=True)]
 
-        _each_row(spec, f, pointers, lambda row: (x, split))
+        _each_row(spec, f, pointers, parts, lambda row: (x, split))
     return f.result
 
 
@@ -58,11 +58,13 @@ def quantize_bf16(spec: KernelSpec, isa: Isa, symbol: str) -> Any:
             wide = named(T.broadcast(s, LANES))
             return x, lambda values: [[bits_as(int8_codes(named(v), wide), "int32") for v in values]]
 
-        _each_row(spec, f, pointers, scaled)
+        _each_row(spec, f, pointers, 1, scaled)
     return f.result
 
 
-def _each_row(spec: KernelSpec, f: Function, pointers: list[tuple[str, str]], open_row: Any) -> None:
+def _each_row(
+    spec: KernelSpec, f: Function, pointers: list[tuple[str, str]], parts: int, open_row: Any
+) -> None:
     """Emits the body: open_row(row) gives what is read and a function from the vectors of two times 16 inputs
     to those of each part, as the int32 bits of float32."""
     k, M, begin, end = spec["k"], *(f.scalars[name] for name in ("M", "begin", "end"))
@@ -71,13 +73,14 @@ def _each_row(spec: KernelSpec, f: Function, pointers: list[tuple[str, str]], op
         call_base(spec, f, [name for name, _ in pointers], [M, begin, end])
     with B.If(M > FEW_ROWS), B.Then(), B.serial(begin, end) as row:
         x, split = open_row(row)
+        tile, steps = T.truncdiv(row, index(ROWS)), -(-k // INPUTS)
+        first = B.bind((tile * (steps * parts * ROWS) + T.truncmod(row, index(ROWS))) * WORDS)
 
         def put(block: Expr, halves: list[Expr]) -> None:
-            split_halves = split(halves)
-            for part, (low, high) in enumerate(split_halves):
+            for part, (low, high) in enumerate(split(halves)):
                 words = bits_as(low, "uint32") >> const_like(bits_as(low, "uint32"), 16)
                 words = bits_as(words, "int32") | (high & const_like(high, _UPPER))
-                at = ((block * len(split_halves) + part) * M + row) * WORDS
+                at = first + (block * parts + part) * (ROWS * WORDS)
                 B.buffer_store(out, words, [lanes_at(at, LANES)])
 
         if full := k // INPUTS:

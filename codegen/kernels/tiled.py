@@ -1,7 +1,11 @@
 """The frame of products that are done in tiles (AMX), matmul_tiles.py and matmul_bf16.py.
 
 Block b of the grid is chunk b // panels of `m_block` rows and panel b % panels of `n_block` columns, as of
-every product. Calls with few rows are passed on to the kernel that this one is a form of.
+every product. A call with few rows is passed on to the kernel that this one is a form of.
+
+The panels that a call has of a chunk are done one after the other for a slab of inputs, then for the next: of
+the activations so much is read again and again that a core's own cache has room for it. Until the last slab
+y has the sums so far.
 """
 
 from __future__ import annotations
@@ -31,15 +35,20 @@ class Product(Protocol):
 
     Attributes:
         depth: bytes of a row of a tile of activations.
+        padded: whether there is memory for whole tiles of activations, beyond row M - 1, too.
+        slabs: of the inputs.
     """
 
     depth: int
+    padded: bool
+    slabs: int
 
     def usable(self, row: Expr) -> Expr | None:
         """Whether (bool) a row can be done in tiles; None is always."""
 
-    def chunk(self, rows: Rows, panel: Expr) -> None:
-        """Stores up to CHUNK rows of a panel to y, without epilogue."""
+    def chunk(self, rows: Rows, panel: Expr, slab: Expr) -> None:
+        """Adds the share of a slab to up to CHUNK rows of a panel in y, of the first stores it; without
+        epilogue."""
 
 
 Open = Callable[[Function, list[Any], Result], Product]
@@ -85,20 +94,31 @@ def tiled_matmul(
                 B.decl_buffer(operand.shape, operand.dtype, data=f.buffers[name].data)
                 for name, operand in zip(names, operands, strict=True)
             ]
-            size = B.bind(T.min(M, index(ROWS)))
             product = start(f, weights, result)
+            size, limit = B.bind(T.min(M, index(ROWS))), M
+            if product.padded:
+                size, limit = index(ROWS), B.bind(T.truncdiv(M + (ROWS - 1), index(ROWS)) * ROWS)
             configure(size, product.depth)
-            with B.serial(begin, end) as b:
-                m0 = B.bind(T.truncdiv(b, index(panels)) * m_block)
-                panel = B.bind(T.truncmod(b, index(panels)))
+            y, bias, residual = (f.buffers.get(name) for name in ("y", "bias", "residual"))
+            first = B.bind(T.truncdiv(begin, index(panels)))
+            with B.serial(T.truncdiv(end + (panels - 1), index(panels)) - first) as i:
+                m0, before = B.bind((first + i) * m_block), B.bind((first + i) * panels)
                 rows = B.bind(T.min(index(m_block), M - m0))
+                left = B.bind(T.max(begin - before, index(0)))
+                count = B.bind(T.min(end - before, index(panels)) - left)
 
                 def chunks() -> None:
                     with B.serial(T.truncdiv(rows + (CHUNK - 1), index(CHUNK))) as c:
-                        count = B.bind(T.min(rows - c * CHUNK, index(CHUNK)))
-                        product.chunk(Rows(B.bind(m0 + c * CHUNK), count, M, size), panel)
-                    y, bias, residual = (f.buffers.get(name) for name in ("y", "bias", "residual"))
-                    result.finish(y, bias, residual, m0, rows, panel)
+                        here = Rows(
+                            B.bind(m0 + c * CHUNK), B.bind(T.min(rows - c * CHUNK, index(CHUNK))), limit, size
+                        )
+                        with B.serial(index(product.slabs)) as slab:
+                            product.open(here, slab)
+                            with B.serial(count) as p:
+                                panel = B.bind(left + p)
+                                product.chunk(here, panel, slab)
+                                with B.If(slab == product.slabs - 1), B.Then():
+                                    result.finish(y, bias, residual, here.m0, here.count, panel)
 
                 if product.usable(m0) is None:
                     chunks()
@@ -108,7 +128,7 @@ def tiled_matmul(
                     with B.serial(rows) as r, B.If(T.Not(product.usable(m0 + r))), B.Then():
                         B.buffer_store(usable, T.int32(0), [index(0)])
                     with B.If(usable[index(0)] == 0), B.Then():
-                        pass_on(b, b + 1)
+                        pass_on(before + left, before + left + count)
                     with B.If(usable[index(0)] != 0), B.Then():
                         chunks()
             release()

@@ -50,9 +50,10 @@ def store_first(buffer: Any, value: Any, start: Any, count: Any, lanes: int) -> 
     return T.evaluate(T.masked_store(buffer, value, T.ramp(start, 1, lanes), first(count, lanes)))
 
 
-def prefetch(buffer: Any, at: Any) -> None:
-    """Emits a hint that an element is wanted soon. It may lie beyond the buffer: nothing is read."""
-    B.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(buffer[at]), 0, 3, 1))
+def prefetch(buffer: Any, at: Any, level: int = 1) -> None:
+    """Emits a hint that an element is wanted soon, in the cache of a level. It may lie beyond the buffer:
+    nothing is read."""
+    B.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(buffer[at]), 0, 4 - level, 1))
 
 
 def reduce_lanes(op: Callable[[Any, Any], Any], value: Any) -> Any:

@@ -110,10 +110,12 @@ class NVFP4Reader(Reader):
         self._decoder = e2m1_decoder(isa)
 
     def raw(self, w: Buffers, at: Columns, block: Expr, unit: Expr, count: int) -> list[Expr]:
-        return [
-            self._decoder.raw(w[0][at.tile, block * (GROUP // WORD) + i // WORD, at.lanes], i % WORD)
-            for i in range(count)
-        ]
+        first = block * (GROUP // WORD)
+        return [self.code(w, at, first + i // WORD, i % WORD) for i in range(count)]
+
+    def code(self, w: Buffers, at: Columns, word: Expr, i: int) -> Expr:
+        """The value of code i of a word."""
+        return self._decoder.raw(w[0][at.tile, word, at.lanes], i)
 
     def scale(self, w: Buffers, at: Columns, block: Expr) -> Expr:
         return e4m3(w[1][at.tile, block, at.lanes], self._isa) * splat(w[2][0], self._lanes)

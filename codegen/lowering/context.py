@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from qgraph.codegen.bf16_rows import PARTS, row_words
+from qgraph.codegen.bf16_rows import PARTS, ROWS, row_words
 from qgraph.codegen.digits import COMPUTE_DIGITS, DigitRows
 from qgraph.codegen.dims import CONTENT, Dim, ceildiv, equal, grain_of, is_one, product, size, static
 from qgraph.codegen.int8_input import Int8Input, int8_input
@@ -290,8 +290,9 @@ class Lowering:
         if key not in self._int8:
             lead, blocks = rounded.x.shape[:-1], -(-k // wanted.block)
             tiles = 4 * row_words(k, 1) if wanted == int8_input(NVFP4.name) else 0
+            rows = product(lead)
             out = (
-                self.temp("i8", (*lead, sympy.Integer(max(blocks * wanted.block, tiles)))),
+                self.temp("i8", (_room_rows(rows, wanted), sympy.Integer(max(blocks * wanted.block, tiles)))),
                 self.temp("f32", lead),
                 self.temp("i32", (*lead, sympy.Integer(blocks))),
             )
@@ -299,7 +300,6 @@ class Lowering:
                 "quantize_int8", k=k, fields=wanted.fields, block=wanted.block, factor=wanted.factor
             )
             name = rounded.node.name or rounded.node.op_type
-            rows = product(lead)
             step = self.emit(name, spec, [*out, rounded.x, rows], rows, grain_of(k))
             self.layers.append((rounded.node, step))
             self._int8[key] = out
@@ -330,15 +330,15 @@ class Lowering:
         who want them alike."""
         key = (value, wanted.input)
         if key not in self._digits:
-            lead, x = self.shape(value)[:-1], self.dense(value)
-            out = self.temp("i32", (*lead, sympy.Integer(wanted.room(fewer.get("parts", PARTS)))))
+            rows, x = product(self.shape(value)[:-1]), self.dense(value)
+            parts = fewer.get("parts", PARTS)
+            out = self.temp("i32", (_room_rows(rows, wanted.input), sympy.Integer(wanted.room(parts))))
             params = {
                 "fields": wanted.input.fields,
                 "block": wanted.input.block,
                 "offset": wanted.input.offset,
             }
             spec = KernelSpec.make("split_digits", k=wanted.k, **params, **fewer)
-            rows = product(lead)
             self.emit(f"{value.name}/digits", spec, [out, x, rows], rows, grain_of(wanted.k))
             self._digits[key] = out
         return self._digits[key]
@@ -475,6 +475,11 @@ class Lowering:
         view = self.view(value)
         if view.buffer is not self.outputs[value]:
             self.values[value] = self.copy(view, f"{value.name}/copy", View.of(self.outputs[value]))
+
+
+def _room_rows(rows: Dim, wanted: Int8Input) -> Dim:
+    """So many rows that there is room for them: on tiles NVFP4's are bfloat16 (codegen/bf16_rows.py)."""
+    return ceildiv(rows, ROWS) * ROWS if wanted == int8_input(NVFP4.name) else rows
 
 
 def _iota_axes(expr: Any) -> set[int]:

@@ -9,7 +9,7 @@ from group_cases import packed, random_weight
 from kernel_harness import Kernel, aligned, compile_kernel
 from matmul_cases import make_weight
 
-from qgraph.codegen.bf16_rows import row_words
+from qgraph.codegen.bf16_rows import ROWS, row_words
 from qgraph.codegen.int8_input import Int8Input, int8_input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.packing import pack_nvfp4_n16k8
@@ -76,7 +76,7 @@ class Int8MatMul:
         """Codes, scales and block sums by the kernel."""
         blocks = -(-self.K // self.input.block)
         out = [
-            np.full((len(x), self.room), 99, np.int8),
+            np.full((self.room_rows(len(x)), self.room), 99, np.int8),
             np.full(len(x), -7, np.float32),
             np.full((len(x), blocks), 99, np.int32),
         ]
@@ -84,10 +84,18 @@ class Int8MatMul:
         return out
 
     @property
+    def tiles(self) -> bool:
+        """Whether codes are bfloat16 in whole tiles, of many rows."""
+        return self.input == int8_input("nvfp4") and has_tiles(self.spec, self.isa)
+
+    @property
     def room(self) -> int:
-        """Bytes that the codes of a row take: in tiles they may be bfloat16."""
+        """Bytes that the codes of a row take."""
         plain = -(-self.K // self.input.block) * self.input.block
-        return max(plain, 4 * row_words(self.K, 1)) if has_tiles(self.spec, self.isa) else plain
+        return max(plain, 4 * row_words(self.K, 1)) if self.tiles else plain
+
+    def room_rows(self, M: int) -> int:
+        return -(-M // ROWS) * ROWS if self.tiles else M
 
     def run(self, x: np.ndarray, *extra: np.ndarray, **how: Any) -> np.ndarray:
         y = np.full((len(x), self.N), np.nan, np.float32)

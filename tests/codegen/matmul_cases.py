@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from kernel_harness import Kernel, aligned, compile_kernel
 
-from qgraph.codegen.bf16_rows import PARTS
+from qgraph.codegen.bf16_rows import PARTS, ROWS
 from qgraph.codegen.digits import DigitRows, digit_rows
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.packing import pack_f32_n16, pack_nvfp4_n16k8
@@ -133,7 +133,7 @@ def digits_of(
     if rows is None:
         return []
     params = {"fields": rows.input.fields, "block": rows.input.block, "offset": rows.input.offset}
-    digits = np.full(M * rows.room((fewer or {}).get("parts", PARTS)), -7, np.int32)
+    digits = np.full(-(-M // ROWS) * ROWS * rows.room((fewer or {}).get("parts", PARTS)), -7, np.int32)
     kernel = compile_kernel(KernelSpec.make("split_digits", k=K, **params, **(fewer or {})), isa)
     kernel(digits, x, M, blocks=M, **how)
     return [digits if isa.base else digits[: M * rows.words].reshape(M, rows.words)]
