@@ -81,8 +81,10 @@ def release() -> None:
     _emit("tilerelease")
 
 
-def _load(tile: int, at: At, how: str = "tileloadd64") -> None:
+def _load(tile: int, at: At, passing: bool = False) -> None:
+    """`passing`: it is not to push other data out of the first cache."""
     buffer, start, stride = at
+    how = "tileloaddt164" if passing else "tileloadd64"
     _emit(how, _tile(tile), T.address_of(buffer[start]), index(stride))
 
 
@@ -91,6 +93,7 @@ def multiply(
     sums: list[list[At]],
     steps: Callable[[Callable[[list[At], list[At]], None]], None],
     resume: Expr | None = None,
+    passing: bool = False,
 ) -> None:
     """Emits sums[a][c] = sum over steps of left[a] right[c], for up to two of each.
 
@@ -99,6 +102,8 @@ def multiply(
         sums: where the tiles of sums go.
         steps: calls what it is given, in loops that it emits, with the tiles of a step.
         resume: whether (bool) the sums go on from what is there; None is no.
+        passing: whether what is on the left only passes through the first cache: it should lie in the second
+            then, which it is not brought into.
     """
     here = [(_C + 2 * a + c, at) for a, row in enumerate(sums) for c, at in enumerate(row)]
 
@@ -117,7 +122,7 @@ def multiply(
 
     def step(left: list[At], right: list[At]) -> None:
         for a, at in enumerate(left):
-            _load(_A + a, at, "tileloaddt164")
+            _load(_A + a, at, passing)
         for c, at in enumerate(right):
             _load(_B + c, at)
         for a, c in product(range(len(left)), range(len(right))):
@@ -130,8 +135,8 @@ def multiply(
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows m0 .. m0 + count - 1 of M as tiles of `size` rows, min(16, M). M counts what may be read, which
-    can be more than there is.
+    """The rows m0 .. m0 + count - 1 of M as tiles of `size` rows, min(16, M); M are those that may be read,
+    which can be more than there are.
 
     A tile never goes beyond row M - 1: it begins earlier instead, and holds rows of others, too, whose sums
     are dropped. So tile t holds row m0 + 16 t + i at place i + shift(t).
@@ -141,10 +146,6 @@ class Rows:
     count: Expr
     M: Expr
     size: Expr
-
-    @property
-    def many(self) -> Expr:
-        return self.count > 112
 
     def start(self, t: Expr) -> Expr:
         """The first row of tile t."""

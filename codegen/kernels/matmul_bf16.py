@@ -10,6 +10,7 @@ overflow where those in float32 do. To the tiles zero is all, inputs, products a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,9 +31,10 @@ from qgraph.codegen.kernels.vmath import Expr, bits_as, const_like, named
 from qgraph.codegen.kernels.weights import NVFP4Reader
 from qgraph.codegen.packing import GROUP, LANES, WORD
 from qgraph.codegen.spec import KernelSpec
+from qgraph.errors import QGraphError
 
 _CACHE = 1 << 20  # bytes of activations of a chunk that are read again and again: half of a core's cache
-HALVES = GROUP // WORD
+_HALVES = GROUP // WORD  # of a block, by words
 _SLICE = 8  # times INPUTS: 8 KiB of decoded weights a column of tiles
 _FLOATS = (("x", "float32"), ("digits", "int32"))
 _CODES = (("codes", "int8"), ("scale", "float32"), ("block_sums", "int32"))
@@ -40,6 +42,8 @@ _CODES = (("codes", "int8"), ("scale", "float32"), ("block_sums", "int32"))
 
 def _matmul_bf16(arguments: tuple[tuple[str, str], ...], spec: KernelSpec, isa: Isa, symbol: str) -> Any:
     """The kernel of `spec` for tiles: arguments and blocks are those of matmul.py or matmul_int8.py."""
+    if spec["m_block"] % ROWS:
+        raise QGraphError(f"{spec.op}: cannot build {dict(spec.params)}")
     reader = NVFP4Reader(spec["k"], spec["n"], isa)
 
     def start(f: Function, weights: list[Any], result: Result) -> _Product:
@@ -114,7 +118,9 @@ class _Product:
             if self.slabs > 1:
                 with B.If(slab > 0), B.Then(), B.serial(rows.count) as r, B.serial(index(side)) as c:
                     value = result.load(self._y, rows.m0 + r, first + c * LANES)
-                    B.buffer_store(acc, value, [T.truncdiv(r, index(ROWS)), c, T.truncmod(r, index(ROWS)), every])
+                    B.buffer_store(
+                        acc, value, [T.truncdiv(r, index(ROWS)), c, T.truncmod(r, index(ROWS)), every]
+                    )
             with B.serial(T.truncdiv(end - begin + (_SLICE - 1), index(_SLICE))) as s:
                 start = B.bind(begin + s * _SLICE)
                 count = B.bind(T.min(index(_SLICE), end - start))
@@ -124,23 +130,27 @@ class _Product:
                 def decode(buffer: Expr, start: Expr, i: Expr, c: Expr, half: Expr) -> None:
                     self._decode(decoded, first + c * LANES, start + i, half, [buffer, c, i])
 
-                with B.If(T.Or(s == 0, T.Not(rows.many))), B.Then():
-                    with B.serial(count) as i, B.serial(index(side)) as c, B.serial(index(HALVES)) as half:
-                        decode(now, start, i, c, half)
+                def add(tiles: list[Expr], meanwhile: Callable[[Expr], None] | None = None) -> None:
+                    self._add_tiles(acc, decoded, rows, tiles, start, count, now, meanwhile)
 
-                def add(tiles: list[Expr], ahead: bool = False) -> None:
-                    pair = B.bind(T.truncdiv(tiles[0], index(2)))
-                    
-                    def meanwhile(i: Expr) -> None:
-                        with B.If(i < following), B.Then():
-                            c, half = T.truncdiv(pair, index(HALVES)), T.truncmod(pair, index(HALVES))
+                whole = B.bind(rows.count > CHUNK - ROWS)
+                with (
+                    B.If(T.Or(s == 0, T.Not(whole))),
+                    B.Then(),
+                    B.serial(count) as i,
+                    B.serial(index(side)) as c,
+                    B.serial(index(_HALVES)) as half,
+                ):
+                    decode(now, start, i, c, half)
+                with B.If(whole), B.Then(), B.serial(index(CHUNK // (2 * ROWS))) as pair:
+                    c, half = T.truncdiv(pair, index(_HALVES)), T.truncmod(pair, index(_HALVES))
+
+                    def meanwhile(i: Expr, pair: Expr = pair, c: Expr = c, half: Expr = half) -> None:
+                        with B.If(T.And(i < following, pair < side * _HALVES)), B.Then():
                             decode(1 - now, start + _SLICE, i, c, half)
 
-                    self._add_tiles(acc, decoded, rows, tiles, start, count, now, meanwhile if ahead else None)
-
-                with B.If(rows.many), B.Then(), B.serial(index(CHUNK // ROWS // 2)) as pair:
-                    add([B.bind(pair * 2), B.bind(pair * 2 + 1)], ahead=True)
-                with B.If(T.Not(rows.many)), B.Then():
+                    add([B.bind(pair * 2), B.bind(pair * 2 + 1)], meanwhile)
+                with B.If(T.Not(whole)), B.Then():
                     rows.each_pair(add)
             with B.serial(rows.count) as r, B.serial(index(side)) as c:
                 value = acc[T.truncdiv(r, index(ROWS)), c, T.truncmod(r, index(ROWS)), every]
@@ -161,10 +171,8 @@ class _Product:
         for block, unit in zip((low, high), units, strict=True):
             scale = e4m3_units(self._weights[1][place.tile, block, place.lanes], self._isa)
             scale = named(scale * splat(named(unit), LANES))
-            word = block * HALVES + half
-            halves.append(
-                [self._reader.code(self._weights, place, word, i) * scale for i in range(WORD)]
-            )
+            word = block * _HALVES + half
+            halves.append([self._reader.code(self._weights, place, word, i) * scale for i in range(WORD)])
         for j, pair in enumerate(zip(*halves, strict=True)):
             even, odd = (bits_as(named(weight), "uint32") for weight in pair)
             words = (even >> const_like(even, 16)) | (odd & const_like(odd, 0xFFFF0000))
@@ -172,7 +180,15 @@ class _Product:
             B.buffer_store(decoded, words, [*to[:2], row, lanes_at(index(0), LANES)])
 
     def _add_tiles(
-        self, acc: Any, decoded: Any, rows: Rows, tiles: list[Expr], start: Expr, count: Expr, now: Expr, meanwhile: Any
+        self,
+        acc: Any,
+        decoded: Any,
+        rows: Rows,
+        tiles: list[Expr],
+        start: Expr,
+        count: Expr,
+        now: Expr,
+        meanwhile: Any,
     ) -> None:
         """The share of `count` steps of inputs from `start`."""
         columns, parts = range(self._side), self._parts
@@ -193,11 +209,8 @@ class _Product:
                     for c in columns
                 ]
                 step(left, right)
-                if meanwhile:
-                    if parts > 1:
-                        with B.If(done == 0), B.Then():
-                            meanwhile(i)
-                    else:
+                if meanwhile is not None:
+                    with B.If(done == 0), B.Then():
                         meanwhile(i)
 
-        multiply(BF16, sums, steps, resume=start > 0)
+        multiply(BF16, sums, steps, resume=start > 0, passing=True)

@@ -46,6 +46,9 @@ class Product(Protocol):
     def usable(self, row: Expr) -> Expr | None:
         """Whether (bool) a row can be done in tiles; None is always."""
 
+    def open(self, rows: Rows, slab: Expr) -> None:
+        """What is done before the panels of a slab."""
+
     def chunk(self, rows: Rows, panel: Expr, slab: Expr) -> None:
         """Adds the share of a slab to up to CHUNK rows of a panel in y, of the first stores it; without
         epilogue."""

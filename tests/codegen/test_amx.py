@@ -159,12 +159,13 @@ def test_epilogues_follow(epilogue: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(("n_block", "m_block"), [(16, 20), (96, 300)])
 def test_any_blocks_any_threads_and_nothing_beside_the_buffers(n_block: int, m_block: int) -> None:
-    """Chunks of 20 rows, whose second tile begins before the chunk; of 300, which take more than one turn."""
-    blocks = {"n_block": n_block, "m_block": m_block}
+    """Chunks of 20 rows, whose second tile begins before the chunk; of 300, which take more than one turn.
+    Those of NVFP4 are whole tiles."""
+    blocks, whole = ({"n_block": n_block, "m_block": m} for m in (m_block, -(-m_block // 16) * 16))
     q = random_weight("int4", 72, 49)
     for case in (
-        MatMul(amx.ISA, "matmul_nvfp4", make_weight(72, 49, 0x20, 0x40), **blocks),
-        Int8MatMul(amx.ISA, "nvfp4", 72, 49, **blocks),
+        MatMul(amx.ISA, "matmul_nvfp4", make_weight(72, 49, 0x20, 0x40), **whole),
+        Int8MatMul(amx.ISA, "nvfp4", 72, 49, **whole),
         Int8MatMul(amx.ISA, "int4", 72, 49, weight=q, **blocks),
     ):
         for M in (9, 45, 150):
@@ -173,6 +174,29 @@ def test_any_blocks_any_threads_and_nothing_beside_the_buffers(n_block: int, m_b
             got = case.run(*args)
             np.testing.assert_array_equal(case.run(*args, split=(2, 1), guard=True), got)
             assert error(got, case.reference(*args)) < 4e-7
+
+
+def test_inputs_in_slabs_by_nvfp4() -> None:
+    """More inputs than a core's cache holds of 128 rows: sums go on from y. A chunk of 128 rows decodes the
+    weights of a slice while the one before is multiplied."""
+    for case in (
+        MatMul(amx.ISA, "matmul_nvfp4", make_weight(2700, 49, 0x20, 0x40)),
+        MatMul(
+            amx.ISA, "matmul_nvfp4", make_weight(2700, 17, 0x20, 0x40), n_block=16, epilogue=("residual",)
+        ),
+        Int8MatMul(amx.ISA, "nvfp4", 4120, 33),
+    ):
+        for M in (9, 116, 150):
+            inputs = case.inputs(M)
+            args = inputs if isinstance(inputs, tuple) else (inputs,)
+            got = case.run(*args)
+            np.testing.assert_array_equal(case.run(*args, split=(2, 1), guard=True), got)
+            assert error(got, case.reference(*args)) < 4e-7
+
+
+def test_chunks_of_nvfp4_are_whole_tiles() -> None:
+    with pytest.raises(qgraph.QGraphError, match="cannot build"):
+        MatMul(amx.ISA, "matmul_nvfp4", make_weight(72, 49), m_block=20)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
