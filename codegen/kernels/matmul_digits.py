@@ -232,7 +232,7 @@ class DigitProduct:
         fields: list[Expr] = []
         for i in range(count):
             row = kb * self._per_block + word + i
-            prefetch(W[0], (place.tile, row + _AHEAD, index(0)))
+            prefetch(W[0], (place.tile, row + _AHEAD, index(0)), level=2)
             fields += map(named, reader.bytes(named(W[0][place.tile, row, place.lanes])))
         # One field after the other goes into all sums, unless the ISA sums several at once.
         step = 1 if self._isa.dot == "vnni" else len(fields)

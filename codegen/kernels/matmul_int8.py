@@ -174,7 +174,7 @@ class _Product:
         for first in range(0, count, _FIELDS // each):
             fields: list[Expr] = []
             for i in range(first, min(first + _FIELDS // each, count)):
-                prefetch(codes, (place.tile, row + i + _AHEAD, index(0)))
+                prefetch(codes, (place.tile, row + i + _AHEAD, index(0)), level=2)
                 fields += map(named, reader.bytes(named(codes[place.tile, row + i, place.lanes])))
             for r, m in enumerate(at):
                 start = m * stride + (row + first) * each
