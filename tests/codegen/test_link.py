@@ -24,7 +24,7 @@ from qgraph.errors import QGraphError
 isas = pytest.mark.parametrize("isa", native_isas(), ids=lambda i: i.name)
 LINKED = [isa for isa in ISAS.values() if isa.arch != "wasm32"]  # there, a program's linker links
 SPECS = [
-    KernelSpec.make("matmul_nvfp4", k=32, n=n, n_block=16, m_block=8, epilogue=("gelu_erf",))
+    KernelSpec.make("matmul_nvfp4", k=32, n=n, n_block=16, m_block=16, epilogue=("gelu_erf",))
     for n in (16, 48)
 ]
 
