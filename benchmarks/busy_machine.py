@@ -90,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--work", type=Path, help="of models.py: keeps what is exported and compiled")
     options = parser.parse_args(argv)
-    options.minilm = None
     if unknown := [name for name in options.models if name not in SHAPES]:
         parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(SHAPES)}")
     about = description()
@@ -98,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         for model in options.models:
-            files = prepare(model, options, work)
+            files = prepare(model, options.schemes, options.peers, work)
             print(f"\n### {model}\n\n| threads |  | quiet, tokens/s | busy | kept | fair | got | p99, ms |")
             print("|---|---|---|---|---|---|---|---|")
             for threads in options.threads:

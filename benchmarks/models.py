@@ -110,9 +110,17 @@ class Worker:
         self._process.wait()
 
 
-def prepare(name: str, options: argparse.Namespace, work: Path) -> dict[str, Path]:
-    """The files of a model, by the contender's name; those in `work` already are taken as they are."""
-    source = options.minilm if name == "minilm" and options.minilm else work / name / f"{name}.onnx"
+def prepare(
+    name: str,
+    schemes: Sequence[str],
+    peers: Sequence[str],
+    work: Path,
+    minilm: Path | None = None,
+    in_ort: bool = False,
+) -> dict[str, Path]:
+    """The files of a model, by the contender's name; those in `work` already are taken as they are. `in_ort`
+    is for those that run inside ONNX Runtime, too."""
+    source = minilm if name == "minilm" and minilm else work / name / f"{name}.onnx"
     (work / name).mkdir(parents=True, exist_ok=True)
     if not source.is_file():
         say(f"exporting {name}")
@@ -123,20 +131,20 @@ def prepare(name: str, options: argparse.Namespace, work: Path) -> dict[str, Pat
         else:
             export(SHAPES[name], source)
     found = {}
-    for scheme in options.schemes:
+    for scheme in schemes:
         stem = work / name / scheme.replace("/", "-")
         of, _, compute = scheme.partition("/")
         contenders = {f"qgraph {scheme}": stem.with_suffix(".qg")}
-        if options.in_ort:
+        if in_ort:
             contenders[f"qgraph {scheme} in ONNX Runtime"] = stem.with_suffix(".ort.onnx")
         if not all(path.is_file() for path in contenders.values()):
             say(f"compiling {name} to {scheme}")
             made = {"solver": "rtn", "embeddings": "nvfp4"} if SCHEMES[of].solvers else {}
             made |= {"compute": compute or "f32", "verify": False, "onnx": False}
-            made |= {"export": ("ort",)} if options.in_ort else {}
+            made |= {"export": ("ort",)} if in_ort else {}
             qgraph.compile(source, scheme=of, output=stem, **made)
         found |= contenders
-    for peer in options.peers:
+    for peer in peers:
         found[PEERS[peer]] = source if peer == "ort-f32" else ort_int4(source, work / name / "ort-int4.onnx")
     return found
 
@@ -354,7 +362,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, list[Measured]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.models or MODELS:
-            files = prepare(name, options, options.work or Path(temporary))
+            work = options.work or Path(temporary)
+            files = prepare(name, options.schemes, options.peers, work, options.minilm, options.in_ort)
             found = results.setdefault(name, [])
             for threads in options.threads:
                 found += measure(name, threads, files, options)
