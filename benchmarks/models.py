@@ -361,8 +361,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     start, neighbours = time.perf_counter(), Neighbours()
     results: dict[str, list[Measured]] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
         for name in options.models or MODELS:
-            work = options.work or Path(temporary)
             files = prepare(name, options.schemes, options.peers, work, options.minilm, options.in_ort)
             found = results.setdefault(name, [])
             for threads in options.threads:

@@ -78,7 +78,7 @@ class _Product:
         self._scale = f.buffers["scale"] if codes else None
         self._blocks = -(-spec["k"] // GROUP)
         self._steps = -(-spec["k"] // INPUTS)
-        most = max(_CACHE // (CHUNK * ROW_BYTES * self._parts), 1)  # of a slab's steps
+        most = _CACHE // (CHUNK * ROW_BYTES * self._parts)  # of a slab's steps
         slabs = -(-self._steps // most)
         self._slab = -(-self._steps // (slabs * _SLICE)) * _SLICE
         self.slabs = -(-self._steps // self._slab)
@@ -127,31 +127,34 @@ class _Product:
                 now = B.bind(T.truncmod(s, index(2)))
                 following = B.bind(T.min(index(_SLICE), end - start - _SLICE))
 
-                def decode(buffer: Expr, start: Expr, i: Expr, c: Expr, half: Expr) -> None:
+                def decode(buffer: Expr, start: Expr, i: Expr, piece: Expr) -> None:
+                    c, half = T.truncdiv(piece, index(_HALVES)), T.truncmod(piece, index(_HALVES))
                     self._decode(decoded, first + c * LANES, start + i, half, [buffer, c, i])
 
-                def add(tiles: list[Expr], meanwhile: Callable[[Expr], None] | None = None) -> None:
-                    self._add_tiles(acc, decoded, rows, tiles, start, count, now, meanwhile)
-
+                # Each pair of a whole chunk's tiles decodes a half of a column of the next slice meanwhile.
                 whole = B.bind(rows.count > CHUNK - ROWS)
+                pieces = side * _HALVES  # of a step; one loop over all, which LLVM does not unroll
                 with (
                     B.If(T.Or(s == 0, T.Not(whole))),
                     B.Then(),
-                    B.serial(count) as i,
-                    B.serial(index(side)) as c,
-                    B.serial(index(_HALVES)) as half,
+                    B.serial(count * pieces) as u,
                 ):
-                    decode(now, start, i, c, half)
-                with B.If(whole), B.Then(), B.serial(index(CHUNK // (2 * ROWS))) as pair:
-                    c, half = T.truncdiv(pair, index(_HALVES)), T.truncmod(pair, index(_HALVES))
+                    decode(now, start, T.truncdiv(u, index(pieces)), T.truncmod(u, index(pieces)))
 
-                    def meanwhile(i: Expr, pair: Expr = pair, c: Expr = c, half: Expr = half) -> None:
-                        with B.If(T.And(i < following, pair < side * _HALVES)), B.Then():
-                            decode(1 - now, start + _SLICE, i, c, half)
+                def add(tiles: list[Expr]) -> None:
+                    pair = B.bind(T.truncdiv(tiles[0], index(2)))
+                    ahead = B.bind(T.And(whole, pair < pieces))
 
-                    add([B.bind(pair * 2), B.bind(pair * 2 + 1)], meanwhile)
-                with B.If(T.Not(whole)), B.Then():
-                    rows.each_pair(add)
+                    def meanwhile(i: Expr) -> None:
+                        with B.If(T.And(ahead, i < following)), B.Then():
+                            decode(1 - now, start + _SLICE, i, pair)
+
+                    paired = len(tiles) == 2  # one is left of a chunk that is not whole
+                    self._add_tiles(
+                        acc, decoded, rows, tiles, start, count, now, meanwhile if paired else None
+                    )
+
+                rows.each_pair(add)
             with B.serial(rows.count) as r, B.serial(index(side)) as c:
                 value = acc[T.truncdiv(r, index(ROWS)), c, T.truncmod(r, index(ROWS)), every]
                 value = value * splat(rest, LANES)
@@ -188,7 +191,7 @@ class _Product:
         start: Expr,
         count: Expr,
         now: Expr,
-        meanwhile: Any,
+        meanwhile: Callable[[Expr], None] | None,
     ) -> None:
         """The share of `count` steps of inputs from `start`."""
         columns, parts = range(self._side), self._parts
