@@ -12,6 +12,9 @@ CUDA_ELEMENTWISE_BLOCK = 1024  # the same of a CUDA kernel, whatever the dims
 CUDA_TILE = 64  # rows, and columns, that a CUDA kernel does of a product in float32
 CUDA_FEW_COLUMNS = 32  # outputs that a CUDA kernel does of a product of few rows by packed weights
 CUDA_MANY_ROWS, CUDA_MANY_COLUMNS = 128, 128  # the same of one on tensor cores
+# What the epilogue of a product [M, N] may read, in the order that kernels take it: [N] and [M, N] to add,
+# [M, N] to multiply by.
+EPILOGUE_OPERANDS = ("bias", "residual", "factor")
 ATTENTION_TILE = 64  # keys that `attention` decodes to its scratch at a time, at most
 
 

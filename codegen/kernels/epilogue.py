@@ -1,4 +1,5 @@
-"""How matrix products write their result [M, N], and what is done to it: bias, residual, activations.
+"""How matrix products write their result [M, N], and what is done to it: operands added and multiplied,
+activations.
 
 The functions emit statements at the current place of the function being built, by TVMScript or by the IR
 builder.
@@ -6,6 +7,7 @@ builder.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ from qgraph.codegen.kernels.vmath import (
 )
 from qgraph.codegen.kernels.weights import Columns
 from qgraph.codegen.packing import LANES
+from qgraph.codegen.spec import EPILOGUE_OPERANDS
 
 ACTIVATIONS = {
     "gelu_erf": vgelu_erf,
@@ -36,6 +39,11 @@ ACTIVATIONS = {
 }
 
 
+def epilogue_pointers(epilogue: Sequence[str]) -> list[tuple[str, str]]:
+    """The operands of an epilogue, in the order that kernels take them."""
+    return [(name, "float32") for name in EPILOGUE_OPERANDS if name in epilogue]
+
+
 @dataclass(frozen=True)
 class Result:
     """The result of a product, in vectors of `lanes` columns.
@@ -43,7 +51,8 @@ class Result:
     Attributes:
         N: its columns.
         n_block: columns of a block of the grid.
-        epilogue: names applied in order, of "bias" (+ [N]), "residual" (+ [M, N]) and ACTIVATIONS.
+        epilogue: names applied in order, of "bias" (+ [N]), "residual" (+ [M, N]), "factor" (* [M, N]) and
+            ACTIVATIONS.
     """
 
     N: int
@@ -59,7 +68,7 @@ class Result:
     @property
     def known(self) -> bool:
         """Whether there is nothing in the epilogue that has no meaning."""
-        return all(name in ("bias", "residual", *ACTIVATIONS) for name in self.epilogue)
+        return all(name in (*EPILOGUE_OPERANDS, *ACTIVATIONS) for name in self.epilogue)
 
     def columns(self, start: Expr) -> Columns:
         """The weight's columns for a vector of these; beyond the last tile, of the last (its sums are
@@ -82,9 +91,9 @@ class Result:
         else:
             B.buffer_store(Y, value, [lanes_at(row * self.N + column, self.lanes)])
 
-    def finish(self, Y: Any, bias: Any, residual: Any, m0: Expr, rows: Expr, panel: Expr) -> None:
+    def finish(self, Y: Any, operands: Mapping[str, Any], m0: Expr, rows: Expr, panel: Expr) -> None:
         """Emits the epilogue on the finished sums of a block: rows m0 .. m0 + rows - 1 of a panel. Operands
-        that the epilogue does not have are not read."""
+        are flat buffers, by their name in the epilogue."""
         if not self.epilogue:
             return
         with B.serial(rows) as r, B.serial(index(self.n_block // self.lanes)) as v:
@@ -92,9 +101,11 @@ class Result:
             value = self.load(Y, m0 + r, column)
             for name in self.epilogue:
                 if name == "bias":
-                    value = value + self.load(bias, index(0), column)
+                    value = value + self.load(operands[name], index(0), column)
                 elif name == "residual":
-                    value = value + self.load(residual, m0 + r, column)
+                    value = value + self.load(operands[name], m0 + r, column)
+                elif name == "factor":
+                    value = value * self.load(operands[name], m0 + r, column)
                 else:
                     value = ACTIVATIONS[name](value)
             self.store(Y, m0 + r, column, value)

@@ -37,7 +37,7 @@ from qgraph.codegen.kernels.vmath import named
 from qgraph.codegen.kernels.weights import Columns
 from qgraph.codegen.kernels.weights_group import open_reader
 from qgraph.codegen.packing import LANES
-from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.spec import EPILOGUE_OPERANDS, KernelSpec
 from qgraph.errors import QGraphError
 from qgraph.formats.nvfp4 import NVFP4
 
@@ -50,11 +50,11 @@ _PANEL_FLOATS = 8192  # of decoded weights: 32 KiB of stack, half of what a kern
 def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     """y = epilogue(x @ dequantize(W)), W in layout `nvfp4_n16k8`.
 
-    Spec: k, n, n_block (multiple of 16), m_block, epilogue: names applied in order, of "bias" (+ [n]),
-    "residual" (+ [M, n]) and ACTIVATIONS; digits, where the rows of x have fewer than three if there are more
-    than FEW_ROWS of them.
+    Spec: k, n, n_block (multiple of 16), m_block, epilogue: see `Result`; digits, where the rows of x have
+    fewer than three if there are more than FEW_ROWS of them.
     Arguments: y f32 [M, n], x f32 [M, k], digits i32 [M, words] (codegen/digits.py), codes u32, block_scale
-    u8, global_scale f32 [1], [bias f32 [n]], [residual f32 [M, n]], M, begin, end.
+    u8, global_scale f32 [1], what the epilogue has, in this order, of bias f32 [n], residual f32 [M, n] and
+    factor f32 [M, n], M, begin, end.
     Blocks: ceil(M/m_block) * ceil(n/n_block).
     """
     return matmul(spec, isa, symbol, NVFP4.name)
@@ -64,7 +64,7 @@ def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
 def matmul_f32(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     """y = epilogue(x @ W), W in layout `f32_n16`.
 
-    Spec, blocks: as of matmul_nvfp4. Arguments: y, x, w f32, [bias], [residual], M, begin, end.
+    Spec, blocks: as of matmul_nvfp4. Arguments: y, x, w f32, of the epilogue, M, begin, end.
     """
     return matmul(spec, isa, symbol, "f32")
 
@@ -326,6 +326,7 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
         block_sums: T.handle("float32"),
         bias: T.handle("float32"),
         residual: T.handle("float32"),
+        factor: T.handle("float32"),
         M: T.int64,
         begin: T.int64,
         end: T.int64,
@@ -349,6 +350,8 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
         S = T.decl_buffer((UNBOUNDED,), "int32", data=digits) if has_digits else T.meta_var(S0)
         bias_row = T.decl_buffer((N,), "float32", data=bias) if "bias" in epilogue else T.meta_var(None)
         R = T.decl_buffer((M * N,), "float32", data=residual) if "residual" in epilogue else T.meta_var(None)
+        F = T.decl_buffer((M * N,), "float32", data=factor) if "factor" in epilogue else T.meta_var(None)
+        of_epilogue = T.meta_var({"bias": bias_row, "residual": R, "factor": F})
         P = T.alloc_buffer((depth, n_block), "float32") if reader.decoded else T.meta_var(None)
         for b in T.serial(end - begin):
             m0: T.let = T.truncdiv(begin + b, T.int64(panels)) * m_block
@@ -372,9 +375,9 @@ def matmul(spec: KernelSpec, isa: Isa, symbol: str, weight: str) -> PrimFunc:
                 tiles_of_rows(Y, X, W, P, m0, rows, panel)
             if again:
                 by_decoding(Y, X, W, S, P, M, m0, rows, panel)
-            result.finish(Y, bias_row, R, m0, rows, panel)
+            result.finish(Y, of_epilogue, m0, rows, panel)
 
     unused = {f"weight{i}" for i in range(taken, len(operands))}
     unused |= set() if has_sums else {"block_sums"}
     unused |= set() if has_digits else {"digits"}
-    return drop_parameters(func, unused | ({"bias", "residual"} - set(epilogue)))
+    return drop_parameters(func, unused | (set(EPILOGUE_OPERANDS) - set(epilogue)))

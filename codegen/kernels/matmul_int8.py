@@ -21,7 +21,7 @@ from qgraph.codegen.int8_input import int8_input
 from qgraph.codegen.isa import Isa
 from qgraph.codegen.kernels import kernel
 from qgraph.codegen.kernels.dot import multiply_add
-from qgraph.codegen.kernels.epilogue import Result
+from qgraph.codegen.kernels.epilogue import Result, epilogue_pointers
 from qgraph.codegen.kernels.function import function
 from qgraph.codegen.kernels.gemm import each_vector
 from qgraph.codegen.kernels.loops import index
@@ -49,7 +49,8 @@ def _matmul_int8(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) ->
 
     Spec: k, n, n_block (multiple of 16), m_block, epilogue, of group formats block: as of `matmul_<format>`.
     Arguments: y f32 [M, n], codes i8 [M, B block], scale f32 [M], block_sums i32 [M, B], the weight's as in
-    `matmul_<format>`, [bias f32 [n]], [residual f32 [M, n]], M, begin, end.
+    `matmul_<format>`, what the epilogue has, in this order, of bias f32 [n], residual f32 [M, n] and
+    factor f32 [M, n], M, begin, end.
     Blocks: ceil(M/m_block) * ceil(n/n_block).
     """
     K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]
@@ -65,7 +66,7 @@ def _matmul_int8(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) ->
         ("scale", "float32"),
         ("block_sums", "int32"),
         *((name, operand.dtype) for name, operand in zip(names, reader.operands, strict=True)),
-        *((name, "float32") for name in ("bias", "residual") if name in spec["epilogue"]),
+        *epilogue_pointers(spec["epilogue"]),
     ]
     panels = -(-N // n_block)
     with function(symbol, pointers, ["M"]) as f:
@@ -79,7 +80,7 @@ def _matmul_int8(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) ->
             panel = B.bind(T.truncmod(b, index(panels)))
             rows = B.bind(T.min(index(m_block), f.scalars["M"] - m0))
             emit.chunk(m0, rows, panel)
-            result.finish(f.buffers["y"], f.buffers.get("bias"), f.buffers.get("residual"), m0, rows, panel)
+            result.finish(f.buffers["y"], f.buffers, m0, rows, panel)
     return f.result
 
 

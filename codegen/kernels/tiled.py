@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as B
 
 from qgraph.codegen.digits import FEW_ROWS
 from qgraph.codegen.kernels.amx import ROWS, Rows, configure, release
-from qgraph.codegen.kernels.epilogue import Result
+from qgraph.codegen.kernels.epilogue import Result, epilogue_pointers
 from qgraph.codegen.kernels.function import UNBOUNDED, Function, function
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vmath import Expr
@@ -80,7 +80,7 @@ def tiled_matmul(
         ("y", "float32"),
         *arguments,
         *((name, operand.dtype) for name, operand in zip(names, operands, strict=True)),
-        *((name, "float32") for name in ("bias", "residual") if name in spec["epilogue"]),
+        *epilogue_pointers(spec["epilogue"]),
     ]
     panels = -(-N // n_block)
     with function(symbol, pointers, ["M"]) as f:
@@ -102,7 +102,6 @@ def tiled_matmul(
             if product.padded:
                 size, limit = index(ROWS), B.bind(T.truncdiv(M + (ROWS - 1), index(ROWS)) * ROWS)
             configure(size, product.depth)
-            y, bias, residual = (f.buffers.get(name) for name in ("y", "bias", "residual"))
             first = B.bind(T.truncdiv(begin, index(panels)))
             with B.serial(T.truncdiv(end + (panels - 1), index(panels)) - first) as i:
                 m0, before = B.bind((first + i) * m_block), B.bind((first + i) * panels)
@@ -121,7 +120,7 @@ def tiled_matmul(
                                 panel = B.bind(left + p)
                                 product.chunk(here, panel, slab)
                                 with B.If(slab == product.slabs - 1), B.Then():
-                                    result.finish(y, bias, residual, here.m0, here.count, panel)
+                                    result.finish(f.buffers["y"], f.buffers, here.m0, here.count, panel)
 
                 if product.usable(m0) is None:
                     chunks()

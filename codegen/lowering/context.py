@@ -18,7 +18,7 @@ from qgraph.codegen.int8_input import Int8Input, int8_input
 from qgraph.codegen.lowering.device import DEVICES, Device
 from qgraph.codegen.lowering.state import State
 from qgraph.codegen.memory import ITEM_SIZE, Buffer, View, collapse
-from qgraph.codegen.spec import KernelSpec
+from qgraph.codegen.spec import EPILOGUE_OPERANDS, KernelSpec
 from qgraph.errors import QGraphError, UnsupportedError
 from qgraph.formats.nvfp4 import NVFP4
 from qgraph.passes.cache import Cache
@@ -73,7 +73,7 @@ class Linear:
     weights: tuple[Buffer, ...]
     shape: tuple[Dim, ...]
     epilogue: tuple[str, ...] = ()
-    operands: tuple[View, ...] = ()  # of the epilogue: bias, residual
+    operands: tuple[View, ...] = ()  # of the epilogue, in its order
     params: tuple[tuple[str, Any], ...] = ()  # of the kernel, beside those that all have
     sums: View | None = None  # of blocks of x, for weights with an offset a block
 
@@ -394,11 +394,11 @@ class Lowering:
         """Emit the matrix product with its epilogue into `out` (dense)."""
         rows = product(linear.shape[:-1])
         params = {"k": linear.k, "n": linear.n, "epilogue": linear.epilogue, **dict(linear.params)}
-        # The kernel takes the bias before the residual, in whatever order they are applied.
-        operands = dict(
-            zip([e for e in linear.epilogue if e in ("bias", "residual")], linear.operands, strict=True)
+        # Kernels take them in an order of their own, whatever the one that they are applied in.
+        named = dict(
+            zip([e for e in linear.epilogue if e in EPILOGUE_OPERANDS], linear.operands, strict=True)
         )
-        extra = [operands[e] for e in ("bias", "residual") if e in operands]
+        extra = [named[e] for e in EPILOGUE_OPERANDS if e in named]
         read = [*(View.of(w) for w in linear.weights), *([linear.sums] if linear.sums else []), *extra]
         name = linear.node.name or "MatMul"
         step = self.device.emit_linear(self, linear, name, [out, *linear.x, *read, rows], rows, params)

@@ -160,37 +160,44 @@ def _activation(node: ir.Node) -> str | None:
 
 def _extend_linear(low: Lowering, node: ir.Node) -> Linear | None:
     """`node` as one more epilogue of the matrix product it follows, if the kernel can take it."""
-    if node.op_type == "Add":
-        for mine, other in ((0, 1), (1, 0)):
-            a, b = node.inputs[mine], node.inputs[other]
-            lazy = low.values.get(a) if a is not None else None
-            if a is None or b is None or not isinstance(lazy, Linear) or low.uses[a] != 1 or a is b:
-                continue
-            shape = low.shape(b)
-            const = low.constant(b)
-            if (
-                const is not None
-                and const.size == lazy.n
-                and (not shape or shape[-1] == lazy.n)  # a lone number is a bias of one output column
-                and "bias" not in lazy.epilogue
-            ):
-                operand = low.view(b)
-                return _with(lazy, "bias", operand)
-            if (
-                low.same_shape(shape, lazy.shape)
-                and "residual" not in lazy.epilogue
-                and low.dtype(b) == "f32"
-            ):
-                return _with(lazy, "residual", low.dense(b))
-        return None
+    if node.op_type in _WITH_OPERAND:
+        a, b = node.inputs
+        if a is None or b is None or a is b:
+            return None
+        return _with_operand(low, node.op_type, a, b) or _with_operand(low, node.op_type, b, a)
     name = _activation(node)
-    value = node.inputs[0]
-    if name is None or value is None:
+    linear = _only_reader(low, node.inputs[0])
+    return None if name is None or linear is None else _with(linear, name, None)
+
+
+_WITH_OPERAND = {"Add": "residual", "Mul": "factor"}
+
+
+def _with_operand(low: Lowering, op: str, product: ir.Value, operand: ir.Value) -> Linear | None:
+    linear = _only_reader(low, product)
+    if linear is None:
+        return None
+    shape, const = low.shape(operand), low.constant(operand)
+    if (
+        op == "Add"
+        and const is not None
+        and const.size == linear.n
+        and (not shape or shape[-1] == linear.n)  # a lone number is a bias of one output column
+        and "bias" not in linear.epilogue
+    ):
+        return _with(linear, "bias", low.view(operand))
+    name = _WITH_OPERAND[op]
+    if low.same_shape(shape, linear.shape) and name not in linear.epilogue and low.dtype(operand) == "f32":
+        return _with(linear, name, low.dense(operand))
+    return None
+
+
+def _only_reader(low: Lowering, value: ir.Value | None) -> Linear | None:
+    """The matrix product that `value` is, if nobody else reads it."""
+    if value is None or low.uses[value] != 1:
         return None
     lazy = low.values.get(value)
-    if isinstance(lazy, Linear) and low.uses[value] == 1:
-        return _with(lazy, name, None)
-    return None
+    return lazy if isinstance(lazy, Linear) else None
 
 
 def _with(linear: Linear, name: str, operand: View | None) -> Linear:

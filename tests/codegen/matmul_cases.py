@@ -100,6 +100,7 @@ class MatMul:
         args = [y, x, *digits, *self.operands]
         args += [self.bias] if "bias" in self.epilogue else []
         args += [residual] if "residual" in self.epilogue else []
+        args += [factor_of(residual)] if "factor" in self.epilogue else []
         blocks = -(-M // self.m_block) * -(-self.N // self.n_block)
         self.kernel(*args, M, blocks=blocks, **how)  # type: ignore[arg-type]
         return y
@@ -112,9 +113,16 @@ class MatMul:
                     y = y + self.bias
                 elif name == "residual":
                     y = y + residual
+                elif name == "factor":
+                    y = y * factor_of(residual)
                 else:
                     y = ACTIVATIONS[name](y)
         return y
+
+
+def factor_of(residual: np.ndarray) -> np.ndarray:
+    """Another operand of the same shape, for products that are multiplied by one."""
+    return residual[::-1] + np.float32(1)
 
 
 def digits_of(

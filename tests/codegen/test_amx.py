@@ -147,7 +147,11 @@ def test_numbers_at_both_ends_of_float32() -> None:
         assert np.linalg.norm(got - want) < allowed, to
 
 
-EPILOGUES: tuple[tuple[str, ...], ...] = (("bias", "gelu_erf", "residual"), ("residual", "relu"))
+EPILOGUES: tuple[tuple[str, ...], ...] = (
+    ("bias", "gelu_erf", "residual"),
+    ("residual", "relu"),
+    ("silu", "factor"),
+)
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)

@@ -63,6 +63,19 @@ def test_residual_of_the_same_shape_is_fused_and_a_broadcast_one_is_not():
     assert ops(other) == ["matmul_f32", "elementwise"] and other.steps[0].spec["epilogue"] == ()
 
 
+def test_a_gate_is_fused_and_a_broadcast_factor_is_not():
+    text = (
+        "(float[B, S, 64] x) => (float[B, S, 32] y)"
+        "{{ g = MatMul(x, w) u = MatMul(x, w2) a = Relu(g) y = Mul({}) }}"
+    )
+    for order in ("a, u", "u, a"):
+        low = lower(graph(text.format(order), w=W, w2=W + 1))
+        assert ops(low) == ["matmul_f32", "matmul_f32"]
+        assert sorted(e for step in low.steps for e in step.spec["epilogue"]) == ["factor", "relu"]
+    low = lower(graph(text.format("u, b"), w=W, w2=W + 1, b=BIAS))
+    assert ops(low) == ["matmul_f32", "elementwise"] and low.steps[0].spec["epilogue"] == ()
+
+
 def test_a_product_used_twice_is_computed_once_and_not_changed():
     low = lower(
         graph(

@@ -58,7 +58,14 @@ def test_any_split_of_the_blocks_gives_the_same_bits(isa: Isa, op: str) -> None:
             np.testing.assert_array_equal(case.run(x, residual, split=split), whole)
 
 
-EPILOGUES = (("bias",), ("bias", "residual"), ("residual", "relu"), *(("bias", a) for a in ACTIVATIONS))
+EPILOGUES = (
+    ("bias",),
+    ("bias", "residual"),
+    ("residual", "relu"),
+    ("silu", "factor"),
+    ("factor", "residual"),  # not in the order that kernels take their operands
+    *(("bias", a) for a in ACTIVATIONS),
+)
 
 
 @pytest.mark.parametrize("isa", native_isas()[:1], ids=lambda i: i.name)  # the split test has the others

@@ -9,7 +9,7 @@ from emulated import emulated_with
 from group_cases import random_weight
 from int8_cases import FORMATS_A8, Int8MatMul, make_spec
 from kernel_harness import compile_kernel, innermost_loops, link_kernel, native_isas, stack_bytes
-from matmul_cases import ACTIVATIONS, Weight, error
+from matmul_cases import ACTIVATIONS, Weight, error, factor_of
 
 from qgraph.codegen.isa import ISAS, Isa
 from qgraph.codegen.kernels import build_kernel
@@ -125,18 +125,19 @@ def test_small_and_large_rows(isa: Isa) -> None:
 @isas
 @pytest.mark.parametrize(("n_block", "m_block"), [(16, 1), (48, 5), (128, 16)])
 def test_block_sizes_and_epilogue(isa: Isa, n_block: int, m_block: int) -> None:
-    """The residual comes after the activation."""
-    epilogue = ("bias", "gelu_erf", "residual")
+    """The residual comes after the activation, what all is multiplied by last."""
+    epilogue = ("bias", "gelu_erf", "residual", "factor")
     params = {"n_block": n_block, "m_block": m_block, "epilogue": epilogue}
     case = Int8MatMul(isa, "nvfp4", 40, 113, **params)
     rng = np.random.default_rng(0)
     bias = rng.standard_normal(113).astype(np.float32)
     for M in (1, 19):
         x, residual = case.inputs(M), rng.standard_normal((M, 113)).astype(np.float32)
-        got = case.run(x, bias, residual, guard=True)
-        want = ACTIVATIONS["gelu_erf"](case.reference(x) + bias) + residual
+        operands = bias, residual, factor_of(residual)
+        got = case.run(x, *operands, guard=True)
+        want = (ACTIVATIONS["gelu_erf"](case.reference(x) + bias) + residual) * factor_of(residual)
         assert error(got, want) < 1e-6
-        np.testing.assert_array_equal(case.run(x, bias, residual, split=(1, 3)), got)
+        np.testing.assert_array_equal(case.run(x, *operands, split=(1, 3)), got)
 
 
 @pytest.mark.parametrize("isa", ISAS.values(), ids=lambda i: i.name)

@@ -19,7 +19,7 @@ SHAPES = [(1, 1), (300, 130)]
 WEIGHTS = [("f32", ""), ("nvfp4", ""), *CASES]
 NAMES = [f"{name}-{packing}".strip("-") for name, packing in WEIGHTS]
 ROWS = {"one": (1,), "few": (2, 8), "many": (9, 130)}
-EPILOGUE = ("bias", "gelu_erf", "residual")
+EPILOGUE = ("bias", "gelu_erf", "residual", "factor")
 WITH_EPILOGUE = ("f32", "nvfp4")  # which share it with the others
 
 
@@ -104,10 +104,11 @@ def test_epilogue(name: str, packing: str = "") -> None:
     bias = np.random.default_rng(0).standard_normal(N).astype(np.float32)
     for rows, counts in ROWS.items():
         M = counts[-1]
-        x, residual = _inputs(M, K), _inputs(M + 1, M * N)[0].reshape(M, N)
+        x, residual, factor = _inputs(M, K), *_inputs(M + 1, M * N)[:2].reshape(2, M, N)
         spec = _spec(name, packing, K, N, rows, epilogue=EPILOGUE)
-        got = _run(spec, _kernels(name, packing), x, [*operands, bias, residual])
-        want = ACTIVATIONS["gelu_erf"](x.astype(np.float64) @ W + bias) + residual
+        got = _run(spec, _kernels(name, packing), x, [*operands, bias, residual, factor])
+        want = ACTIVATIONS["gelu_erf"](x.astype(np.float64) @ W + bias)
+        want = (want + residual) * factor
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max())
 
 

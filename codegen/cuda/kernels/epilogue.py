@@ -1,4 +1,4 @@
-"""What is done to a finished sum of a product: bias, residual, activations."""
+"""What is done to a finished sum of a product: operands added and multiplied, activations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ from qgraph.codegen.kernels.epilogue import ACTIVATIONS
 from qgraph.codegen.kernels.vmath import Expr, named
 
 
-def epilogue_pointers(epilogue: Sequence[str]) -> list[tuple[str, str]]:
-    """The operands of an epilogue, in the order that kernels take them."""
-    return [(name, "float32") for name in ("bias", "residual") if name in epilogue]
-
-
 def finished(f: Frame, value: Expr, row: Expr, column: Expr, n: int, epilogue: Sequence[str]) -> Expr:
     """The result at (row, column) of [M, n], of its sum."""
     for name in epilogue:
@@ -22,6 +17,8 @@ def finished(f: Frame, value: Expr, row: Expr, column: Expr, n: int, epilogue: S
             value = value + f.buffers["bias"][column]
         elif name == "residual":
             value = value + f.buffers["residual"][row * n + column]
+        elif name == "factor":
+            value = value * f.buffers["factor"][row * n + column]
         else:
             value = ACTIVATIONS[name](value)
     return value

@@ -28,7 +28,7 @@ def _matmul(weight: str, spec: KernelSpec, symbol: str) -> CudaKernel:
     Spec: k, n, rows (`one` | `few` | `many`), epilogue as of the CPU's kernels; of a group format block, of
     ternary packing; of `many` with activations as NVFP4 `activations`, and arguments as of `fp4_rows`; else
     parts: how many bfloat16 numbers an activation is the sum of, 1 or 2. Arguments: y f32 [M, n], x f32 [M,
-    k], the weight's, [bias f32 [n]], [residual f32 [M, n]], M."""
+    k], the weight's, the epilogue's, M."""
     if dict(spec.params).get("activations") == NVFP4.name:
         return fp4_rows(spec, symbol)
     if spec["rows"] == "many":

@@ -12,8 +12,9 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
 from qgraph.codegen.cuda.kernels import CudaKernel, kernel
-from qgraph.codegen.cuda.kernels.epilogue import epilogue_pointers, finished
+from qgraph.codegen.cuda.kernels.epilogue import finished
 from qgraph.codegen.cuda.kernels.frame import Frame, device_function, sync
+from qgraph.codegen.kernels.epilogue import epilogue_pointers
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vmath import Expr
 from qgraph.codegen.packing import LANES

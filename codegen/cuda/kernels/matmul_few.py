@@ -24,10 +24,11 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
 from qgraph.codegen.cuda.kernels import CudaKernel
-from qgraph.codegen.cuda.kernels.epilogue import epilogue_pointers, finished
+from qgraph.codegen.cuda.kernels.epilogue import finished
 from qgraph.codegen.cuda.kernels.frame import Frame, address, call, copy4, device_function, do, strided, sync
 from qgraph.codegen.cuda.kernels.weights import OCTET, Weight, open_weight
 from qgraph.codegen.digits import FEW_ROWS
+from qgraph.codegen.kernels.epilogue import epilogue_pointers
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vmath import Expr, named
 from qgraph.codegen.packing import LANES

@@ -14,8 +14,9 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as B
 
 from qgraph.codegen.cuda.kernels import CudaKernel
-from qgraph.codegen.cuda.kernels.epilogue import epilogue_pointers, finished
+from qgraph.codegen.cuda.kernels.epilogue import finished
 from qgraph.codegen.cuda.kernels.frame import address, device_function, do
+from qgraph.codegen.kernels.epilogue import epilogue_pointers
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vmath import Expr, named
 from qgraph.codegen.packing import GROUP, LANES, WORD
@@ -31,7 +32,7 @@ def fp4_rows(spec: KernelSpec, symbol: str) -> CudaKernel:
 
     Arguments: y f32 [M, n], codes u32 [M, 2 B], B = ceil(k/16), and scales u8 [M, B], as quantize_nvfp4
     writes them, act_scale f32 [1], the weight's codes u32, block_scale u8 (none negative), global_scale f32
-    [1], [bias], [residual], M. Blocks: ceil(M/CUDA_MANY_ROWS) * ceil(n/CUDA_MANY_COLUMNS), rows fastest."""
+    [1], the epilogue's, M. Blocks: ceil(M/CUDA_MANY_ROWS) * ceil(n/CUDA_MANY_COLUMNS), rows fastest."""
     K, N, epilogue = spec["k"], spec["n"], spec["epilogue"]
     tiles, blocks = -(-N // LANES), -(-K // GROUP)
     words, steps, ms = blocks * (GROUP // WORD), -(-K // _STEP), CUDA_MANY_ROWS // 16

@@ -19,9 +19,10 @@ from tvm.script.ir_builder import tirx as B
 from tvm.tirx import EQ
 
 from qgraph.codegen.cuda.kernels import CudaKernel
-from qgraph.codegen.cuda.kernels.epilogue import epilogue_pointers, finished
+from qgraph.codegen.cuda.kernels.epilogue import finished
 from qgraph.codegen.cuda.kernels.frame import address, call, copy4, device_function, do, sync
 from qgraph.codegen.cuda.kernels.weights import OCTET, open_weight
+from qgraph.codegen.kernels.epilogue import epilogue_pointers
 from qgraph.codegen.kernels.loops import index
 from qgraph.codegen.kernels.vmath import Expr, named
 from qgraph.codegen.packing import LANES
