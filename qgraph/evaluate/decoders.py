@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     Logits = npt.NDArray[np.float32]
 
 LOGITS = "logits"
+# Tokens, of all texts together, that an artifact with state reads in one run where only the last logits are
+# wanted: memory for temporaries grows by the token, speed no further.
+TOKENS_AT_ONCE = {"cpu": 256, "cuda": 2048}
 
 
 class Decoder(Protocol):
@@ -154,44 +157,54 @@ class StatefulDecoder:
     """An artifact whose session holds the cache. See `Decoder`."""
 
     def __init__(self, runner: ArtifactRunner, ports: TextPorts) -> None:
-        self._runner, self._ports = runner, ports
+        self._runner, self._ports, self.session = runner, ports, runner.session
         self.name, self.vocabulary = runner.name, _vocabulary(runner)
         # Where positions are an input, their table is what the artifact tells of how many there are.
         _, last = artifact_ranges(runner.model).get(POSITIONS, (0, 0))
-        positions = last + 1 if last > 1 else runner.session.capacity
-        self.capacity = min(runner.session.capacity, positions)
+        positions = last + 1 if last > 1 else self.session.capacity
+        self.capacity = min(self.session.capacity, positions)
 
     @property
     def length(self) -> int:
-        return self._runner.session.length
+        return self.session.length
 
     @property
     def threads(self) -> int:
         """Number of threads in use."""
-        return self._runner.session.threads
+        return self.session.threads
 
     def feed(self, ids: Ids, last: bool = False) -> Logits:
-        feeds = self._ports.feeds(_checked(ids, self.vocabulary), self.length)
-        logits: Logits = self._runner.session.run(feeds, dims=self._dims(last))[LOGITS]
+        import numpy as np
+
+        ids, before = _checked(ids, self.vocabulary), self.length
+        _require_room(before + ids.shape[1], self.capacity)
+        most = max(1, TOKENS_AT_ONCE[self._runner.model.device.partition(":")[0]] // len(ids))
+        try:
+            for part in np.array_split(ids, -(-ids.shape[1] // most) if last else 1, axis=1):
+                feeds = self._ports.feeds(part, self.length)
+                logits: Logits = self.session.run(feeds, dims=self._dims(last))[LOGITS]
+        except BaseException:
+            self.truncate(before)
+            raise
         return logits[:, -1:] if last else logits
 
     def profile(self, ids: Ids) -> Profile:
-        """As `feed` with `last`, for the time of every step."""
+        """As `feed` with `last`, in one run, for the time of every step."""
         feeds = self._ports.feeds(_checked(ids, self.vocabulary), self.length)
-        return self._runner.session.profile(feeds, dims=self._dims(True))
+        return self.session.profile(feeds, dims=self._dims(True))
 
     def _dims(self, last: bool) -> dict[str, int]:
         return {LOGITS: 1} if last and self._runner.output_shapes[LOGITS][1] == LOGITS else {}
 
     def select(self, rows: Sequence[int]) -> None:
-        self._runner.session.copy_state(self._runner.session, rows)
+        self.session.copy_state(self.session, rows)
 
     def reset(self) -> None:
         self.truncate(0)
 
     def truncate(self, length: int) -> None:
         """Forgets all but the first tokens of the text."""
-        self._runner.session.truncate(length)
+        self.session.truncate(length)
 
     def close(self) -> None:
         self._runner.close()

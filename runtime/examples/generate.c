@@ -14,6 +14,9 @@
 
 #include "qgraph/qgraph.h"
 
+/* Tokens of a prompt that one run reads: memory for temporaries grows with them, speed hardly. */
+#define AT_ONCE 256
+
 static void fail(const char* what, const char* why) {
   fprintf(stderr, "qgraph_generate: %s%s%s\n", what, *why ? ": " : "", why);
   exit(EXIT_FAILURE);
@@ -159,13 +162,17 @@ int main(int argc, char** argv) {
   }
   float* buffer = NULL;
   size_t size = 0;
-  int64_t added = prompt; /* the first run takes the prompt, each further one the token chosen last */
+  int64_t read = 0; /* tokens that the session holds */
   for (int64_t length = prompt; length < prompt + count; ++length) {
-    int64_t vocabulary;
-    bind_inputs(model, session, tokens + length - added, added, ones, positions);
-    const float* scores = run(model, session, &buffer, &size, &vocabulary);
+    int64_t vocabulary = 0;
+    const float* scores = NULL;
+    while (read < length) { /* the prompt, then the token chosen last */
+      int64_t count_now = length - read < AT_ONCE ? length - read : AT_ONCE;
+      bind_inputs(model, session, tokens + read, count_now, ones, positions);
+      scores = run(model, session, &buffer, &size, &vocabulary);
+      read += count_now;
+    }
     tokens[length] = argmax(scores, vocabulary);
-    added = 1;
     printf("%s%" PRId64, length == prompt ? "" : " ", tokens[length]);
     fflush(stdout);
     if (tokens[length] == eos) break;

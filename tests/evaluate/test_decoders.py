@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,13 @@ from onnx import TensorProto, helper
 from tiny_decoder import HIDDEN, POSITIONS, VOCABULARY, save_decoder, tiny_decoder
 
 from qgraph.errors import InputError, UnsupportedError, UsageError
-from qgraph.evaluate.decoders import Decoder, StatefulDecoder, open_decoder, open_text_runner
+from qgraph.evaluate.decoders import (
+    TOKENS_AT_ONCE,
+    Decoder,
+    StatefulDecoder,
+    open_decoder,
+    open_text_runner,
+)
 from qgraph.evaluate.runners import OnnxRuntimeRunner
 
 KINDS = ("onnx", "onnx-cache", "reference-cache", "qgraph", "qgraph-cache")
@@ -66,6 +72,46 @@ def test_the_last_position_alone(decoder: Decoder, ids: np.ndarray, whole: np.nd
     close(decoder.feed(ids[:, :5], last=True), whole[:, 4:5])
     close(decoder.feed(ids[:, 5:6], last=True), whole[:, 5:6])
     close(decoder.feed(ids[:, 6:]), whole[:, 6:])
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 36])
+def test_a_long_text_is_read_in_several_runs(
+    decoders: Path, ids: np.ndarray, whole: np.ndarray, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", at_once)
+    decoder = opened("qgraph-cache", decoders, capacity=12)
+    assert isinstance(decoder, StatefulDecoder)
+    runs, run = [], decoder.session.run
+    monkeypatch.setattr(
+        decoder.session, "run", lambda feeds, **how: runs.append(feeds["input_ids"].size) or run(feeds, **how)
+    )
+    close(decoder.feed(ids[:2, :11], last=True), whole[:2, 10:11])
+    assert sum(runs) == 22 and max(runs) <= max(at_once, 2) and len(runs) == {1: 11, 5: 6, 36: 1}[at_once]
+    with pytest.raises(InputError, match="13 tokens are more than the capacity of 12"):
+        decoder.feed(ids[:2, :2], last=True)
+    assert decoder.length == 11
+    close(decoder.feed(ids[:2, 11:], last=True), whole[:2, 11:])
+
+
+def test_a_text_that_fails_in_its_second_run_is_forgotten(
+    decoders: Path, ids: np.ndarray, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 4)
+    decoder = opened("qgraph-cache", decoders)
+    assert isinstance(decoder, StatefulDecoder)
+    run = decoder.session.run
+    decoder.feed(ids[:1, :2])
+
+    def failing(feeds: Mapping[str, np.ndarray], **how: object) -> object:
+        if decoder.length > 2:
+            raise KeyboardInterrupt
+        return run(feeds, **how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decoder.session, "run", failing)
+        decoder.feed(ids[:1, 2:], last=True)
+    assert decoder.length == 2
+    close(decoder.feed(ids[:1, 2:]), whole[:1, 2:])
 
 
 def test_reset_begins_anew(decoder: Decoder, ids: np.ndarray, whole: np.ndarray) -> None:

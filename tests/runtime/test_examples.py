@@ -198,6 +198,19 @@ def test_generate_example_is_greedy(generating: tuple[Path, Path], decoder_parts
     assert [int(token) for token in output.split()] == expected[: expected.index(eos) + 1]
 
 
+def test_generate_example_reads_a_long_prompt_in_runs(
+    generating: tuple[Path, Path], decoder_parts: Parts
+) -> None:
+    program, path = generating
+    text = [int(token) for token in np.random.default_rng(0).integers(0, 15, 500)]
+    expected: list[int] = []
+    for _ in range(3):
+        ids = np.array([text + expected])
+        expected.append(int(toy_decoder_reference(decoder_parts, ids)["logits"][0, -1].argmax()))
+    output = run(program, "--capacity", "503", path, "3", *map(str, text))
+    assert [int(token) for token in output.split()] == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
