@@ -5,6 +5,7 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <chrono>
 
 #include "float_environment.h"
 #include "fork.h"
@@ -152,17 +153,29 @@ uint64_t ThreadPool::enter(uint64_t seen) {
 // Spins for some microseconds, then gives the core to others for some hundreds, then sleeps. The second part
 // outlasts the steps of a run that one thread does alone: waking a sleeper costs as much as a small step.
 // Spinning on would be worse than useless where threads outnumber free cores: it takes the time of those that
-// have work; a yield does not.
+// have work; a yield does not. But where somebody else takes the core that is given, a yield costs a turn of
+// the scheduler, milliseconds, and counts as if it had been used, while a sleeper is woken into the turn that
+// it has saved: so for a while the second part is left out then.
 template <typename Ready>
 void ThreadPool::wait(Ready ready) {
-  constexpr int kSpins = 500, kYields = 1000;
+  constexpr int kSpins = 500, kYields = 1000, kWaitsAsleep = 200;
+  constexpr std::chrono::microseconds kTaken(50);  // no yield to an idle core or a short task lasts as long
+  using Clock = std::chrono::steady_clock;
   for (int i = 0; i < kSpins; ++i) {
     if (ready()) return;
     spin_pause();
   }
-  for (int i = 0; i < kYields; ++i) {
-    if (ready()) return;
-    sched_yield();
+  if (waits_asleep_ > 0) {
+    --waits_asleep_;
+  } else {
+    for (int i = 0; i < kYields; ++i) {
+      if (ready()) return;
+      Clock::time_point given = Clock::now();
+      sched_yield();
+      if (Clock::now() - given < kTaken) continue;
+      waits_asleep_ = kWaitsAsleep;
+      break;
+    }
   }
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleepers_;

@@ -87,6 +87,7 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable condition_;
   std::atomic<int> sleepers_{0};
+  std::atomic<int> waits_asleep_{0};  // how many more waits do not yield before they sleep
 
   int generation_;  // of the process, see orphaned()
 #endif
