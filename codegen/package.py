@@ -114,8 +114,9 @@ def parse(data: memoryview) -> tuple[list[Tensor], dict[str, str]]:
 
 def write(file: IO[bytes], tensors: list[Tensor], metadata: Mapping[str, str]) -> None:
     """Write an artifact to an open file."""
-    for piece in serialize(tensors, metadata):
-        file.write(piece)
+    from qgraph.atomic import write_in_large_pages
+
+    write_in_large_pages(file, serialize(tensors, metadata))
 
 
 def write_path(path: str | Path, tensors: list[Tensor], metadata: Mapping[str, str]) -> None:

@@ -8,8 +8,9 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from qgraph.errors import ResourceError
 
@@ -27,6 +28,7 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
 }
 
+_LARGE_PAGE = 2 << 20  # bytes of one on x86-64, and of most on ARM
 _FULL = 1 << 16  # free bytes below which a write that stopped half-way is put down to the disk
 
 
@@ -79,6 +81,25 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise ResourceError(f"cannot write {target}: {_reason(error, temporary)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_in_large_pages(file: IO[bytes], pieces: Iterable[bytes | memoryview]) -> None:
+    """Writes pieces of a file, from its start, end to end.
+
+    What a file system is given in whole large pages, aligned as they are, it may keep as such in its cache:
+    who maps the file then has less to look up (runtime/src/mapped_file.cc).
+    """
+    page = bytearray()
+    for piece in pieces:
+        rest = memoryview(piece)
+        while len(rest):
+            taken = rest[: _LARGE_PAGE - len(page)]
+            page += taken
+            rest = rest[len(taken) :]
+            if len(page) == _LARGE_PAGE:
+                file.write(page)
+                page.clear()
+    file.write(page)
 
 
 def _require_replaceable(path: Path, shown: Path) -> None:

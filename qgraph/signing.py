@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgraph.atomic import atomic_write
+from qgraph.atomic import atomic_write, write_in_large_pages
 from qgraph.errors import InputError, ResourceError, SignatureError, UsageError
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def sign(path: Path, key: Path, output: Path | None = None) -> bytes:
     root = hashlib.sha256(head).digest()
     with atomic_write(output or path) as temporary:
         with temporary.open("wb") as file:
-            for piece in (head, body, public, private.sign(_DOMAIN + root), root):
-                file.write(piece)
+            write_in_large_pages(file, (head, body, public, private.sign(_DOMAIN + root), root))
         if output is None:  # the same file, for the same eyes
             shutil.copymode(path, temporary)
     return public

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qgraph.atomic import atomic_directory, atomic_write
+from qgraph.atomic import atomic_directory, atomic_write, write_in_large_pages
 from qgraph.errors import ResourceError
 
 
@@ -236,3 +238,20 @@ def test_writers_at_the_same_time(tmp_path: Path):
         thread.join()
     assert (tmp_path / "a").read_text() in {c * 1000 for c in "xyz"}
     assert names(tmp_path) == ["a"]
+
+
+def test_whole_large_pages_are_written_at_once():
+    page = 2 << 20
+    data = np.random.default_rng(0).integers(0, 256, 5 * page + 77, np.uint8).tobytes()
+    ends = [0, 64, 64, 100_000, 3 * page, 4 * page, 4 * page + 5, len(data)]
+    written: list[bytes] = []
+
+    class Recorder(io.BytesIO):
+        def write(self, piece: bytes) -> int:  # type: ignore[override]
+            written.append(bytes(piece))
+            return super().write(piece)
+
+    file = Recorder()
+    write_in_large_pages(file, (memoryview(data)[a:b] for a, b in pairwise(ends)))
+    assert file.getvalue() == data
+    assert [len(piece) for piece in written] == [page] * 5 + [77]

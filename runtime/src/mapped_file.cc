@@ -56,7 +56,13 @@ MappedFile::MappedFile(const char* path) {
   size_t size = static_cast<size_t>(info.st_size);
   void* address = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
   if (address == MAP_FAILED) system_failure("map");
-  // The whole file is about to be hashed: start reading ahead. Only a hint, so the result does not matter.
+  // Hints, so results do not matter. Weights are read from end to end at the speed of memory: by pages of
+  // 4 KiB that is up to a sixth slower than by large ones, which the system makes where the file system can,
+  // of what is not in its cache yet or was written in pieces as large. And the whole file is about to be
+  // hashed: start reading ahead.
+#if defined(MADV_HUGEPAGE)
+  (void)madvise(address, size, MADV_HUGEPAGE);
+#endif
   (void)madvise(address, size, MADV_WILLNEED);
   data_ = static_cast<const uint8_t*>(address);
   size_ = size;
