@@ -158,8 +158,8 @@ uint64_t ThreadPool::enter(uint64_t seen) {
 // it has saved: so for a while the second part is left out then.
 template <typename Ready>
 void ThreadPool::wait(Ready ready) {
-  constexpr int kSpins = 500, kYields = 1000, kWaitsAsleep = 200;
-  constexpr std::chrono::microseconds kTaken(50);  // no yield to an idle core or a short task lasts as long
+  constexpr int kSpins = 500, kYields = 1000, kWaitsAsleep = 100;
+  constexpr std::chrono::milliseconds kTaken(1);  // a turn of a program; tasks of the system are shorter
   using Clock = std::chrono::steady_clock;
   for (int i = 0; i < kSpins; ++i) {
     if (ready()) return;
