@@ -92,11 +92,8 @@ void ThreadPool::run(int64_t blocks, int64_t grain, Work work, const void* conte
     work(context, 0, 0, blocks);
     return;
   }
-  // A few chunks a thread: enough to even out uneven threads, few enough that the counter costs nothing.
-  constexpr int64_t kChunksPerThread = 4;
-  int64_t chunk = std::max(grain, (blocks - 1) / (kChunksPerThread * threads()) + 1);
-  job_ = {work, context, blocks, chunk, (blocks - 1) / chunk + 1};
-  next_chunk_ = 0;
+  job_ = {work, context, blocks, grain};
+  next_block_ = 0;
   if (host_.parallel_for) return run_on_host();
   uint64_t number = ((gate_ >> kNumberShift) + 1) & kMaxNumber;
   gate_ = std::max<uint64_t>(number, 1) << kNumberShift | kOpen;  // 0 is no job's number
@@ -115,16 +112,22 @@ void ThreadPool::run_on_host() {
     DefaultFloatEnvironment environment;
     pool.take_chunks(index);
   };
-  int64_t count = std::min<int64_t>(threads_, job_.chunks);
+  int64_t count = std::min<int64_t>(threads_, (job_.blocks - 1) / job_.grain + 1);
   host_.parallel_for(host_.context, static_cast<int32_t>(count), task, this);
   take_chunks(0);
 }
 
 void ThreadPool::take_chunks(int worker) {
   const Job job = job_;
-  for (int64_t i; (i = next_chunk_.fetch_add(1)) < job.chunks;) {
-    int64_t begin = i * job.chunk;
-    job.work(job.context, worker, begin, job.chunk < job.blocks - begin ? begin + job.chunk : job.blocks);
+  // Ever smaller ranges, of what is left two thirds of a thread's share: long ones, in which a kernel reads
+  // its weights on and on, and small ones at the end, so that threads end together, slow ones, too.
+  const int64_t shares = (3 * int64_t{threads()} + 1) / 2;
+  for (int64_t begin = next_block_; begin < job.blocks;) {
+    const int64_t left = job.blocks - begin;
+    const int64_t count = std::min(left, std::max(job.grain, left / shares));
+    if (!next_block_.compare_exchange_weak(begin, begin + count)) continue;
+    job.work(job.context, worker, begin, begin + count);
+    begin = next_block_;
   }
 }
 

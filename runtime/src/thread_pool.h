@@ -54,7 +54,7 @@ class ThreadPool {
   struct Job {
     Work work;
     const void* context;
-    int64_t blocks, chunk, chunks;
+    int64_t blocks, grain;
   };
 
   void run_on_host();
@@ -79,7 +79,7 @@ class ThreadPool {
   const HostPool host_;
   std::vector<std::thread> workers_;
   Job job_{};
-  std::atomic<int64_t> next_chunk_{0};
+  std::atomic<int64_t> next_block_{0};
   std::atomic<uint64_t> gate_{0};
   std::atomic<bool> stop_{false};
 
