@@ -23,7 +23,7 @@ weights and scales), else the fused multiply-adds in float32, all on as many thr
 turns: `limit` is the share of it by medians, `best` and `cpu` behind it by those. An engine that multiplies
 in bfloat16 or int8 can exceed the second; their own limits are in the last lines of a group. What activations
 are rounded to is in column `x` (of OpenVINO what its settings say): only equals compare. `nvfp4/int8` is the
-scheme with `--compute int8`.
+scheme with `--compute int8`, `ternary/small` with `--packing small`, five codes a byte.
 
 Peers that are not installed are named with the reason, and left out. llama.cpp takes part with the folders
 of its headers and libraries (`--ggml llama.cpp/ggml/include llama.cpp/build/bin`). `--plot` needs matplotlib.
@@ -47,7 +47,7 @@ from ggml_engine import Ggml
 from machine import Limit, Neighbours, compute_limits, description, last_level_cache, memory_limit
 from matmul_engines import PEERS, AbsentError, Contender, Engine, Problem, QGraph
 
-from qgraph.schemes import COMPUTES, SCHEMES
+from qgraph.schemes import COMPUTES, PACKINGS, SCHEMES
 
 FEW = 8  # rows up to which reading the weights is the limit
 PAUSE_S = 0.05  # longer than thread pools spin after a run
@@ -296,10 +296,12 @@ def shapes(text: str) -> list[tuple[int, int]]:
 
 
 def recipes() -> list[str]:
-    """Schemes, and schemes with a `/` and what products of many rows round activations to."""
+    """Schemes, and schemes with a `/` and what products of many rows round activations to, or how ternary
+    weights are held."""
     schemes = [name for name, scheme in SCHEMES.items() if scheme.solvers and not scheme.activation_format]
     pairs = [(scheme, compute) for scheme in schemes for compute in COMPUTES[1:]]
-    return [*SCHEMES, *("/".join(pair) for pair in pairs if pair[0] == "nvfp4" or pair[1] != "bf16")]
+    computed = ["/".join(pair) for pair in pairs if pair[0] == "nvfp4" or pair[1] != "bf16"]
+    return [*SCHEMES, *computed, *(f"ternary/{packing}" for packing in PACKINGS[1:])]
 
 
 def names(known: Collection[str]) -> Callable[[str], list[str]]:

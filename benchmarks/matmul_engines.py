@@ -19,7 +19,7 @@ from matmul_chain import X, Y, bits_chain, chain, one_layer
 
 import qgraph
 from qgraph.codegen.digits import FEW_ROWS
-from qgraph.schemes import COMPUTES, SCHEMES
+from qgraph.schemes import COMPUTES, PACKINGS, SCHEMES
 
 F32 = "float32"
 
@@ -60,15 +60,20 @@ class Contender:
 Engine = Callable[[Problem], Contender]
 
 
+def recipe_options(recipe: str) -> tuple[str, dict[str, str]]:
+    """The scheme and options of `qgraph.compile` that `SCHEME`, `SCHEME/COMPUTE` or `SCHEME/PACKING` says."""
+    scheme, _, how = recipe.partition("/")
+    return scheme, {"packing" if how in PACKINGS else "compute": how} if how else {}
+
+
 class QGraph:
     """Artifacts of a scheme, with whatever kernels `qgraph.compile` makes for it. `work` keeps them.
 
-    recipe: `SCHEME` or `SCHEME/COMPUTE`, as of `--compute`.
+    recipe: see `recipe_options`.
     """
 
     def __init__(self, recipe: str, work: Path) -> None:
-        self.scheme, _, compute = recipe.partition("/")
-        self._compute = compute or COMPUTES[0]
+        self.scheme, self._how = recipe_options(recipe)
         self.name, self._stem, self._work = f"qgraph {recipe}", recipe.replace("/", "-"), work
 
     def __call__(self, problem: Problem) -> Contender:
@@ -79,8 +84,8 @@ class QGraph:
             return lambda: session.run({X: x})
 
         activations = SCHEMES[self.scheme].activation_format or F32
-        if self._compute != COMPUTES[0]:
-            activations = f"{self._compute} from {FEW_ROWS + 1} rows on"
+        if (compute := self._how.get("compute", COMPUTES[0])) != COMPUTES[0]:
+            activations = f"{compute} from {FEW_ROWS + 1} rows on"
         return Contender(self.name, layers, nbytes, activations, bind)
 
     def _artifact(self, problem: Problem) -> tuple[Path, int, int]:
@@ -91,7 +96,7 @@ class QGraph:
         stem = one.with_name(f"{one.stem}-{layers}")
         if not stem.with_suffix(".qg").is_file():
             longer = chain(one, layers, stem.with_suffix(".chain.onnx"))
-            qgraph.build(longer, output=stem, verify=False, compute=self._compute)
+            qgraph.build(longer, output=stem, verify=False, **self._how)
             longer.unlink()
         return stem.with_suffix(".qg"), layers, nbytes
 
@@ -102,7 +107,7 @@ class QGraph:
         if not stem.with_suffix(".qg").is_file():
             source = one_layer(problem.K, problem.N, self._work / f"{shape}.onnx")
             solver = {"solver": "rtn"} if SCHEMES[self.scheme].solvers else {}
-            options = {"compute": self._compute, "verify": False, **solver}
+            options = {"verify": False, **self._how, **solver}
             qgraph.compile(source, scheme=self.scheme, output=stem, **options)
             source.unlink()
         return stem.with_suffix(".onnx")

@@ -42,6 +42,7 @@ import numpy as np
 from kernels import PAUSE_S, names, numbers, recipes
 from llama_shapes import SHAPES, LlamaShape, export
 from machine import Neighbours, description
+from matmul_engines import recipe_options
 
 import qgraph
 from qgraph.schemes import SCHEMES
@@ -133,14 +134,14 @@ def prepare(
     found = {}
     for scheme in schemes:
         stem = work / name / scheme.replace("/", "-")
-        of, _, compute = scheme.partition("/")
+        of, how = recipe_options(scheme)
         contenders = {f"qgraph {scheme}": stem.with_suffix(".qg")}
         if in_ort:
             contenders[f"qgraph {scheme} in ONNX Runtime"] = stem.with_suffix(".ort.onnx")
         if not all(path.is_file() for path in contenders.values()):
             say(f"compiling {name} to {scheme}")
             made = {"solver": "rtn", "embeddings": "nvfp4"} if SCHEMES[of].solvers else {}
-            made |= {"compute": compute or "f32", "verify": False, "onnx": False}
+            made |= {"verify": False, "onnx": False, **how}
             made |= {"export": ("ort",)} if in_ort else {}
             qgraph.compile(source, scheme=of, output=stem, **made)
         found |= contenders

@@ -235,8 +235,6 @@ class CompileConfig:
             for name in ("smooth", "rotate", "reorder", "dual_scale", "mean_shift"):
                 if getattr(self, name) not in (0, "", "off"):
                     raise UsageError(f"scheme '{schemes[0].name}' quantizes nothing and takes no {name}")
-        if self.packing != "fast" and not any(scheme.weight_format == "ternary" for scheme in schemes):
-            raise UsageError(f"packing '{self.packing}' is for ternary weights, and there are none")
         if self.dual_scale == "on" and not any(scheme.weight_format in GROUP_NAMES for scheme in schemes):
             suitable = [name for name, scheme in SCHEMES.items() if scheme.weight_format in GROUP_NAMES]
             names = " and ".join(sorted({f"'{scheme.name}'" for scheme in schemes}))

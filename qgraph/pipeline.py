@@ -182,12 +182,13 @@ def _quantize(run: _Run, calibration: Calibration, dump: str | os.PathLike[str] 
     from qgraph.passes.quantize_cache import QuantizeCache
     from qgraph.passes.quantize_weights import QUANTIZED, QuantizeWeights, check_weights
     from qgraph.passes.select_layers import Override, SelectLayers
-    from qgraph.schemes import get_scheme
+    from qgraph.schemes import get_scheme, require_use_of_packing
 
     config, report = run.config, run.report
     formats = [
         get_scheme(name).weight_format for name in (config.scheme, *(s for _, s, _ in config.overrides()))
     ]
+    require_use_of_packing(config.packing, formats)
     for name in run.exports:
         require_form(name, list(dict.fromkeys(filter(None, formats))))
     with run.phase("load"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -142,3 +143,9 @@ def get_scheme(name: str) -> Scheme:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UsageError(f"unknown scheme '{name}'; known: {', '.join(SCHEMES)}{hint}")
     return SCHEMES[name]
+
+
+def require_use_of_packing(packing: str, formats: Collection[str | None]) -> None:
+    """UsageError for a packing that makes no difference to weights in these formats."""
+    if packing != PACKINGS[0] and "ternary" not in formats:
+        raise UsageError(f"packing '{packing}' is for ternary weights, and there are none")

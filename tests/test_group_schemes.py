@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qgraph
+from qgraph.errors import UsageError
 from qgraph.evaluate.runners import ReferenceRunner
 from qgraph.evaluate.similarity import relative_error
 from qgraph.models.export_onnx import quiet
@@ -113,6 +114,19 @@ def test_int8_activations_are_multiplied_in_integers(decoder: Path, tmp_path: Pa
         computed = {layer.compute for layer in result.report.quantized if layer.scheme == "ternary"}
         assert computed == {"W2A8 emulated: ternary weights, int8 activations, float32 products"}
         assert read_artifact(result.artifact).metadata["qgraph.packing"] == "small"
+
+
+def test_the_packing_is_chosen_where_an_artifact_is_built(decoder: Path, tmp_path: Path) -> None:
+    files = {}
+    for packing in ("fast", "small"):
+        result = compiled(decoder, tmp_path, packing, scheme="ternary", solver="rtn", packing=packing)
+        again = qgraph.build(result.onnx, output=tmp_path / "again", packing=packing, verify=False)
+        files[packing] = again.artifact.read_bytes()
+        assert files[packing] == result.artifact.read_bytes()
+    assert len(files["small"]) < len(files["fast"])
+    plain = compiled(decoder, tmp_path, "int4", scheme="int4", solver="rtn")
+    with pytest.raises(UsageError, match="packing 'small' is for ternary weights, and there are none"):
+        qgraph.build(plain.onnx, output=tmp_path / "again", packing="small")
 
 
 def one_layer(path: Path, K: int, N: int) -> Path:

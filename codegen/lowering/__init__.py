@@ -19,10 +19,11 @@ from qgraph.codegen.lowering import (  # noqa: F401
 )
 from qgraph.codegen.lowering.context import HANDLERS, Lowering, Step, check_attributes, data_inputs
 from qgraph.codegen.lowering.device import DEVICES
+from qgraph.codegen.lowering.linear_group import OPERATORS
 from qgraph.codegen.lowering.state import find_places, find_states
 from qgraph.codegen.memory import Buffer, View
 from qgraph.errors import InputError, UnsupportedError, UsageError
-from qgraph.schemes import COMPUTES, PACKINGS
+from qgraph.schemes import COMPUTES, PACKINGS, require_use_of_packing
 
 MAX_RANK = 8  # of inputs and outputs (runtime/FORMAT.md)
 
@@ -110,6 +111,8 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: 
     graph, positions = take_last_positions(graph)
     nodes = _needed(graph)
     _reject_unknown(nodes)
+    formats = [s.name for end, s in OPERATORS.items() if any(node.op_type.endswith(end) for node in nodes)]
+    require_use_of_packing(packing, formats)
     low = Lowering(graph, packing, compute, DEVICES[device], positions=positions)
     _check_ports(low)
     for node in nodes:
