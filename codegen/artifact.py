@@ -237,14 +237,14 @@ def _cuda_code(low: Lowering, plan: Plan, on_kernel: OnKernel | None) -> _Code:
     return _Code(plan, low, variants, {image.arch.name: image.code for image in made.images}, made.skipped)
 
 
-def _lower_for_cpu(graph: ir.Graph, packing: str, compute: str, target: Target) -> Lowering:
+def _lower_for_cpu(graph: ir.Graph, packing: str, compute: str, target: Target, part: bool) -> Lowering:
     """With `compute`, which may be for the GPU alone where there is code for that, too."""
     try:
-        return lower(graph, packing, compute)
+        return lower(graph, packing, compute, part=part)
     except UsageError:
         if not (target.cuda and compute == "bf16"):
             raise
-        return lower(graph, packing)
+        return lower(graph, packing, part=part)
 
 
 def _weights(codes: Sequence[_Code]) -> list[package.Tensor]:
@@ -266,6 +266,7 @@ def build_artifact(
     target: str = "x86_64-linux",
     packing: str = "fast",
     compute: str = "f32",
+    part: bool = False,
     metadata: Mapping[str, str] | None = None,
     on_kernel: OnKernel | None = None,
 ) -> Artifact:
@@ -275,6 +276,7 @@ def build_artifact(
         model: what phase `prepare` (and `quantize`) left.
         target: what `qgraph.codegen.targets.parse_target` takes: a CPU, `cuda`, or both with a comma.
         packing: `fast` | `small`, as of `lower`; compute: `f32` | `bf16` | `int16` | `int8`, likewise.
+        part: of `lower`.
         metadata: provenance, added to the container's `__metadata__`.
         on_kernel: called with (done, total, symbol) before each kernel is compiled.
 
@@ -287,10 +289,10 @@ def build_artifact(
     checks = [(size(a), size(b), str(message)) for a, b, message in model.graph.meta.get("qgraph.checks", [])]
     codes: dict[str, _Code] = {}
     if wanted.isas:
-        low = _lower_for_cpu(model.graph, packing, compute, wanted)
+        low = _lower_for_cpu(model.graph, packing, compute, wanted, part)
         codes["qgraph.plan"] = _cpu_code(low, make_plan(low, checks), wanted.isas, on_kernel)
     if wanted.cuda:
-        low = lower(model.graph, packing, compute, "cuda")
+        low = lower(model.graph, packing, compute, "cuda", part)
         codes["qgraph.plan.cuda"] = _cuda_code(low, make_plan(low, checks), on_kernel)
     first = next(iter(codes.values()))
     every = list(codes.values())

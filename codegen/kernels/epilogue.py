@@ -40,7 +40,8 @@ ACTIVATIONS = {
 
 
 def epilogue_pointers(epilogue: Sequence[str]) -> list[tuple[str, str]]:
-    """The operands of an epilogue, in the order that kernels take them."""
+    """The operands of an epilogue, as kernels take them, in this order: bias [N], residual and factor
+    [M, N]."""
     return [(name, "float32") for name in EPILOGUE_OPERANDS if name in epilogue]
 
 

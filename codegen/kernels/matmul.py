@@ -53,8 +53,7 @@ def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     Spec: k, n, n_block (multiple of 16), m_block, epilogue: see `Result`; digits, where the rows of x have
     fewer than three if there are more than FEW_ROWS of them.
     Arguments: y f32 [M, n], x f32 [M, k], digits i32 [M, words] (codegen/digits.py), codes u32, block_scale
-    u8, global_scale f32 [1], what the epilogue has, in this order, of bias f32 [n], residual f32 [M, n] and
-    factor f32 [M, n], M, begin, end.
+    u8, global_scale f32 [1], those of the epilogue (epilogue.py), M, begin, end.
     Blocks: ceil(M/m_block) * ceil(n/n_block).
     """
     return matmul(spec, isa, symbol, NVFP4.name)
@@ -64,7 +63,7 @@ def matmul_nvfp4(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
 def matmul_f32(spec: KernelSpec, isa: Isa, symbol: str) -> PrimFunc:
     """y = epilogue(x @ W), W in layout `f32_n16`.
 
-    Spec, blocks: as of matmul_nvfp4. Arguments: y, x, w f32, of the epilogue, M, begin, end.
+    Spec, blocks: as of matmul_nvfp4. Arguments: y, x, w f32, the epilogue's, M, begin, end.
     """
     return matmul(spec, isa, symbol, "f32")
 

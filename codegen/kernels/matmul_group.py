@@ -20,7 +20,7 @@ def _matmul_group(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) -
     "2bit" | "base3".
     Arguments: y f32 [M, n], x f32 [M, k], [digits i32 [M, words] (codegen/digits.py), not of int3 and base3],
     codes u32 (base3: i8), block_scale f16, [zero_point u8 | mean f16], [block_sums f32 [M, ceil(k/block)], of
-    int3 and base3], [bias f32 [n]], [residual f32 [M, n]], M, begin, end. Blocks: as of matmul_nvfp4.
+    int3 and base3], those of the epilogue (epilogue.py), M, begin, end. Blocks: as of matmul_nvfp4.
     """
     return matmul(spec, isa, symbol, weight_format)
 

@@ -49,8 +49,7 @@ def _matmul_int8(weight_format: str, spec: KernelSpec, isa: Isa, symbol: str) ->
 
     Spec: k, n, n_block (multiple of 16), m_block, epilogue, of group formats block: as of `matmul_<format>`.
     Arguments: y f32 [M, n], codes i8 [M, B block], scale f32 [M], block_sums i32 [M, B], the weight's as in
-    `matmul_<format>`, what the epilogue has, in this order, of bias f32 [n], residual f32 [M, n] and
-    factor f32 [M, n], M, begin, end.
+    `matmul_<format>`, those of the epilogue (epilogue.py), M, begin, end.
     Blocks: ceil(M/m_block) * ceil(n/n_block).
     """
     K, N, n_block, m_block = spec["k"], spec["n"], spec["n_block"], spec["m_block"]

@@ -90,7 +90,9 @@ def _check_lengths(low: Lowering) -> None:
                 )
 
 
-def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: str = "cpu") -> Lowering:
+def lower(
+    graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: str = "cpu", part: bool = False
+) -> Lowering:
     """Lower a prepared graph.
 
     Args:
@@ -100,9 +102,10 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: 
             `f32` (not at all), `bf16` (with NVFP4 weights, in tiles), or, by the block of a weight scale,
             `int16` or `int8`.
         device: whose kernels to plan for, a key of `DEVICES`.
+        part: the graph is one of several that the packing and compute are for.
 
     Raises UnsupportedError naming node and operator for what has no kernel, UsageError for another packing or
-    compute.
+    compute, and unless `part` for one that changes nothing.
     """
     if packing not in PACKINGS:
         raise UsageError(f"packing '{packing}': choose from {', '.join(PACKINGS)}")
@@ -111,8 +114,9 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: 
     graph, positions = take_last_positions(graph)
     nodes = _needed(graph)
     _reject_unknown(nodes)
-    formats = [s.name for end, s in OPERATORS.items() if any(node.op_type.endswith(end) for node in nodes)]
-    require_use_of_packing(packing, formats)
+    if not part:
+        formats = {s.name for end, s in OPERATORS.items() for node in nodes if node.op_type.endswith(end)}
+        require_use_of_packing(packing, formats)
     low = Lowering(graph, packing, compute, DEVICES[device], positions=positions)
     _check_ports(low)
     for node in nodes:
@@ -141,7 +145,7 @@ def lower(graph: ir.Graph, packing: str = "fast", compute: str = "f32", device: 
     for value in low.outputs:
         low.deliver(value)
     kinds = low.fewer_digits if low.device.integers or compute == "bf16" else {}
-    if not all(any(kind in step.spec.params for step in low.steps) for kind in kinds.items()):
+    if not part and not all(any(kind in step.spec.params for step in low.steps) for kind in kinds.items()):
         without = "those of int3, and ternary ones with packing 'small', do not"
         if compute == "bf16":
             without = "only NVFP4 does" if low.device.integers else "all that are not float do"

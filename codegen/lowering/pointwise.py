@@ -60,6 +60,8 @@ _BINARY = {
     "Or": "or",
     "Xor": "xor",
 }
+# Of a product and a tensor of its shape: what they are in the product's epilogue.
+_WITH_OPERAND = {"Add": "residual", "Mul": "factor"}
 _VARIADIC = {"Max": "max", "Min": "min", "Sum": "add", "Mean": "add"}
 
 
@@ -168,9 +170,6 @@ def _extend_linear(low: Lowering, node: ir.Node) -> Linear | None:
     name = _activation(node)
     linear = _only_reader(low, node.inputs[0])
     return None if name is None or linear is None else _with(linear, name, None)
-
-
-_WITH_OPERAND = {"Add": "residual", "Mul": "factor"}
 
 
 def _with_operand(low: Lowering, op: str, product: ir.Value, operand: ir.Value) -> Linear | None:

@@ -184,7 +184,8 @@ class StatefulDecoder:
                 feeds = self._ports.feeds(part, self.length)
                 logits: Logits = self.session.run(feeds, dims=self._dims(last))[LOGITS]
         except BaseException:
-            self.truncate(before)
+            if self.length > before:
+                self.truncate(before)
             raise
         return logits[:, -1:] if last else logits
 

@@ -134,6 +134,7 @@ class _Packer:
             target=self.target,
             packing=context.packing,
             compute=context.compute,
+            part=True,
             metadata={"qgraph.version": __version__},
         )
         context.keep(node)

@@ -14,7 +14,7 @@
 
 #include "qgraph/qgraph.h"
 
-/* Tokens of a prompt that one run reads: memory for temporaries grows with them, speed hardly. */
+/* Tokens of a prompt that one run reads, at most: memory for temporaries grows with them, speed hardly. */
 #define AT_ONCE 256
 
 static void fail(const char* what, const char* why) {
@@ -167,10 +167,11 @@ int main(int argc, char** argv) {
     int64_t vocabulary = 0;
     const float* scores = NULL;
     while (read < length) { /* the prompt, then the token chosen last */
-      int64_t count_now = length - read < AT_ONCE ? length - read : AT_ONCE;
-      bind_inputs(model, session, tokens + read, count_now, ones, positions);
+      int64_t runs = (length - read - 1) / AT_ONCE + 1; /* of equal parts: a token takes as long as some */
+      int64_t part = (length - read - 1) / runs + 1;
+      bind_inputs(model, session, tokens + read, part, ones, positions);
       scores = run(model, session, &buffer, &size, &vocabulary);
-      read += count_now;
+      read += part;
     }
     tokens[length] = argmax(scores, vocabulary);
     printf("%s%" PRId64, length == prompt ? "" : " ", tokens[length]);

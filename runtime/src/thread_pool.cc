@@ -72,7 +72,7 @@ ThreadPool::ThreadPool(int threads, HostPool host)
     }
   } catch (...) {
     stop_ = true;
-    wake();
+    wake(&idle_);
     for (std::thread& thread : workers_) thread.join();
     throw;
   }
@@ -80,7 +80,7 @@ ThreadPool::ThreadPool(int threads, HostPool host)
 
 ThreadPool::~ThreadPool() {
   stop_ = true;
-  wake();
+  wake(&idle_);
   for (std::thread& thread : workers_) thread.join();
 }
 
@@ -97,10 +97,11 @@ void ThreadPool::run(int64_t blocks, int64_t grain, Work work, const void* conte
   if (host_.parallel_for) return run_on_host();
   uint64_t number = ((gate_ >> kNumberShift) + 1) & kMaxNumber;
   gate_ = std::max<uint64_t>(number, 1) << kNumberShift | kOpen;  // 0 is no job's number
-  wake();
+  wake(&idle_);
+  if (hurried_jobs_ > 0) --hurried_jobs_;
   take_chunks(0);
   gate_ &= ~kOpen;
-  wait([this] { return (gate_ & kInside) == 0; });
+  wait(&caller_, [this] { return (gate_ & kInside) == 0; });
 }
 
 // An index is a worker's number and so names its scratch memory: one that no task has is refused. The chunks
@@ -120,7 +121,8 @@ void ThreadPool::run_on_host() {
 void ThreadPool::take_chunks(int worker) {
   const Job job = job_;
   // Ever smaller ranges, of what is left two thirds of a thread's share: long ones, in which a kernel reads
-  // its weights on and on, and small ones at the end, so that threads end together, slow ones, too.
+  // its weights on and on, and small ones at the end, so that threads end together, down to two thirds of the
+  // others' speed.
   const int64_t shares = (3 * int64_t{threads()} + 1) / 2;
   for (int64_t begin = next_block_; begin < job.blocks;) {
     const int64_t left = job.blocks - begin;
@@ -137,14 +139,14 @@ void ThreadPool::worker_main(int worker) {
   while ((seen = enter(seen)) != 0) {
     take_chunks(worker);
     // The last one out of a closed job may be what the caller waits for.
-    if (((gate_ -= 1) & (kInside | kOpen)) == 0) wake();
+    if (((gate_ -= 1) & (kInside | kOpen)) == 0) wake(&caller_);
   }
 }
 
 uint64_t ThreadPool::enter(uint64_t seen) {
   for (;;) {
     uint64_t gate = 0;
-    wait([&] {
+    wait(&idle_, [&] {
       gate = gate_;
       return stop_ || ((gate & kOpen) != 0 && gate >> kNumberShift != seen);
     });
@@ -158,43 +160,37 @@ uint64_t ThreadPool::enter(uint64_t seen) {
 // Spinning on would be worse than useless where threads outnumber free cores: it takes the time of those that
 // have work; a yield does not. But where somebody else takes the core that is given, a yield costs a turn of
 // the scheduler, milliseconds, and counts as if it had been used, while a sleeper is woken into the turn that
-// it has saved: so for a while the second part is left out then.
+// it has saved: so for the next jobs the second part is left out then.
 template <typename Ready>
-void ThreadPool::wait(Ready ready) {
-  constexpr int kSpins = 500, kYields = 1000, kWaitsAsleep = 100;
+void ThreadPool::wait(Sleepers* sleepers, Ready ready) {
+  constexpr int kSpins = 500, kYields = 1000, kJobs = 50;
   constexpr std::chrono::milliseconds kTaken(1);  // a turn of a program; tasks of the system are shorter
   using Clock = std::chrono::steady_clock;
   for (int i = 0; i < kSpins; ++i) {
     if (ready()) return;
     spin_pause();
   }
-  if (waits_asleep_ > 0) {
-    --waits_asleep_;
-  } else {
-    for (int i = 0; i < kYields; ++i) {
-      if (ready()) return;
-      Clock::time_point given = Clock::now();
-      sched_yield();
-      if (Clock::now() - given < kTaken) continue;
-      waits_asleep_ = kWaitsAsleep;
-      break;
-    }
+  for (int i = 0; i < kYields && hurried_jobs_ == 0; ++i) {
+    if (ready()) return;
+    Clock::time_point given = Clock::now();
+    sched_yield();
+    if (Clock::now() - given >= kTaken) hurried_jobs_ = kJobs;
   }
   std::unique_lock<std::mutex> lock(mutex_);
-  ++sleepers_;
-  while (!ready()) condition_.wait(lock);
-  --sleepers_;
+  ++sleepers->count;
+  while (!ready()) sleepers->condition.wait(lock);
+  --sleepers->count;
 }
 
 // To be called after the change that makes somebody ready. No wake-up is lost: all of these atomics are
 // sequentially consistent, so either the waiter, having counted itself, sees the change, or we see the waiter
 // here; and the mutex is ours only before its check or once it sleeps.
-void ThreadPool::wake() {
-  if (sleepers_ == 0) return;
+void ThreadPool::wake(Sleepers* sleepers) {
+  if (sleepers->count == 0) return;
   {
     std::lock_guard<std::mutex> lock(mutex_);
   }
-  condition_.notify_all();
+  sleepers->condition.notify_all();
 }
 
 }  // namespace qg

@@ -63,9 +63,14 @@ class ThreadPool {
   uint64_t enter(uint64_t seen);
   void take_chunks(int worker);
 
+  // Threads that wait for the same, of which each has a condition of its own.
+  struct Sleepers {
+    std::atomic<int> count{0};
+    std::condition_variable condition;
+  };
   template <typename Ready>
-  void wait(Ready ready);
-  void wake();
+  void wait(Sleepers* sleepers, Ready ready);
+  void wake(Sleepers* sleepers);
 
   // gate_ = number of the job * 2^33 | open bit * 2^32 | workers inside. Workers enter by a compare-and-swap
   // on it, so none can enter a job that has closed, and job_ is only written while nobody is inside and the
@@ -85,9 +90,9 @@ class ThreadPool {
 
   // Sleeping, after a short spin.
   std::mutex mutex_;
-  std::condition_variable condition_;
-  std::atomic<int> sleepers_{0};
-  std::atomic<int> waits_asleep_{0};  // how many more waits do not yield before they sleep
+  Sleepers idle_;                     // workers, until there is a job
+  Sleepers caller_;                   // until the last worker is out
+  std::atomic<int> hurried_jobs_{0};  // how many more jobs' waits do not yield before they sleep
 
   int generation_;  // of the process, see orphaned()
 #endif

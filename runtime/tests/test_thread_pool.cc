@@ -1,5 +1,6 @@
 // The thread pool: every block exactly once, in ranges of the grain, for all sizes; without races (built with
 // ThreadSanitizer where there is one).
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -48,9 +49,53 @@ void meet(const void* context, int, int64_t, int64_t) {
   while (meeting.arrived < 2) std::this_thread::yield();
 }
 
+// The ranges that one thread takes which is left alone: two thirds of a thread's share of what is left, again
+// and again, never less than the grain but for the last.
+void ranges_shrink() {
+  auto alone = [](void*, int32_t count, void (*task)(void*, int32_t), void* data) {
+    CHECK(count == 4);
+    task(data, 0);
+  };
+  qg::ThreadPool pool(4, {alone, nullptr});
+  std::vector<int64_t> sizes;
+  auto record = [](const void* context, int, int64_t begin, int64_t end) {
+    const_cast<std::vector<int64_t>*>(static_cast<const std::vector<int64_t>*>(context))
+        ->push_back(end - begin);
+  };
+  pool.run(100, 3, record, &sizes);
+  int64_t left = 100;
+  for (int64_t size : sizes) {
+    CHECK(size == std::min(left, std::max<int64_t>(3, left / 6)));
+    left -= size;
+  }
+  CHECK(left == 0 && sizes.size() > 10);
+}
+
+// Threads that take the cores, so that a yield gives them a turn.
+class Neighbours {
+ public:
+  explicit Neighbours(int count) {
+    for (int i = 0; i < count; ++i) {
+      threads_.emplace_back([this] {
+        while (!stop_) {
+        }
+      });
+    }
+  }
+  ~Neighbours() {
+    stop_ = true;
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+ private:
+  std::atomic<bool> stop_{false};
+  std::vector<std::thread> threads_;
+};
+
 }  // namespace
 
 int main() {
+  ranges_shrink();
   for (int threads : {1, 2, 3, 8}) {
     qg::ThreadPool pool(threads);
     CHECK(pool.threads() == threads);
@@ -71,6 +116,16 @@ int main() {
     }
   }
   for (int round = 0; round < 100; ++round) qg::ThreadPool unused(4);
+  {
+    Neighbours neighbours(2 * qg::available_cores());
+    qg::ThreadPool pool(3);
+    for (int round = 0; round < 20; ++round) {
+      covers(&pool, 50, 1);
+      Meeting meeting;
+      pool.run(2, 1, meet, &meeting);
+      CHECK(meeting.arrived == 2);
+    }
+  }
   // Pools of several host threads do not know of each other.
   std::vector<std::thread> hosts;
   for (int i = 0; i < 4; ++i) {

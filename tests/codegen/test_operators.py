@@ -294,6 +294,19 @@ CASES = [
         {"w": normal(5, 8), "c": normal(5)},
         lambda b, s: {"x": normal(b, 8)},
     ),
+    # Operands are applied in another order than kernels take them; a second factor is a step of its own.
+    Case(
+        "MatMul-gated",
+        "(float[B, S, 8] x, float[B, S, 24] r) => (float[B, S, 24] y)"
+        " { h = MatMul(x, w) u = MatMul(x, v) g = Sigmoid(u) m = Mul(g, h) a = Add(r, m) y = Mul(a, r) }",
+        {"w": W, "v": W[::-1].copy()},
+        lambda b, s: {"x": normal(b, s, 8), "r": normal(b, s, 24)},
+    ),
+    Case(
+        "MatMul-squared",
+        "(float[B, S, 8] x) => (float[B, S, 24] y) { h = MatMul(x, w) y = Mul(h, h) }",
+        {"w": W},
+    ),
     Case(
         "MatMul-activations",
         "(float[B, 2, S, 8] x, float[B, 2, 8, S] z) => (float[B, 2, S, S] y) { y = MatMul(x, z) }",

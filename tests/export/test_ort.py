@@ -216,6 +216,18 @@ def test_compute_is_that_of_the_artifact(tmp_path: Path) -> None:
     assert relative_error(got, ReferenceRunner(result.onnx).run({"x": x})["y"]) > 1e-5
 
 
+@pytest.mark.parametrize(
+    "options", [{"scheme": "nvfp4", "compute": "int8"}, {"scheme": "ternary", "packing": "small"}]
+)
+def test_what_is_for_some_nodes_alone(tmp_path: Path, options: dict[str, str]) -> None:
+    """Nodes are compiled one by one; of these a lookup knows neither digits nor packings."""
+    model = model_of(256, 33, ["batch", "sequence"], table=50)
+    result = exported(tmp_path, model, embeddings="nvfp4", **options)
+    ids = np.random.default_rng(1).integers(0, 50, (2, 7))
+    want = result.load().run({"ids": ids})["y"]
+    assert relative_error(run_in_ort(result.exports["ort"]).run({"ids": ids})["y"], want) < 1e-5
+
+
 def test_equal_layers_are_stored_once(tmp_path: Path) -> None:
     """Three products by one weight, the last with a bias."""
     model = model_of(64, 64, ["rows"])
