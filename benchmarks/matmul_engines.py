@@ -77,7 +77,7 @@ class QGraph:
         self.name, self._stem, self._work = f"qgraph {recipe}", recipe.replace("/", "-"), work
 
     def __call__(self, problem: Problem) -> Contender:
-        path, layers, nbytes = self._artifact(problem)
+        path, layers, nbytes = self.artifact(problem)
         session = qgraph.load(path, threads=problem.threads).session()
 
         def bind(x: np.ndarray) -> Callable[[], object]:
@@ -88,7 +88,7 @@ class QGraph:
             activations = f"{compute} from {FEW_ROWS + 1} rows on"
         return Contender(self.name, layers, nbytes, activations, bind)
 
-    def _artifact(self, problem: Problem) -> tuple[Path, int, int]:
+    def artifact(self, problem: Problem) -> tuple[Path, int, int]:
         """(artifact, layers, bytes of a layer's weights): made once for all numbers of threads."""
         one = self._layer(problem)
         nbytes = weight_bytes(one.with_suffix(".qg"))

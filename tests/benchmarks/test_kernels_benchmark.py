@@ -14,6 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import large_pages  # noqa: E402
 from ggml_engine import Ggml  # noqa: E402
 from kernels import arguments, main  # noqa: E402
 from machine import Neighbours, compute_limits, last_level_cache, memory_limit  # noqa: E402
@@ -44,6 +45,12 @@ def test_a_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert ours["nbytes"] == K * N // 2 + K // 16 * N + 4
     assert ours["layers"] * ours["nbytes"] >= 0.12 * 2**20  # four times the cache: from memory
     assert cells[9, "qgraph nvfp4"]["layers"] * ours["nbytes"] < 0.06 * 2**20
+
+
+def test_pieces_of_two_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    large_pages.main(f"--shape {K}x{N} --schemes ternary/small --threads 1 --cache 0.005 --passes 1".split())
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| ternary" in line]
+    assert [row[2] for row in rows] == ["2 MiB", "4 KiB"] and all(float(row[3]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize("scheme", ["none", "nvfp4-w4a8", "ternary", "int4"])
