@@ -57,7 +57,7 @@ MappedFile::MappedFile(const char* path) {
   void* address = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
   if (address == MAP_FAILED) system_failure("map");
   // Hints, so results do not matter. Weights are read from end to end at the speed of memory: by pages of
-  // 4 KiB that is up to a sixth slower than by large ones, which the system makes where the file system can,
+  // 4 KiB that is about a tenth slower than by large ones, which the system makes where the file system can,
   // of what is not in its cache yet or was written in pieces as large. And the whole file is about to be
   // hashed: start reading ahead.
 #if defined(MADV_HUGEPAGE)
