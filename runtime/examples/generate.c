@@ -166,7 +166,7 @@ int main(int argc, char** argv) {
   for (int64_t length = prompt; length < prompt + count; ++length) {
     int64_t vocabulary = 0;
     const float* scores = NULL;
-    while (read < length) { /* the prompt, then the token chosen last */
+    while (read < length) {                             /* the prompt, then the token chosen last */
       int64_t runs = (length - read - 1) / AT_ONCE + 1; /* of equal parts: a token takes as long as some */
       int64_t part = (length - read - 1) / runs + 1;
       bind_inputs(model, session, tokens + read, part, ones, positions);
