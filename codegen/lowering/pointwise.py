@@ -166,7 +166,8 @@ def _extend_linear(low: Lowering, node: ir.Node) -> Linear | None:
         a, b = node.inputs
         if a is None or b is None or a is b:
             return None
-        return _with_operand(low, node.op_type, a, b) or _with_operand(low, node.op_type, b, a)
+        # Of two products the later one waits for the other.
+        return _with_operand(low, node.op_type, b, a) or _with_operand(low, node.op_type, a, b)
     name = _activation(node)
     linear = _only_reader(low, node.inputs[0])
     return None if name is None or linear is None else _with(linear, name, None)
@@ -186,6 +187,8 @@ def _with_operand(low: Lowering, op: str, product: ir.Value, operand: ir.Value) 
     ):
         return _with(linear, "bias", low.view(operand))
     name = _WITH_OPERAND[op]
+    if op == "Mul" and isinstance(low.get(operand), Pointwise):
+        return None  # which the multiplication is a part of then, so that the product shares a plain kernel
     if low.same_shape(shape, linear.shape) and name not in linear.epilogue and low.dtype(operand) == "f32":
         return _with(linear, name, low.dense(operand))
     return None
